@@ -1,0 +1,103 @@
+"""An allocation: one copy of a group on one node. What the controller wants of it, and what the agent reports."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+import msgspec
+
+from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
+from outrider.model.job import Group, Value
+
+
+class Generation(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """Compared as a pair: a leader's term or a restore begins a new epoch (DESIGN, decision 1)."""
+
+    epoch: int = 0
+    counter: int = 0
+
+
+class Desired(StrEnum):
+    RUN = "run"
+    STOP = "stop"
+
+
+class AllocStatus(StrEnum):
+    PENDING = "pending"  # wanted, not placed or not yet taken up by the agent
+    STARTING = "starting"  # the agent prepares it: namespace, sidecar, image
+    RUNNING = "running"
+    STOPPING = "stopping"  # draining, or waiting for the workload to exit
+    COMPLETE = "complete"  # ended as it should: batch work done, or stopped on request
+    FAILED = "failed"  # ended, and the restart policy is exhausted
+    LOST = "lost"  # its node is down
+
+
+TERMINAL = frozenset({AllocStatus.COMPLETE, AllocStatus.FAILED, AllocStatus.LOST})
+
+
+class TaskStatus(StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    BACKOFF = "backoff"  # exited, waiting to be restarted
+    EXITED = "exited"
+    FAILED = "failed"
+
+
+class TaskReport(Value, frozen=True, kw_only=True):
+    name: TaskName
+    status: TaskStatus = TaskStatus.PENDING
+    restarts: int = 0
+    exit_code: int | None = None
+    signal: int | None = None
+    oom_killed: bool = False
+    started_at_s: float | None = None  # wall clock of the node
+    finished_at_s: float | None = None
+    message: str = ""  # why it is as it is, in words a user understands
+
+
+class CheckReport(Value, frozen=True, kw_only=True):
+    service: ServiceName
+    passing: bool = False
+    output: str = ""
+
+
+class AllocReport(Value, frozen=True, kw_only=True):
+    """What an agent says of one allocation. Level-triggered: the newest report is the whole truth."""
+
+    alloc: AllocId
+    status: AllocStatus
+    tasks: tuple[TaskReport, ...] = ()
+    checks: tuple[CheckReport, ...] = ()  # one for each service; one without a check passes while it runs
+    message: str = ""
+    log_tail: str = ""  # the last lines of the failed task, for `job run`
+
+
+class Assignment(Value, frozen=True, kw_only=True):
+    """All that an agent needs to run one allocation."""
+
+    alloc: AllocId
+    job: JobName
+    job_version: int
+    group: Group
+    index: int  # which of the group's copies: web[0], web[1] ...
+    batch: bool = False  # ends when its work ends; a clean exit is not restarted
+    desired: Desired = Desired.RUN
+    mesh_ports: Mapping[ServiceName, int] = {}  # the host port of each service's sidecar listener
+
+
+class Allocation(Value, frozen=True, kw_only=True):
+    """An allocation as the controller tells of it."""
+
+    id: AllocId
+    job: JobName
+    job_version: int
+    group: GroupName
+    index: int
+    node: NodeId | None
+    desired: Desired
+    status: AllocStatus
+    healthy: bool = False
+    report: AllocReport | None = None
+    mesh_ports: Mapping[ServiceName, int] = {}
+    ports: Mapping[PortName, int] = {}  # static ports as published on the host
+    created_at_s: float = 0.0
+    reason: str = ""  # why it is pending, or why it was stopped

@@ -1,0 +1,186 @@
+"""A job, as its author wrote it: parsed, validated, with defaults filled in.
+
+Sizes are bytes, CPU is in thousandths of a core, durations are seconds.
+"""
+
+import itertools
+from collections.abc import Mapping
+from enum import StrEnum
+
+import msgspec
+
+from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
+
+MIB = 1024 * 1024
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of every value of the model: frozen, compared by content, defaults left out on the wire."""
+
+
+class JobType(StrEnum):
+    SERVICE = "service"
+    BATCH = "batch"
+    SYSTEM = "system"
+
+
+class Driver(StrEnum):
+    PROCESS = "process"
+    VM = "vm"
+
+
+class Protocol(StrEnum):
+    TCP = "tcp"
+    HTTP = "http"
+    HTTP2 = "http2"
+    GRPC = "grpc"
+
+
+class CheckKind(StrEnum):
+    HTTP = "http"
+    TCP = "tcp"
+    GRPC = "grpc"
+    COMMAND = "command"
+
+
+class ImageKind(StrEnum):
+    HOST = "host"
+    OCI = "oci"
+    OCI_LAYOUT = "oci-layout"
+    DIR = "dir"
+    DISK = "disk"
+
+
+class Resources(Value, frozen=True, kw_only=True):
+    cpu_millis: int = 100  # a reservation: the weight under contention
+    memory_bytes: int = 64 * MIB  # a reservation and the limit
+    cpu_max_millis: int | None = None  # a quota, only where the job asks for one
+    disk_bytes: int = 64 * MIB  # cap of the task's directory and of its /tmp, each
+    pids_max: int = 256
+
+
+class Port(Value, frozen=True, kw_only=True):
+    name: PortName
+    static: int | None = None  # published in the clear on the host's address at this number
+    to: int | None = None  # the number inside; `inner_ports` gives one where the job does not
+
+
+class Network(Value, frozen=True, kw_only=True):
+    ports: tuple[Port, ...] = ()
+    egress: tuple[str, ...] = ()  # networks the workload may reach beside the mesh; () is none
+
+
+class Check(Value, frozen=True, kw_only=True):
+    kind: CheckKind
+    path: str = ""  # http: the path; grpc: the service name
+    command: tuple[str, ...] = ()
+    interval_s: float = 5.0
+    timeout_s: float = 2.0
+
+
+class Upstream(Value, frozen=True, kw_only=True):
+    service: ServiceName
+    port: int | None = None  # also on 127.0.0.1 at this number
+
+
+class Service(Value, frozen=True, kw_only=True):
+    name: ServiceName
+    port: PortName | None = None  # None: it only calls, nobody calls it
+    protocol: Protocol = Protocol.TCP
+    check: Check | None = None
+    upstreams: tuple[Upstream, ...] = ()
+    allow: tuple[ServiceName, ...] = ()  # who may call it; "*" is everybody in the mesh
+
+
+class Image(Value, frozen=True, kw_only=True):
+    kind: ImageKind = ImageKind.HOST
+    reference: str = ""
+    sha256: str = ""
+
+
+class File(Value, frozen=True, kw_only=True):
+    path: str  # relative to the task's directory
+    content: bytes
+    mode: int = 0o644
+
+
+class Task(Value, frozen=True, kw_only=True):
+    name: TaskName
+    command: tuple[str, ...] = ()
+    driver: Driver = Driver.PROCESS
+    image: Image = Image()
+    files: tuple[File, ...] = ()
+    env: Mapping[str, str] = {}
+    resources: Resources = Resources()
+    kill_signal: str = "SIGTERM"
+    kill_timeout_s: float = 5.0
+
+
+class RestartPolicy(Value, frozen=True, kw_only=True):
+    """Restart on the same node: at most `attempts` within `interval_s`, each later than the one before."""
+
+    attempts: int = 3
+    interval_s: float = 300.0
+    delay_s: float = 1.0
+    delay_max_s: float = 30.0
+
+
+class UpdatePolicy(Value, frozen=True, kw_only=True):
+    max_parallel: int = 1
+    canary: int = 0
+    min_healthy_s: float = 1.0
+    healthy_deadline_s: float = 120.0
+    auto_revert: bool = False
+
+
+class Group(Value, frozen=True, kw_only=True):
+    name: GroupName
+    tasks: tuple[Task, ...]
+    count: int = 1
+    update: UpdatePolicy = UpdatePolicy()
+    restart: RestartPolicy = RestartPolicy()
+    network: Network = Network()
+    services: tuple[Service, ...] = ()
+
+
+class Job(Value, frozen=True, kw_only=True):
+    name: JobName
+    groups: tuple[Group, ...]
+    type: JobType = JobType.SERVICE
+    priority: int = 50
+
+
+class JobVersion(Value, frozen=True, kw_only=True):
+    job: Job
+    version: int
+    submitted_at_s: float = 0.0
+    stopped: bool = False
+
+
+# What a sidecar costs its node: counted in placement and in the cgroup limit (DESIGN, decision 13).
+SIDECAR = Resources(cpu_millis=50, memory_bytes=96 * MIB, disk_bytes=0)
+
+_FIRST_INNER_PORT = 8080
+
+
+def inner_ports(network: Network) -> dict[PortName, int]:
+    """The number at which each port's workload listens inside its namespace.
+
+    The same on every node, so that a migrated guest keeps it: `to`, or `static`, or the next free from 8080 on.
+    """
+    taken = {number for port in network.ports if (number := port.to or port.static)}
+    free = (number for number in itertools.count(_FIRST_INNER_PORT) if number not in taken)
+    return {port.name: port.to or port.static or next(free) for port in network.ports}
+
+
+def group_resources(group: Group) -> Resources:
+    """What one allocation of `group` takes from its node, sidecar included."""
+    parts = [task.resources for task in group.tasks]
+    if group.services:
+        parts.append(SIDECAR)
+    return Resources(
+        cpu_millis=sum(part.cpu_millis for part in parts),
+        memory_bytes=sum(part.memory_bytes for part in parts),
+        disk_bytes=sum(2 * part.disk_bytes for part in parts),
+        pids_max=sum(part.pids_max for part in parts),
+    )

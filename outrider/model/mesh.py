@@ -1,0 +1,132 @@
+"""What sidecars need to know of the mesh: services, endpoints, intentions, trust roots."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from outrider.ids import AllocId, NodeId, ServiceName
+from outrider.model.job import Protocol, Value
+
+MESH_DOMAIN = "mesh"  # services answer as NAME.mesh
+# Inside every allocation's namespace, the same in each (DESIGN, decision 10). RFC 2544's range: on no real network.
+VIRTUAL_NETWORK = "198.18.0.0/15"
+DNS_ADDRESS = "198.18.0.1"
+VIRTUAL_PORT = 15001  # each virtual address's listener; nftables leads every port of the address there
+PUBLIC_PORT = 15100  # the first service's mTLS listener on the allocation's own address, the next one's + 1
+_FIRST_VIRTUAL = (198 << 24) | (18 << 16) | (1 << 8)
+
+
+def virtual_address(index: int) -> str:
+    """The dotted virtual address of the fleet's `index`-th service name, from 198.18.1.0 on."""
+    number = _FIRST_VIRTUAL + index
+    if not 0 <= index < (1 << 17) - (1 << 8):
+        raise ValueError(f"virtual address {index}: {VIRTUAL_NETWORK} is used up")
+    return ".".join(str(number >> shift & 0xFF) for shift in (24, 16, 8, 0))
+
+
+class Endpoint(Value, frozen=True, kw_only=True):
+    """One sidecar that fronts the service. On the same node it is dialled at its local address."""
+
+    id: str  # Consul's service id of the proxied instance
+    node: str  # Consul's node name
+    address: str
+    port: int
+    local_address: str = ""
+    local_port: int = 0
+    healthy: bool = True
+    alloc: AllocId | None = None  # None: a service outside Outrider
+    outrider: bool = False  # both ends ours: HTTP/2 between sidecars, ALPN
+
+
+class Action(StrEnum):
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+class Intention(Value, frozen=True, kw_only=True):
+    """Who may call whom, as Consul has it. `*` stands for all services."""
+
+    source: str
+    destination: str
+    action: Action
+    id: str = ""
+    precedence: int = 0  # Consul's: 9 for exact -> exact, 8 * -> exact, 6 exact -> *, 5 * -> *
+    owner: str = ""  # the job whose `allow:` line made it; "" by hand
+    description: str = ""
+
+
+class MeshService(Value, frozen=True, kw_only=True):
+    """A service as its callers' sidecars see it."""
+
+    name: ServiceName
+    virtual_address: str
+    protocol: Protocol = Protocol.TCP
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class TrustRoots(Value, frozen=True, kw_only=True):
+    datacenter: str = ""
+    trust_domain: str = ""
+    certificates_pem: tuple[str, ...] = ()  # all that are trusted; the active one first
+
+
+class MeshView(Value, frozen=True, kw_only=True):
+    """What one node's sidecars need. `intentions` is keyed by destination service placed on this node."""
+
+    services: Mapping[ServiceName, MeshService] = {}
+    intentions: Mapping[ServiceName, tuple[Intention, ...]] = {}  # in order of precedence, highest first
+    roots: TrustRoots = TrustRoots()
+
+
+class MeshUpdate(Value, frozen=True, kw_only=True):
+    """A change of a node's `MeshView`; `full` replaces it whole. Versions only grow within an epoch."""
+
+    version: int
+    full: bool = False
+    services: tuple[MeshService, ...] = ()
+    services_removed: tuple[ServiceName, ...] = ()
+    intentions: tuple["ServiceIntentions", ...] = ()
+    intentions_removed: tuple[ServiceName, ...] = ()
+    roots: TrustRoots | None = None
+
+
+class ServiceIntentions(Value, frozen=True, kw_only=True):
+    service: ServiceName
+    intentions: tuple[Intention, ...] = ()
+
+
+class Leaf(Value, frozen=True, kw_only=True):
+    """A workload's certificate. `key_pem` is empty where the agent made the key itself."""
+
+    service: ServiceName
+    certificate_pem: str
+    key_pem: str = ""
+    expires_at_s: float = 0.0
+    serial: str = ""
+
+
+class LocalService(Value, frozen=True, kw_only=True):
+    """A service of an allocation of this node, as its sidecar must front it."""
+
+    service: ServiceName
+    node: NodeId
+    alloc: AllocId
+    public_port: int
+    workload_address: str
+    workload_port: int | None
+    protocol: Protocol
+
+
+def spiffe_id(trust_domain: str, datacenter: str, service: ServiceName) -> str:
+    """Consul's own form, so that its proxies interoperate (DESIGN, decision 3)."""
+    return f"spiffe://{trust_domain}/ns/default/dc/{datacenter}/svc/{service}"
+
+
+class ObservedRefusal(Value, frozen=True, kw_only=True):
+    """One connection or request that a server's sidecar refused: Envoy's own RBAC record."""
+
+    at_s: float
+    node: NodeId
+    alloc: AllocId
+    source_spiffe: str
+    rule: str = ""  # the policy that Envoy matched; "" where none allowed it
+    intention_id: str = ""

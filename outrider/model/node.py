@@ -1,0 +1,41 @@
+"""A node: what it is, what it offers, how the controller sees it."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from outrider.ids import NodeId
+from outrider.model.job import Value
+
+
+class NodeStatus(StrEnum):
+    """Gone is not suspect (DESIGN, decision 5): `GONE` lost its agent, `SUSPECT` fell silent."""
+
+    READY = "ready"
+    GONE = "gone"  # stream closed or last will: kernel and workloads may well run; endpoints stay
+    SUSPECT = "suspect"  # silence: endpoints leave load balancing
+    DOWN = "down"  # the disconnect policy ran out
+
+
+class Fingerprint(Value, frozen=True, kw_only=True):
+    """What the agent found on its host."""
+
+    cpu_millis: int
+    memory_bytes: int
+    disk_bytes: int
+    kernel: str = ""
+    architecture: str = ""
+    cgroup: str = ""  # "v1", "v2" or "hybrid"
+    runtimes: Mapping[str, str] = {}  # program -> version; an absent one is not installed
+    kvm: str = ""  # "works", or why not; "" while the self-test has not ended
+    attributes: Mapping[str, str] = {}
+    port_first: int = 20000  # the host ports that the scheduler may give out, both ends included
+    port_last: int = 29999
+    host_image: bool = False  # whether the node allows `image: host`
+
+
+class Node(Value, frozen=True, kw_only=True):
+    id: NodeId
+    address: str  # where other nodes reach its sidecars
+    fingerprint: Fingerprint
+    metrics_address: str = ""  # host:port for Prometheus; "" serves none
+    version: str = ""
