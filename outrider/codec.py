@@ -34,7 +34,7 @@ def to_wire(value: msgspec.Struct, message: type[M]) -> M:
 
 def from_wire(message: Message, kind: type[S]) -> S:
     """`message` as a value of `kind`. Raises InputError where an enum or a required part is missing."""
-    values = {}
+    values: dict[str, Any] = {}
     nullable = _nullable(kind)
     for name, optional, _put, get in _fields(kind, message.DESCRIPTOR):
         if optional and not message.HasField(name):

@@ -68,6 +68,7 @@ class AllocReport(Value, frozen=True, kw_only=True):
     tasks: tuple[TaskReport, ...] = ()
     checks: tuple[CheckReport, ...] = ()  # one for each service; one without a check passes while it runs
     message: str = ""
+    local_address: str = ""  # of the allocation's own veth: where sidecars of the same node dial it
     log_tail: str = ""  # the last lines of the failed task, for `job run`
 
 

@@ -204,10 +204,12 @@ class AllocReport(_message.Message):
     CHECKS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
+    LOCAL_ADDRESS_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     status: Global___AllocStatus.ValueType
     message: _builtins.str
     log_tail: _builtins.str
+    local_address: _builtins.str
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskReport]: ...
     @_builtins.property
@@ -221,10 +223,11 @@ class AllocReport(_message.Message):
         checks: _abc.Iterable[Global___CheckReport] | None = ...,
         message: _builtins.str = ...,
         log_tail: _builtins.str = ...,
+        local_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "checks", b"checks", "log_tail", b"log_tail", "message", b"message", "status", b"status", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "checks", b"checks", "local_address", b"local_address", "log_tail", b"log_tail", "message", b"message", "status", b"status", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

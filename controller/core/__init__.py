@@ -1,0 +1,1 @@
+"""The controller's pure core: events in, commands out. No I/O, no clock, no global randomness."""

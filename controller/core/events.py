@@ -1,0 +1,102 @@
+"""What the controller's core is told. Every edge speaks to the core through these alone."""
+
+from typing import NewType
+
+from outrider.ids import AllocId, JobName, NodeId
+from outrider.model.allocation import AllocReport, Generation
+from outrider.model.job import Job, Value
+from outrider.model.node import Fingerprint, Node
+
+SessionId = NewType("SessionId", int)  # one per agent stream, never used again within a controller's life
+RequestId = NewType("RequestId", int)  # one per operator call that waits for a Reply
+Ticket = NewType("Ticket", int)  # one per Append
+
+
+class AgentConnected(Value, frozen=True, kw_only=True):
+    """A stream began. A newer session of the same node replaces the older."""
+
+    session: SessionId
+    node: Node
+    acknowledged: Generation
+    reports: tuple[AllocReport, ...] = ()
+
+
+class AgentDisconnected(Value, frozen=True, kw_only=True):
+    """The stream ended by FIN or RST: the agent is gone, which is no verdict on the node."""
+
+    session: SessionId
+    node: NodeId
+    reason: str = ""
+
+
+class HeartbeatReceived(Value, frozen=True, kw_only=True):
+    session: SessionId
+    node: NodeId
+
+
+class AgentReported(Value, frozen=True, kw_only=True):
+    session: SessionId
+    node: NodeId
+    reports: tuple[AllocReport, ...]
+
+
+class AgentApplied(Value, frozen=True, kw_only=True):
+    """The agent has taken up all assignments up to `generation`, durably."""
+
+    session: SessionId
+    node: NodeId
+    generation: Generation
+
+
+class FingerprintChanged(Value, frozen=True, kw_only=True):
+    session: SessionId
+    node: NodeId
+    fingerprint: Fingerprint
+
+
+class LastWillSeen(Value, frozen=True, kw_only=True):
+    """The broker says that the node's client vanished: look at once, decide nothing."""
+
+    node: NodeId
+
+
+class EndpointsWithdrawn(Value, frozen=True, kw_only=True):
+    """Every sidecar that called these has acknowledged that they are gone: they may be stopped now."""
+
+    allocs: tuple[AllocId, ...]
+
+
+class JobSubmitted(Value, frozen=True, kw_only=True):
+    request: RequestId
+    job: Job
+
+
+class JobStopRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    job: JobName
+
+
+class Appended(Value, frozen=True, kw_only=True):
+    """The journal has the records of this ticket on disk."""
+
+    ticket: Ticket
+
+
+class Tick(Value, frozen=True, kw_only=True):
+    """Time passed: the edge sends one when `State.next_deadline_s` is reached."""
+
+
+Event = (
+    AgentConnected
+    | AgentDisconnected
+    | HeartbeatReceived
+    | AgentReported
+    | AgentApplied
+    | FingerprintChanged
+    | LastWillSeen
+    | EndpointsWithdrawn
+    | JobSubmitted
+    | JobStopRequested
+    | Appended
+    | Tick
+)
