@@ -1,0 +1,1 @@
+"""The mesh's control plane: writes Consul or the embedded catalog, watches it, issues leaves."""
