@@ -1,0 +1,1 @@
+"""A task becomes a sandbox: one driver for each kind of workload."""
