@@ -58,11 +58,7 @@ def run() -> None:
             target = fleet.healthy("target", 1)[0]
             running.append(float(next(fleet.logs(target))) - submitted_s)
             fleet.stop("target")
-            bare.append(
-                _stamped(
-                    ["crun", "--cgroup-manager=disabled", "run", "--bundle", str(bundle), f"bench-{time.time_ns()}"]
-                )
-            )
+            bare.append(_stamped([*crun, "run", "--bundle", str(bundle), f"bench-{time.time_ns()}"]))
             docked.append(_stamped([*docker, "run", "--rm", "--network", "none", "bench", "/usr/bin/date", "+%s.%N"]))
         command_line = [_command_line(fleet, Path(directory)) for _ in range(5)]
     for name, values in (("running", running), ("healthy", healthy)):
