@@ -1,5 +1,8 @@
 """What the journal's state wants of the mesh: registrations, intentions, interests. Values here; derived purely."""
 
+from collections.abc import Mapping
+
+from controller.core.state import State
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.job import Protocol, Value
 
@@ -35,3 +38,18 @@ class OwnedIntention(Value, frozen=True, kw_only=True):
     source: ServiceName
     destination: ServiceName
     job: JobName
+
+
+class Interests(Value, frozen=True, kw_only=True):
+    """What one node's sidecars need to know about."""
+
+    called: frozenset[ServiceName]
+    placed: frozenset[ServiceName]
+
+
+def registration(state: State, node: NodeId) -> NodeRegistration: ...  # type: ignore[empty-body]
+def owned_intentions(state: State) -> tuple[OwnedIntention, ...]: ...  # type: ignore[empty-body]
+def virtual_indices(state: State) -> Mapping[ServiceName, int]: ...  # type: ignore[empty-body]
+def virtual_services(state: State) -> Mapping[ServiceName, tuple[int, Protocol]]: ...  # type: ignore[empty-body]
+def interests(state: State, node: NodeId) -> Interests: ...  # type: ignore[empty-body]
+def may_hold_leaf(state: State, node: NodeId, service: ServiceName) -> bool: ...  # type: ignore[empty-body]

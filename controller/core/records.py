@@ -1,6 +1,14 @@
-"""The journal's records: the durable part of the state changes by these alone. Replay of all equals the state."""
+"""The journal's records: the durable part of the state changes by these alone. Replay of all equals the state.
 
-from outrider.model.job import Value
+Owns their shapes, never their meaning: that is `State.apply`. Times are wall-clock seconds. Many allocations in one
+record are packed little-endian integers, because an object for each would decide the scheduler's speed.
+"""
+
+from outrider.ids import JobName, NodeId, ServiceName
+from outrider.model.allocation import AllocReport, AllocStatus, Generation
+from outrider.model.fleet import RolloutState
+from outrider.model.job import Job, Value
+from outrider.model.node import Node
 
 
 class EpochBegun(Value, frozen=True, kw_only=True, tag=True):
@@ -10,4 +18,109 @@ class EpochBegun(Value, frozen=True, kw_only=True, tag=True):
     salt: int = 0  # of allocation ids; drawn with the first epoch and kept
 
 
-Record = EpochBegun
+class NodeRegistered(Value, frozen=True, kw_only=True, tag=True):
+    """The node is known from here on, as it describes itself; it is up, whatever was said before."""
+
+    node: Node
+
+
+class NodeDowned(Value, frozen=True, kw_only=True, tag=True):
+    """The disconnect policy ran out: its allocations are lost in the same batch."""
+
+    node: NodeId
+
+
+class JobVersionAdded(Value, frozen=True, kw_only=True, tag=True):
+    job: Job
+    version: int
+    submitted_at_s: float
+
+
+class JobStopped(Value, frozen=True, kw_only=True, tag=True):
+    job: JobName
+
+
+class RolloutEnded(Value, frozen=True, kw_only=True, tag=True):
+    """What became of the rollout of the job's newest version."""
+
+    job: JobName
+    version: int
+    state: RolloutState
+    reason: str = ""
+
+
+class VirtualAddressAssigned(Value, frozen=True, kw_only=True, tag=True):
+    service: ServiceName
+    index: int  # for outrider.model.mesh.virtual_address
+
+
+class Run(Value, frozen=True, kw_only=True):
+    """New allocations of one group with neighbouring serials and indices."""
+
+    job: JobName
+    version: int
+    group: int  # the position in the version's groups
+    first_serial: int
+    first_index: int
+    nodes: bytes  # int32 references of nodes, one for each; -1: nowhere for now
+    ports: bytes = b""  # int32 mesh ports, one for each of the group's services with a port, then the next allocation's
+
+
+class LatePlacement(Value, frozen=True, kw_only=True):
+    """Allocations that had no node and get one; of one group."""
+
+    serials: bytes  # int64
+    nodes: bytes
+    ports: bytes = b""
+
+
+class Stop(Value, frozen=True, kw_only=True):
+    serials: bytes  # int64
+    reason: str
+
+
+class Plan(Value, frozen=True, kw_only=True, tag=True):
+    """One decision of the scheduler: immutable, checked against the state that `parent` names."""
+
+    generation: Generation
+    parent: Generation
+    at_s: float
+    runs: tuple[Run, ...] = ()
+    late: tuple[LatePlacement, ...] = ()
+    stops: tuple[Stop, ...] = ()
+
+
+class AllocTransitions(Value, frozen=True, kw_only=True, tag=True):
+    """These allocations ended. `reports` are kept for the failed ones: the last lines of their logs are in them."""
+
+    status: AllocStatus
+    at_s: float
+    serials: bytes  # int64
+    reason: str = ""
+    reports: tuple[AllocReport, ...] = ()
+
+
+class AllocationsSnapshot(Value, frozen=True, kw_only=True, tag=True):
+    """All allocations at once, column by column: only the first part of a compacted journal has it."""
+
+    next_serial: int
+    generation: Generation
+    columns: dict[str, bytes]
+    groups: tuple[tuple[JobName, int, int], ...]  # job, version, position: what the column of groups points to
+    ports: dict[int, tuple[int, ...]]
+    reasons: dict[int, str]
+    reports: tuple[AllocReport, ...]
+
+
+Record = (
+    EpochBegun
+    | NodeRegistered
+    | NodeDowned
+    | JobVersionAdded
+    | JobStopped
+    | RolloutEnded
+    | VirtualAddressAssigned
+    | Plan
+    | AllocTransitions
+    | AllocationsSnapshot
+)

@@ -1,0 +1,32 @@
+"""The kinds of fleet events, all of them: docs/EVENTS.md and the tests read this list."""
+
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    NODE_JOINED = "node.joined"
+    NODE_READY = "node.ready"
+    NODE_GONE = "node.gone"
+    NODE_SUSPECT = "node.suspect"
+    NODE_DOWN = "node.down"
+    FLEET_BRAKED = "fleet.braked"  # too many nodes are away at once: nothing is ejected or replaced
+    FLEET_RELEASED = "fleet.released"
+    JOB_SUBMITTED = "job.submitted"
+    JOB_STOPPED = "job.stopped"
+    ALLOC_PLACED = "alloc.placed"
+    ALLOC_PENDING = "alloc.pending"
+    ALLOC_STARTING = "alloc.starting"
+    ALLOC_RUNNING = "alloc.running"
+    ALLOC_HEALTHY = "alloc.healthy"
+    ALLOC_UNHEALTHY = "alloc.unhealthy"
+    ALLOC_RESTARTED = "alloc.restarted"
+    ALLOC_STOPPING = "alloc.stopping"
+    ALLOC_COMPLETE = "alloc.complete"
+    ALLOC_FAILED = "alloc.failed"
+    ALLOC_LOST = "alloc.lost"
+    ALLOC_UNCLAIMED = "alloc.unclaimed"  # an agent runs it and the journal knows nothing of it: kept
+    ROLLOUT_STARTED = "rollout.started"
+    ROLLOUT_SUCCESSFUL = "rollout.successful"
+    ROLLOUT_FAILED = "rollout.failed"
+    ROLLOUT_STOPPED = "rollout.stopped"
+    ROLLOUT_REVERTED = "rollout.reverted"

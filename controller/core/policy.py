@@ -1,0 +1,21 @@
+"""The numbers that the controller decides by, in one place. Never read from anywhere else."""
+
+from outrider.model.job import Value
+
+
+class Policy(Value, frozen=True, kw_only=True):
+    heartbeat_interval_s: float = 0.3  # the edge tells agents in Welcome
+    suspect_after_s: float = 0.8  # silence on an open stream
+    disconnect_grace_s: float = 30.0  # gone or suspect for so long: down
+    # DESIGN, decision 5: more than this share of the nodes, and at least so many, away at once: hold everything.
+    brake_share: float = 0.1
+    brake_nodes_min: int = 3
+    withdraw_timeout_s: float = 2.0  # for sidecars to acknowledge that an endpoint is gone
+    replace_delay_s: float = 5.0  # for what failed; doubles with each failure of the group
+    replace_delay_max_s: float = 300.0
+    replace_reset_s: float = 600.0  # a group without a failure for so long starts at the first delay again
+    ended_kept: int = 5  # ended allocations of each group that stay visible
+    versions_kept: int = 20  # of each job
+    plan_placements_max: int = 50_000  # in one plan: bounds a step, and what one fsync carries
+    operator_calls_max: int = 4096  # waiting for the journal; more are told to come back
+    events_each_max: int = 1000  # placements of one run told one by one; more are told as one

@@ -1,0 +1,24 @@
+"""Where records become durable. Owns the contract; each store has a module of its own."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from controller.core.records import Record
+
+
+class Journal(Protocol):
+    """All calls block: the caller has a thread for them, and groups commits."""
+
+    def open(self) -> None:
+        """Raises JournalError where another controller holds it, or it cannot be read."""
+
+    def load(self) -> Iterator[Record]:
+        """Every record since the last snapshot, that one first."""
+
+    def append(self, batch: Sequence[Record]) -> None:
+        """All of them, durably, or none. Raises JournalError: the caller must exit."""
+
+    def snapshot(self, records: Iterable[Record]) -> None:
+        """Replace all that was appended so far by `records`, which make the same state."""
+
+    def close(self) -> None: ...
