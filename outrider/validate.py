@@ -1,0 +1,264 @@
+"""What makes a job impossible, whoever sent it. Pure: the job file's reader and the operator's edge both ask here.
+
+Owns limits and references within one job. Never judges whether the fleet can run it: that is the scheduler's.
+"""
+
+import ipaddress
+import math
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+
+from outrider.ids import is_name
+from outrider.model.job import (
+    MIB,
+    Check,
+    CheckKind,
+    Driver,
+    File,
+    Group,
+    Image,
+    ImageKind,
+    Job,
+    JobType,
+    Network,
+    Resources,
+    RestartPolicy,
+    Service,
+    Task,
+    UpdatePolicy,
+    Value,
+    inner_ports,
+)
+from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
+
+COUNT_MAX = 1_000_000
+GROUPS_MAX = 100
+TASKS_MAX = 32
+SERVICES_MAX = 32
+FILES_BYTES_MAX = MIB
+DURATION_S_MAX = 7 * 24 * 3600.0
+# Inside the allocation's namespace the sidecar listens here.
+RESERVED_PORTS = frozenset({VIRTUAL_PORT, *range(PUBLIC_PORT, PUBLIC_PORT + SERVICES_MAX)})
+RESERVED_TASK = "sidecar"  # `logs` names Envoy's so
+
+_TEXT_CHARS_MAX = 128 * 1024  # the kernel's limit of one argument or variable
+_ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_NAME_RULE = "lower-case letters, digits and dashes, at most 63, no dash at either end"
+
+Path = tuple[str | int, ...]
+
+
+class Problem(Value, frozen=True, kw_only=True):
+    """One thing that is wrong. `path` is the job file's: groups, tasks and ports by name, lists by index."""
+
+    path: Path
+    message: str
+
+    @property
+    def where(self) -> str:
+        """The path for people: `groups.web.services[0].port`."""
+        text = ""
+        for part in self.path:
+            text += f"[{part}]" if isinstance(part, int) else f".{part}"
+        return text.removeprefix(".")
+
+
+def problems(job: Job) -> tuple[Problem, ...]:
+    """All that is wrong with `job`, in the order of its parts. () is a good job."""
+    return tuple(_job(job))
+
+
+def _job(job: Job) -> Iterator[Problem]:
+    yield from _name(("job",), job.name)
+    yield from _range(("priority",), job.priority, 1, 100)
+    yield from _range(("groups",), len(job.groups), 1, GROUPS_MAX, "groups")
+    yield from _unique(("groups",), (group.name for group in job.groups), "group")
+    for group in job.groups:
+        path: Path = ("groups", group.name)
+        if job.type is JobType.SYSTEM and group.count != 1:
+            yield Problem(path=(*path, "count"), message="a system job runs one copy on each node; leave count out")
+        yield from _group(path, group)
+
+
+def _group(path: Path, group: Group) -> Iterator[Problem]:
+    yield from _name(path, group.name)
+    yield from _range((*path, "count"), group.count, 0, COUNT_MAX)
+    yield from _update((*path, "update"), group.update)
+    yield from _restart((*path, "restart"), group.restart)
+    yield from _network((*path, "network"), group.network)
+    yield from _range((*path, "tasks"), len(group.tasks), 1, TASKS_MAX, "tasks")
+    yield from _unique((*path, "tasks"), (task.name for task in group.tasks), "task")
+    for task in group.tasks:
+        yield from _task((*path, "tasks", task.name), task)
+    yield from _services((*path, "services"), group)
+
+
+def _update(path: Path, update: UpdatePolicy) -> Iterator[Problem]:
+    yield from _range((*path, "max_parallel"), update.max_parallel, 1, COUNT_MAX)
+    yield from _range((*path, "canary"), update.canary, 0, COUNT_MAX)
+    yield from _range((*path, "min_healthy"), update.min_healthy_s, 0, DURATION_S_MAX)
+    yield from _range((*path, "healthy_deadline"), update.healthy_deadline_s, 0, DURATION_S_MAX)
+    if update.healthy_deadline_s <= update.min_healthy_s:
+        yield Problem(path=(*path, "healthy_deadline"), message="must be longer than min_healthy, or nothing succeeds")
+
+
+def _restart(path: Path, restart: RestartPolicy) -> Iterator[Problem]:
+    yield from _range((*path, "attempts"), restart.attempts, 0, 1_000_000)
+    yield from _range((*path, "interval"), restart.interval_s, 0, DURATION_S_MAX)
+    yield from _range((*path, "delay"), restart.delay_s, 0, DURATION_S_MAX)
+    yield from _range((*path, "delay_max"), restart.delay_max_s, 0, DURATION_S_MAX)
+    if restart.delay_max_s < restart.delay_s:
+        yield Problem(path=(*path, "delay_max"), message="must not be shorter than delay")
+
+
+def _network(path: Path, network: Network) -> Iterator[Problem]:
+    yield from _unique((*path, "ports"), (port.name for port in network.ports), "port")
+    for port in network.ports:
+        at: Path = (*path, "ports", port.name)
+        yield from _name(at, port.name)
+        for key, number in (("static", port.static), ("to", port.to)):
+            if number is not None:
+                yield from _range((*at, key), number, 1, 65535)
+    statics = (str(port.static) for port in network.ports if port.static is not None)
+    yield from _unique((*path, "ports"), statics, "static port")
+    for name, number in inner_ports(network).items():
+        if number in RESERVED_PORTS:
+            yield Problem(path=(*path, "ports", name), message=f"{number} is the sidecar's; take another number")
+    yield from _unique((*path, "ports"), map(str, inner_ports(network).values()), "port number inside")
+    for index, text in enumerate(network.egress):
+        try:
+            ipaddress.IPv4Network(text)
+        except ValueError as error:
+            yield Problem(path=(*path, "egress", index), message=f"{error}; expected an IPv4 network, 10.0.0.0/8")
+
+
+def _task(path: Path, task: Task) -> Iterator[Problem]:
+    yield from _name(path, task.name)
+    if task.name == RESERVED_TASK:
+        yield Problem(path=path, message=f"{RESERVED_TASK!r} names the sidecar; choose another name")
+    if task.driver is Driver.PROCESS and not task.command:
+        yield Problem(path=(*path, "command"), message="a process needs a command")
+    for index, word in enumerate(task.command):
+        yield from _text((*path, "command", index), word)
+    yield from _image((*path, "image"), task.driver, task.image)
+    yield from _files((*path, "files"), task.files)
+    for name, text in task.env.items():
+        if not _ENV_NAME.match(name):
+            yield Problem(path=(*path, "env", name), message="a variable's name is letters, digits and underscores")
+        yield from _text((*path, "env", name), text)
+    yield from _resources((*path, "resources"), task.resources)
+    if task.kill_signal not in signal.Signals.__members__:
+        yield Problem(path=(*path, "kill_signal"), message=f"{task.kill_signal!r} is no signal; for example SIGTERM")
+    yield from _range((*path, "kill_timeout"), task.kill_timeout_s, 0, DURATION_S_MAX)
+
+
+def _image(path: Path, driver: Driver, image: Image) -> Iterator[Problem]:
+    if (image.kind is ImageKind.DISK) != (driver is Driver.VM):
+        yield Problem(path=path, message="a vm boots a disk, a process needs host, oci, oci-layout or dir")
+    if image.kind is not ImageKind.HOST and not image.reference:
+        yield Problem(path=path, message=f"{image.kind} needs a reference")
+    if image.sha256 and not _SHA256.match(image.sha256):
+        yield Problem(path=(*path, "sha256"), message="expected 64 hexadecimal digits in lower case")
+    if image.kind is ImageKind.DISK and not image.sha256:
+        yield Problem(path=(*path, "sha256"), message="a disk needs its checksum")
+
+
+def _files(path: Path, files: tuple[File, ...]) -> Iterator[Problem]:
+    yield from _unique(path, (file.path for file in files), "file")
+    for file in files:
+        parts = PurePosixPath(file.path)
+        if not file.path or parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in file.path:
+            yield Problem(
+                path=(*path, file.path), message="expected a path relative to the task's directory, without .."
+            )
+        if not 0 <= file.mode <= 0o777:
+            yield Problem(path=(*path, file.path), message=f"mode {file.mode:o} is not within 0 and 777")
+    size = sum(len(file.content) for file in files)
+    if size > FILES_BYTES_MAX:
+        yield Problem(
+            path=path, message=f"{size} bytes in all; at most {FILES_BYTES_MAX} travel with a job: use an image"
+        )
+
+
+def _resources(path: Path, resources: Resources) -> Iterator[Problem]:
+    yield from _range((*path, "cpu"), resources.cpu_millis, 1, 1_000_000, "thousandths of a core")
+    yield from _range((*path, "memory"), resources.memory_bytes, MIB, 1 << 50, "bytes")
+    yield from _range((*path, "disk"), resources.disk_bytes, 0, 1 << 60, "bytes")
+    yield from _range((*path, "pids"), resources.pids_max, 1, 4_194_304)
+    if resources.cpu_max_millis is not None:
+        yield from _range((*path, "cpu_max"), resources.cpu_max_millis, 10, 1_000_000, "thousandths of a core")
+        if resources.cpu_max_millis < resources.cpu_millis:
+            yield Problem(path=(*path, "cpu_max"), message="must not be less than cpu, which is reserved")
+
+
+def _services(path: Path, group: Group) -> Iterator[Problem]:
+    yield from _range(path, len(group.services), 0, SERVICES_MAX, "services")
+    yield from _unique(path, (service.name for service in group.services), "service")
+    local = Counter(inner_ports(group.network).values())
+    for index, service in enumerate(group.services):
+        at: Path = (*path, index)
+        yield from _service(at, service, {port.name for port in group.network.ports})
+        for place, upstream in enumerate(service.upstreams):
+            if upstream.port is None:
+                continue
+            yield from _range((*at, "upstreams", place, "port"), upstream.port, 1, 65535)
+            if local[upstream.port] or upstream.port in RESERVED_PORTS:
+                message = f"127.0.0.1:{upstream.port} is taken by another port, upstream or the sidecar"
+                yield Problem(path=(*at, "upstreams", place, "port"), message=message)
+            local[upstream.port] += 1
+
+
+def _service(path: Path, service: Service, ports: set[str]) -> Iterator[Problem]:
+    yield from _name((*path, "name"), service.name)
+    if service.port is not None and service.port not in ports:
+        known = ", ".join(sorted(ports)) or "none"
+        yield Problem(path=(*path, "port"), message=f"the group has no port {service.port!r}; known: {known}")
+    if service.allow and service.port is None:
+        yield Problem(path=(*path, "allow"), message="a service without a port is never called; give it a port")
+    yield from _unique((*path, "upstreams"), (upstream.service for upstream in service.upstreams), "upstream")
+    for index, upstream in enumerate(service.upstreams):
+        yield from _name((*path, "upstreams", index), upstream.service)
+    yield from _unique((*path, "allow"), service.allow, "caller")
+    for index, caller in enumerate(service.allow):
+        if caller != "*":
+            yield from _name((*path, "allow", index), caller)
+    if service.check is not None:
+        yield from _check((*path, "check"), service.check, has_port=service.port is not None)
+
+
+def _check(path: Path, check: Check, *, has_port: bool) -> Iterator[Problem]:
+    if check.kind is CheckKind.COMMAND and not check.command:
+        yield Problem(path=path, message="a command check needs a command")
+    if check.kind is not CheckKind.COMMAND and not has_port:
+        yield Problem(path=path, message=f"a {check.kind} check needs the service's port")
+    if check.kind is CheckKind.HTTP and not check.path.startswith("/"):
+        yield Problem(path=path, message=f"{check.path!r} is no path; it begins with /")
+    for word in (check.path, *check.command):
+        yield from _text(path, word)
+    yield from _range((*path, "interval"), check.interval_s, 0.05, DURATION_S_MAX)
+    yield from _range((*path, "timeout"), check.timeout_s, 0.01, DURATION_S_MAX)
+
+
+def _name(path: Path, name: str) -> Iterator[Problem]:
+    if not is_name(name):
+        yield Problem(path=path, message=f"{name[:80]!r} is no name: {_NAME_RULE}")
+
+
+def _text(path: Path, text: str) -> Iterator[Problem]:
+    if "\0" in text or len(text) > _TEXT_CHARS_MAX:
+        yield Problem(path=path, message=f"holds a NUL, or more than {_TEXT_CHARS_MAX} characters")
+
+
+def _range(path: Path, number: float, least: float, most: float, unit: str = "") -> Iterator[Problem]:
+    if not math.isfinite(number) or not least <= number <= most:
+        yield Problem(path=path, message=f"{number} is not within {least} and {most}{unit and ' ' + unit}")
+
+
+def _unique(path: Path, names: Iterable[str], noun: str) -> Iterator[Problem]:
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield Problem(path=(*path, name), message=f"{noun} {name!r} stands here {count} times")
