@@ -1,0 +1,1 @@
+"""What a sidecar should have, derived purely from mesh intent; and who has been sent what."""

@@ -1,0 +1,58 @@
+"""What the agent wants of one sidecar. Values only: who may call whom, and where peers are, comes with the mesh view."""
+
+from outrider.ids import AllocId, NodeId, ServiceName
+from outrider.model.job import Protocol, Value
+
+
+class SidecarUpstream(Value, frozen=True, kw_only=True):
+    """A service that the allocation calls: by its virtual address, and on 127.0.0.1 where the job asks."""
+
+    service: ServiceName
+    local_port: int | None = None
+
+
+class SidecarService(Value, frozen=True, kw_only=True):
+    """A service of the allocation, and the identity under which it calls its upstreams."""
+
+    service: ServiceName
+    public_port: int
+    workload_address: str = "127.0.0.1"
+    workload_port: int | None = None  # None: it only calls, nothing listens
+    protocol: Protocol = Protocol.TCP
+    upstreams: tuple[SidecarUpstream, ...] = ()
+
+
+class SidecarSpec(Value, frozen=True, kw_only=True):
+    """One allocation's sidecar. Never changes for the sidecar's life."""
+
+    alloc: AllocId
+    node: NodeId  # as Consul names it: endpoints of the same node are dialled at their local address
+    uid: int  # the host's uid that Envoy runs as: only it (and root) may enter the sidecar's directory
+    local_address: str  # the veth's address inside the allocation's namespace; public listeners bind here only
+    services: tuple[SidecarService, ...] = ()
+
+
+class PairStats(Value, frozen=True, kw_only=True):
+    """Traffic between two services, counted by one sidecar since it started.
+
+    Outbound: `source` is ours. Inbound: `destination` is ours, and `source` is "" (the callers' sidecars tell them apart).
+    """
+
+    source: str
+    destination: str
+    requests: tuple[tuple[str, int], ...] = ()  # (class, count): "2xx" ...; empty for tcp
+    errors: int = 0  # failures to connect, resets, and no healthy endpoint
+    latency_ms: tuple[tuple[float, int], ...] = ()  # (upper bound, cumulative count), over LATENCY_BUCKETS_MS
+    latency_count: int = 0
+    latency_sum_ms: float = 0.0
+    bytes_sent: int = 0  # towards the destination
+    bytes_received: int = 0
+    connections: int = 0
+    connections_active: int = 0
+    refused: int = 0  # inbound: by an intention
+
+
+class SidecarStats(Value, frozen=True, kw_only=True):
+    alloc: AllocId
+    inbound: tuple[PairStats, ...] = ()
+    outbound: tuple[PairStats, ...] = ()
