@@ -1,0 +1,1 @@
+"""An allocation's network on its node: namespace, veth, nftables, names."""
