@@ -1,0 +1,136 @@
+"""The agent's state: volatile, rebuilt at its start from records and from what runs on the host.
+
+Owns the shapes, and what follows from a value alone. Changed in place by `allocation`, `recovery` and `step` only.
+"""
+
+import random
+
+import msgspec
+
+from agent.core.commands import Command
+from agent.core.events import AllocRecord, Found, TaskExit
+from agent.core.health import Probe
+from agent.core.lifecycle import Phase, check_transition
+from outrider.ids import AllocId, ServiceName, TaskName
+from outrider.model.allocation import AllocReport, Assignment, Desired, Generation, TaskStatus
+from outrider.model.job import Task, inner_ports
+
+NEVER_S = float("inf")
+
+
+class TaskState(msgspec.Struct, kw_only=True):
+    task: Task
+    status: TaskStatus = TaskStatus.PENDING
+    starting: bool = False  # StartTask is under way
+    restarts: int = 0
+    tried_at_s: tuple[float, ...] = ()
+    retry_at_s: float | None = None  # in BACKOFF
+    started_at_s: float | None = None
+    exit: TaskExit | None = None  # of the last run
+    message: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Something of it runs, or is about to."""
+        return self.starting or self.status is TaskStatus.RUNNING
+
+
+class AllocState(msgspec.Struct, kw_only=True):
+    assignment: Assignment
+    phase: Phase = Phase.PREPARING
+    tasks: dict[TaskName, TaskState]
+    probes: dict[ServiceName, Probe]
+    durable: bool = False  # its first record is on disk
+    local_address: str = ""
+    sidecar_ready: bool = False
+    sidecar_tried_at_s: tuple[float, ...] = ()
+    sidecar_retry_at_s: float | None = None
+    setup_tried_at_s: tuple[float, ...] = ()
+    retry_at_s: float | None = None  # when to prepare again, or to clean again
+    stopping: bool = False  # on the way out: nothing is started any more
+    forget: bool = False  # the controller does not want to hear of it again
+    failure: str = ""
+    log_tail: str = ""
+    message: str = ""
+    saved: AllocRecord | None = None
+    reported: AllocReport | None = None
+    deadline_s: float = NEVER_S
+
+    @property
+    def id(self) -> AllocId:
+        return self.assignment.alloc
+
+    @property
+    def has_sidecar(self) -> bool:
+        return bool(self.assignment.group.services)
+
+    @property
+    def tasks_up(self) -> bool:
+        """Every task runs, or ended as it should."""
+        return all(task.status in (TaskStatus.RUNNING, TaskStatus.EXITED) for task in self.tasks.values())
+
+    @property
+    def any_live(self) -> bool:
+        return any(task.live for task in self.tasks.values())
+
+    def become(self, phase: Phase) -> None:
+        check_transition(self.phase, phase)
+        self.phase = phase
+
+
+class Stray(msgspec.Struct, kw_only=True):
+    """Found on the host without a record: kept until a full set of assignments tells."""
+
+    found: Found
+    cleaning: bool = False
+    retry_at_s: float | None = None
+
+
+class State(msgspec.Struct, kw_only=True):
+    acknowledged: Generation = Generation()
+    allocs: dict[AllocId, AllocState] = {}
+    strays: dict[AllocId, Stray] = {}
+
+
+class Turn(msgspec.Struct, kw_only=True):
+    """One call of `step`: its time, its dice, and the commands so far."""
+
+    now_s: float
+    rng: random.Random
+    commands: list[Command] = []
+
+    def emit(self, *commands: Command) -> None:
+        self.commands.extend(commands)
+
+
+def new_alloc(assignment: Assignment) -> AllocState:
+    group = assignment.group
+    ports = inner_ports(group.network)
+    return AllocState(
+        assignment=assignment,
+        tasks={task.name: TaskState(task=task) for task in group.tasks},
+        probes={
+            service.name: Probe(
+                service=service.name, check=service.check, port=ports[service.port] if service.port else None
+            )
+            for service in group.services
+            if service.check is not None
+        },
+        stopping=assignment.desired is Desired.STOP,
+    )
+
+
+def deadline_s(alloc: AllocState) -> float:
+    """When the allocation needs a Tick, on the core's clock; `NEVER_S` where only events move it."""
+    times = [alloc.retry_at_s, alloc.sidecar_retry_at_s]
+    if not alloc.has_sidecar or alloc.sidecar_ready:
+        times += [task.retry_at_s for task in alloc.tasks.values()]
+    times += [probe.due_s for probe in alloc.probes.values()]
+    return min((time for time in times if time is not None), default=NEVER_S)
+
+
+def next_deadline_s(state: State) -> float:
+    """When `step` wants a Tick at the latest, on its own clock."""
+    allocs = min((alloc.deadline_s for alloc in state.allocs.values()), default=NEVER_S)
+    strays = min((s.retry_at_s for s in state.strays.values() if s.retry_at_s is not None), default=NEVER_S)
+    return min(allocs, strays)
