@@ -5,7 +5,6 @@ Owns the binding. Not for several threads at once: each user keeps it to one.
 
 import ctypes
 from functools import cache
-from types import TracebackType
 from typing import Self
 
 from outrider.errors import HostError
@@ -26,7 +25,7 @@ class Nftables:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, commands: str, *, subject: str) -> None:

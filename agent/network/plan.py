@@ -92,19 +92,14 @@ add rule ip {table} forward ip daddr {network} drop
 """
 
 
-def node_elements(spec: NetworkSpec, *, block: int, verb: str) -> str:
-    """`verb` ("add" or "delete") the allocation's elements of the node's table; "" where it has none."""
-    table = node_table(block)
-    ports = ", ".join(
-        f"{outer} : {spec.local_address} . {inner}" for outer, inner in (*spec.mesh_ports, *spec.static_ports)
+def node_elements(spec: NetworkSpec, *, block: int) -> tuple[str, ...]:
+    """The allocation's elements of the node's table, each as it stands behind nft's `add element`."""
+    table = f"ip {node_table(block)}"
+    published = (*spec.mesh_ports, *spec.static_ports)
+    return (
+        *(f"{table} ports {{ {outer} : {spec.local_address} . {inner} }}" for outer, inner in published),
+        *(f"{table} public {{ {spec.local_address} . {inner} }}" for _, inner in spec.mesh_ports),
     )
-    public = ", ".join(f"{spec.local_address} . {inner}" for _, inner in spec.mesh_ports)
-    lines = []
-    if ports:
-        lines.append(f"{verb} element ip {table} ports {{ {ports} }}")
-    if public:
-        lines.append(f"{verb} element ip {table} public {{ {public} }}")
-    return "\n".join(lines)
 
 
 def namespace_rules(spec: NetworkSpec) -> str:

@@ -7,12 +7,11 @@ import errno
 import os
 import socket
 import struct
-from types import TracebackType
 from typing import Self
 
 from outrider.errors import HostError
 
-_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE = 16, 17, 20, 24
+_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 24, 25
 _REQUEST, _ACK, _CREATE, _EXCLUSIVE = 0x1, 0x4, 0x400, 0x200
 _ERROR = 2  # the type of an acknowledgement, whose first word is 0 or -errno
 _IFF_UP = 1
@@ -23,7 +22,7 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _TABLE_MAIN, _TABLE_LOCAL = 254, 255
 _PROTOCOL_STATIC = 4
-_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST = 0, 253, 254
+_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE = 0, 253, 254, 255
 _UNICAST, _LOCAL = 1, 2
 _DEADLINE_S = 5
 _REPLY_BYTES_MAX = 65536
@@ -41,7 +40,7 @@ class RouteSocket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._socket.close()
 
     def add_veth(self, name: str, *, peer: str, peer_namespace: int) -> None:
@@ -69,6 +68,12 @@ class RouteSocket:
 
     def add_link_route(self, name: str, address: str) -> None:
         self._route(name, address, 32, scope=_SCOPE_LINK)
+
+    def delete_route(self, address: str) -> None:
+        """Does nothing where there is no route to `address` alone."""
+        body = struct.pack("BBBBBBBBI", socket.AF_INET, 32, 0, 0, _TABLE_MAIN, 0, _SCOPE_NOWHERE, 0, 0)
+        body += _attribute(_RTA_DST, socket.inet_aton(address))
+        self._do(_DELROUTE, 0, body, step=f"delete the route to {address}", accept=errno.ESRCH)
 
     def add_default_route(self, name: str, gateway: str) -> None:
         self._route(name, "0.0.0.0", 0, gateway=gateway)  # noqa: S104 - a route's destination, not a listener's
