@@ -99,12 +99,11 @@ def _task_event(alloc: AllocState, event: TaskStarted | TaskStartFailed | TaskEx
 def tick(alloc: AllocState, turn: Turn) -> None:
     """Time passed: whatever is due."""
     now_s = turn.now_s
-    if alloc.retry_at_s is not None and alloc.retry_at_s <= now_s:
-        alloc.retry_at_s = None
-        if alloc.phase is Phase.BACKOFF:
-            prepare(alloc, turn)
-        elif alloc.phase is Phase.CLEANING:
-            turn.emit(Clean(alloc=alloc.id))
+    if alloc.phase is Phase.BACKOFF and alloc.retry_at_s is not None and alloc.retry_at_s <= now_s:
+        prepare(alloc, turn)
+    if alloc.clean_retry_at_s is not None and alloc.clean_retry_at_s <= now_s:
+        alloc.clean_retry_at_s = None
+        turn.emit(Clean(alloc=alloc.id))
     if alloc.sidecar_retry_at_s is not None and alloc.sidecar_retry_at_s <= now_s:
         alloc.sidecar_retry_at_s = None
         _start_sidecar(alloc, turn)
@@ -127,6 +126,7 @@ def prepare(alloc: AllocState, turn: Turn) -> None:
     """From nothing: new, or after a failed try was cleaned."""
     if alloc.phase is not Phase.PREPARING:
         alloc.become(Phase.PREPARING)
+    alloc.retry_at_s = None
     turn.emit(CreateNetwork(assignment=alloc.assignment))
 
 
@@ -147,7 +147,6 @@ def stop(alloc: AllocState, turn: Turn) -> None:
     elif alloc.phase is Phase.SIDECAR_STARTING:
         _stop_sidecar(alloc, turn)
     elif alloc.phase is Phase.BACKOFF:
-        alloc.retry_at_s = None
         alloc.become(Phase.ENDED)
     # Elsewhere a step is under way whose end looks at `stopping`.
 
@@ -242,7 +241,7 @@ def _step_failed(alloc: AllocState, event: StepFailed, turn: Turn) -> None:
         alloc.message = event.message
         retry = next_try(PERSISTENT, alloc.setup_tried_at_s, turn.now_s, turn.rng)
         if retry is not None:
-            alloc.setup_tried_at_s, alloc.retry_at_s = retry.tried_at_s, retry.at_s
+            alloc.setup_tried_at_s, alloc.clean_retry_at_s = retry.tried_at_s, retry.at_s
 
 
 def _setup_failed(alloc: AllocState, message: str, turn: Turn, *, retry: bool) -> None:
@@ -366,7 +365,7 @@ def tasks_ended(alloc: AllocState, turn: Turn) -> None:
 
 
 def _stop_sidecar(alloc: AllocState, turn: Turn) -> None:
-    alloc.sidecar_ready = False
+    alloc.sidecar_ready, alloc.sidecar_retry_at_s = False, None
     alloc.become(Phase.SIDECAR_STOPPING)
     turn.emit(StopSidecar(alloc=alloc.id))
 
@@ -377,10 +376,8 @@ def _cleaned(alloc: AllocState, turn: Turn) -> None:
     alloc.local_address = ""
     alloc.sidecar_tried_at_s = ()
     if alloc.stopping:
-        alloc.retry_at_s = None
         alloc.become(Phase.ENDED)
         return
     alloc.become(Phase.BACKOFF)
     if alloc.retry_at_s is None or alloc.retry_at_s <= turn.now_s:
-        alloc.retry_at_s = None
         prepare(alloc, turn)

@@ -46,7 +46,8 @@ class AllocState(msgspec.Struct, kw_only=True):
     sidecar_tried_at_s: tuple[float, ...] = ()
     sidecar_retry_at_s: float | None = None
     setup_tried_at_s: tuple[float, ...] = ()
-    retry_at_s: float | None = None  # when to prepare again, or to clean again
+    retry_at_s: float | None = None  # when to prepare again
+    clean_retry_at_s: float | None = None
     stopping: bool = False  # on the way out: nothing is started any more
     forget: bool = False  # the controller does not want to hear of it again
     failure: str = ""
@@ -122,7 +123,9 @@ def new_alloc(assignment: Assignment) -> AllocState:
 
 def deadline_s(alloc: AllocState) -> float:
     """When the allocation needs a Tick, on the core's clock; `NEVER_S` where only events move it."""
-    times = [alloc.retry_at_s, alloc.sidecar_retry_at_s]
+    times = [alloc.clean_retry_at_s, alloc.sidecar_retry_at_s]
+    if alloc.phase is Phase.BACKOFF:
+        times.append(alloc.retry_at_s)
     if not alloc.has_sidecar or alloc.sidecar_ready:
         times += [task.retry_at_s for task in alloc.tasks.values()]
     times += [probe.due_s for probe in alloc.probes.values()]

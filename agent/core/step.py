@@ -64,7 +64,10 @@ def _assigned(state: State, event: Assigned, turn: Turn) -> None:
 def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
     alloc = state.allocs.get(assignment.alloc)
     stray = state.strays.pop(assignment.alloc, None)
-    if stray is not None:
+    if stray is not None and stray.cleaning:
+        alloc = new_alloc(assignment)  # too late to keep it: from nothing, once it is gone
+        alloc.phase, alloc.clean_retry_at_s = Phase.CLEANING, stray.retry_at_s
+    elif stray is not None:
         alloc = adopt(assignment, stray.found, turn)
     elif alloc is None:
         alloc = new_alloc(assignment)
