@@ -171,9 +171,9 @@ class Engine:
         finally:
             del self._waiting[request]
 
-    async def changed(self) -> None:
-        """Waits for the state to change."""
-        await self._changed.wait()
+    def next_change(self) -> asyncio.Event:
+        """Set when the state has changed since now."""
+        return self._changed
 
     def _replay(self) -> int:
         self._journal.open()

@@ -7,7 +7,7 @@ skipped; it reads again from the sequence it knows.
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 
@@ -45,7 +45,7 @@ class EventLog:
     def kept(self, after: int) -> tuple[FleetEvent, ...]:
         return tuple(event for event in self._kept if event.sequence > after)
 
-    async def follow(self, after: int) -> AsyncIterator[FleetEvent]:
+    async def follow(self, after: int) -> AsyncGenerator[FleetEvent, None]:
         """What is kept beyond `after`, then everything as it comes. Raises RefusedError("slow-listener")."""
         if len(self._listeners) >= LISTENERS_MAX:
             raise RefusedError("too-many-listeners", f"{LISTENERS_MAX} listeners follow the events already; end one")

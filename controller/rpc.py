@@ -6,7 +6,8 @@ Owns no service and no socket.
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
@@ -51,50 +52,85 @@ _STATUS = {
 }
 
 
-async def abort(context: Context, error: OutriderError, log: Log) -> NoReturn:
-    """End the call with what `error` says."""
-    status, code = _meaning(error)
-    log.info("call refused", peer=context.peer(), code=code, message=str(error))
-    await context.abort(status, str(error), trailing_metadata=((CODE_METADATA, code),))
+class Edge:
+    """A service's base: who may call, and what became of the calls that were refused."""
+
+    def __init__(self, *, log: Log, refused: Counter[str]) -> None:
+        self.log = log
+        self.refused = refused  # by code; shared by all services
+
+    def authorize(self, context: Context) -> None:
+        """Raises RefusedError("denied") where the caller may not use this service."""
+        raise NotImplementedError
+
+    async def abort(self, context: Context, error: OutriderError) -> NoReturn:
+        """End the call with what `error` says."""
+        status, code = _meaning(error)
+        self.refused[code] += 1
+        self.log.info("call refused", peer=context.peer(), code=code, message=str(error))
+        await context.abort(status, str(error), trailing_metadata=((CODE_METADATA, code),))
 
 
 def unary(
     method: Callable[[Any, Request, Context], Awaitable[Response]],
 ) -> Callable[[Any, Request, Context], Awaitable[Response]]:
-    """A unary method of a service that has `authorize(context)` and `log`: errors become statuses."""
+    """A unary method of an Edge: errors become statuses."""
 
     @functools.wraps(method)
-    async def call(self: Any, request: Request, context: Context) -> Response:
+    async def call(self: Edge, request: Request, context: Context) -> Response:
         try:
             self.authorize(context)
             return await method(self, request, context)
         except OutriderError as error:
-            await abort(context, error, self.log)
+            await self.abort(context, error)
 
     return call
 
 
 def stream(*, write_timeout_s: float) -> Callable[[_Stream[Request, Response]], _Stream[Request, Response]]:
-    """The same for a method that answers with a stream. A caller that takes nothing for so long is a slow listener."""
+    """A method that answers with a stream. A caller that takes nothing for `write_timeout_s` is ended as too slow."""
 
     def decorate(method: _Stream[Request, Response]) -> _Stream[Request, Response]:
         @functools.wraps(method)
-        async def call(self: Any, request: Request, context: Context) -> None:
-            try:
-                self.authorize(context)
-                async with contextlib.aclosing(method(self, request, context)) as responses:
-                    async for response in responses:
-                        await _write(context, response, write_timeout_s)
-            except OutriderError as error:
-                await abort(context, error, self.log)
+        async def call(self: Edge, request: Request, context: Context) -> None:
+            async with contextlib.aclosing(method(self, request, context)) as responses:
+                async for response in responses:
+                    await write(context, response, write_timeout_s)
 
-        # A coroutine that writes, where the stubs expect a generator: when the caller hangs up, its clean-up runs at once.
-        return cast("_Stream[Request, Response]", call)
+        return duplex(call)
 
     return decorate
 
 
-async def _write(context: Context, response: object, timeout_s: float) -> None:
+def duplex(
+    method: Callable[[Any, Request, Context], Awaitable[None]],
+) -> Callable[[Any, Request, Context], AsyncGenerator[Any, None]]:
+    """A method that writes its answers itself."""
+
+    @functools.wraps(method)
+    async def call(self: Edge, request: Request, context: Context) -> None:
+        try:
+            self.authorize(context)
+            await method(self, request, context)
+        except OutriderError as error:
+            await self.abort(context, error)
+
+    # A coroutine, where the stubs expect a generator: when the caller hangs up, its clean-up runs at once.
+    return cast("Callable[[Any, Request, Context], AsyncGenerator[Any, None]]", call)
+
+
+@contextlib.asynccontextmanager
+async def within(timeout_s: float, what: str) -> AsyncIterator[None]:
+    """A deadline for an answer of the mesh or of a caller. Raises PeerError, which says `what` did not come."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise PeerError(f"{what}: no answer within {timeout_s:g} s; try again") from error
+
+
+async def write(context: Context, response: object, timeout_s: float) -> None:
+    """Raises RefusedError("slow-listener") where the caller takes nothing for so long."""
     try:
         async with asyncio.timeout(timeout_s):
             await context.write(response)

@@ -6,7 +6,8 @@ Queues: two for each tunnel, FRAMES_MAX frames each; when one is full, gRPC's fl
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
 
 from outrider.errors import PeerError, RefusedError
 from outrider.ids import NodeId
@@ -17,18 +18,47 @@ TUNNELS_MAX = 512
 OPEN_TIMEOUT_S = 10.0
 
 
+class Frames:
+    """One direction: `put` waits while FRAMES_MAX are under way, `close` never does."""
+
+    def __init__(self) -> None:
+        self._frames: deque[TunnelFrame] = deque()
+        self._room = asyncio.Semaphore(FRAMES_MAX)
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    async def put(self, frame: TunnelFrame) -> None:
+        await self._room.acquire()
+        self._frames.append(frame)
+        self._ready.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._ready.set()
+
+    async def get(self) -> TunnelFrame | None:
+        """The next, or None: closed, and all was taken."""
+        while not self._frames:
+            if self._closed:
+                return None
+            self._ready.clear()
+            await self._ready.wait()
+        self._room.release()
+        return self._frames.popleft()
+
+
 class Tunnel:
-    """One operator's call and one agent's, frame by frame. `None` in a queue is its end."""
+    """One operator's call and one agent's, frame by frame."""
 
     def __init__(self, node: NodeId) -> None:
         self.id = secrets.token_urlsafe(24)  # the agent proves with it that it was asked
         self.node = node
-        self.to_agent: asyncio.Queue[TunnelFrame | None] = asyncio.Queue(FRAMES_MAX)
-        self.to_operator: asyncio.Queue[TunnelFrame | None] = asyncio.Queue(FRAMES_MAX)
+        self.to_agent = Frames()
+        self.to_operator = Frames()
         self.opened = asyncio.Event()
-        self.closed = asyncio.Event()  # the operator has gone
+        self.closed = asyncio.Event()  # the operator's call has ended, for whatever reason
 
-    async def frames(self) -> AsyncIterator[TunnelFrame]:
+    async def frames(self) -> AsyncGenerator[TunnelFrame, None]:
         """What the agent sends, its end included. Raises PeerError where it does not come, or breaks off."""
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):

@@ -1,0 +1,327 @@
+"""OperatorService: people and their tools, on the unix socket or with an operator's certificate.
+
+Parses and checks what comes in, reads the state for what is asked, and hands changes to the engine. Decides nothing.
+Tasks: one for each exec call, which reads what the caller types.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from controller.core import views
+from controller.core.commands import Reply
+from controller.core.events import JobStopRequested, JobSubmitted
+from controller.engine import Engine
+from controller.event_log import EventLog
+from controller.mesh.mesh import Mesh
+from controller.refusals import Refusals
+from controller.rpc import Context, Edge, duplex, stream, unary, within, write
+from controller.sessions import Sessions
+from controller.tunnels import Tunnel, Tunnels
+from outrider import __version__, codec
+from outrider.errors import InputError, OutriderError, RefusedError
+from outrider.ids import JobName, NodeId, ServiceName, is_name
+from outrider.log import Log
+from outrider.model.allocation import Allocation
+from outrider.model.fleet import JobStatus
+from outrider.model.job import Job
+from outrider.model.mesh import Action, Intention, spiffe_id
+from outrider.tls import IdentityKind, peer_identity
+from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2, operator_pb2, operator_pb2_grpc
+from outrider.validate import problems
+
+MESH_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 10.0
+EVENT_WRITE_TIMEOUT_S = 10.0
+STATUS_WRITE_TIMEOUT_S = 60.0
+DATA_WRITE_TIMEOUT_S = 600.0  # a person may pause a terminal
+STATUS_INTERVAL_S = 0.05  # changes within it are told as one
+PROBLEMS_SHOWN_MAX = 10
+DESCRIPTION_CHARS_MAX = 256
+
+
+class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        consul: str,
+        engine: Engine,
+        events: EventLog,
+        mesh: Mesh,
+        sessions: Sessions,
+        tunnels: Tunnels,
+        refusals: Refusals,
+        refused: Counter[str],
+        log: Log,
+    ) -> None:
+        """`consul`: the real one's address, or "embedded"."""
+        super().__init__(log=log, refused=refused)
+        self._cluster = cluster
+        self._consul = consul
+        self._engine = engine
+        self._events = events
+        self._mesh = mesh
+        self._sessions = sessions
+        self._tunnels = tunnels
+        self._refusals = refusals
+
+    def authorize(self, context: Context) -> None:
+        if context.peer().startswith("unix:"):
+            return  # whoever may open the socket is an operator: its mode says who
+        identity = peer_identity(context)
+        if identity is None or identity.kind is not IdentityKind.OPERATOR or identity.cluster != self._cluster:
+            shown = identity.uri if identity else "no certificate of a fleet"
+            raise RefusedError("denied", f"only operators of {self._cluster} may call this; the caller shows {shown}")
+
+    @unary
+    async def GetFleet(self, request: operator_pb2.GetFleetRequest, context: Context) -> operator_pb2.GetFleetResponse:
+        summary = views.fleet_summary(self._engine.state)
+        return operator_pb2.GetFleetResponse(
+            cluster=self._cluster,
+            version=__version__,
+            generation=codec.to_wire(summary.generation, allocation_pb2.Generation),
+            nodes_ready=summary.nodes_ready,
+            nodes=summary.nodes,
+            jobs=summary.jobs,
+            consul=self._consul,
+            trust_domain=self._mesh.roots().trust_domain,
+        )
+
+    @unary
+    async def SubmitJob(
+        self, request: operator_pb2.SubmitJobRequest, context: Context
+    ) -> operator_pb2.SubmitJobResponse:
+        job = codec.from_wire(request.job, Job)
+        found = problems(job)
+        if found:
+            shown = "; ".join(f"{problem.where}: {problem.message}" for problem in found[:PROBLEMS_SHOWN_MAX])
+            raise InputError(f"job {job.name[:80]!r}: {shown}")
+        reply = _done(await self._engine.request(lambda request: JobSubmitted(request=request, job=job)))
+        return operator_pb2.SubmitJobResponse(version=reply.version, changed=reply.changed, warnings=reply.warnings)
+
+    @unary
+    async def StopJob(self, request: operator_pb2.StopJobRequest, context: Context) -> operator_pb2.StopJobResponse:
+        job = JobName(request.job)
+        reply = _done(await self._engine.request(lambda request: JobStopRequested(request=request, job=job)))
+        return operator_pb2.StopJobResponse(version=reply.version)
+
+    @unary
+    async def ListJobs(self, request: operator_pb2.ListJobsRequest, context: Context) -> operator_pb2.ListJobsResponse:
+        jobs = views.job_summaries(self._engine.state)
+        return operator_pb2.ListJobsResponse(jobs=[codec.to_wire(job, operator_pb2.JobSummary) for job in jobs])
+
+    @unary
+    async def GetJob(self, request: operator_pb2.GetJobRequest, context: Context) -> operator_pb2.JobStatus:
+        return codec.to_wire(self._job(request.job), operator_pb2.JobStatus)
+
+    @stream(write_timeout_s=STATUS_WRITE_TIMEOUT_S)
+    async def WatchJob(
+        self, request: operator_pb2.GetJobRequest, context: Context
+    ) -> AsyncGenerator[operator_pb2.JobStatus, None]:
+        told: JobStatus | None = None
+        while True:
+            changed = self._engine.next_change()  # before the state is read: what comes meanwhile wakes us too
+            status = self._job(request.job)
+            if status != told:
+                told = status
+                yield codec.to_wire(status, operator_pb2.JobStatus)
+            await changed.wait()
+            await asyncio.sleep(STATUS_INTERVAL_S)
+
+    @unary
+    async def ListNodes(
+        self, request: operator_pb2.ListNodesRequest, context: Context
+    ) -> operator_pb2.ListNodesResponse:
+        nodes = views.node_states(self._engine.state)
+        return operator_pb2.ListNodesResponse(nodes=[codec.to_wire(node, operator_pb2.NodeState) for node in nodes])
+
+    @unary
+    async def GetNode(self, request: operator_pb2.GetNodeRequest, context: Context) -> operator_pb2.GetNodeResponse:
+        node = views.node_state(self._engine.state, NodeId(request.node))
+        if node is None:
+            raise RefusedError("not-found", f"no node {request.node[:80]!r}; `outrider node ls` lists them")
+        placed = views.allocations(self._engine.state, node=node.node.id)
+        return operator_pb2.GetNodeResponse(
+            node=codec.to_wire(node, operator_pb2.NodeState),
+            allocations=[codec.to_wire(each, allocation_pb2.Allocation) for each in placed],
+        )
+
+    @unary
+    async def ListAllocations(
+        self, request: operator_pb2.ListAllocationsRequest, context: Context
+    ) -> operator_pb2.ListAllocationsResponse:
+        found = views.allocations(
+            self._engine.state,
+            job=JobName(request.job) if request.job else None,
+            node=NodeId(request.node) if request.node else None,
+            terminal=request.terminal,
+        )
+        return operator_pb2.ListAllocationsResponse(
+            allocations=[codec.to_wire(each, allocation_pb2.Allocation) for each in found]
+        )
+
+    @unary
+    async def GetAllocation(
+        self, request: operator_pb2.GetAllocationRequest, context: Context
+    ) -> allocation_pb2.Allocation:
+        return codec.to_wire(self._allocation(request.alloc), allocation_pb2.Allocation)
+
+    @stream(write_timeout_s=DATA_WRITE_TIMEOUT_S)
+    async def Logs(
+        self, request: fleet_pb2.LogsRequest, context: Context
+    ) -> AsyncGenerator[fleet_pb2.TunnelFrame, None]:
+        allocation, node = self._placed(request.alloc)
+        request.alloc = allocation.id
+        with self._tunnels.open(node) as tunnel:
+            self._sessions.open_tunnel(node, fleet_pb2.OpenTunnel(tunnel=tunnel.id, logs=request))
+            async for frame in tunnel.frames():
+                yield frame
+
+    @duplex
+    async def Exec(self, request_iterator: AsyncIterator[operator_pb2.ExecFrame], context: Context) -> None:
+        start = await _start(request_iterator)
+        allocation, node = self._placed(start.alloc)
+        start.alloc = allocation.id
+        with self._tunnels.open(node) as tunnel:
+            self._sessions.open_tunnel(node, fleet_pb2.OpenTunnel(tunnel=tunnel.id, exec=start))
+            async with asyncio.TaskGroup() as group:
+                typing = group.create_task(_read_exec(tunnel, request_iterator), name=f"exec-{allocation.id}-read")
+                failure = await _write_frames(tunnel, context)
+                typing.cancel()
+        if failure is not None:
+            raise failure
+
+    @stream(write_timeout_s=EVENT_WRITE_TIMEOUT_S)
+    async def WatchEvents(
+        self, request: operator_pb2.WatchEventsRequest, context: Context
+    ) -> AsyncGenerator[operator_pb2.FleetEvent, None]:
+        if not request.follow:
+            for event in self._events.kept(request.after):
+                yield codec.to_wire(event, operator_pb2.FleetEvent)
+            return
+        async with contextlib.aclosing(self._events.follow(request.after)) as events:
+            async for event in events:
+                yield codec.to_wire(event, operator_pb2.FleetEvent)
+
+    @unary
+    async def ListIntentions(
+        self, request: operator_pb2.ListIntentionsRequest, context: Context
+    ) -> operator_pb2.ListIntentionsResponse:
+        async with within(MESH_TIMEOUT_S, "the catalog"):
+            intentions = await self._mesh.intentions()
+        return operator_pb2.ListIntentionsResponse(
+            intentions=[codec.to_wire(each, mesh_pb2.Intention) for each in intentions]
+        )
+
+    @unary
+    async def CreateIntention(
+        self, request: operator_pb2.CreateIntentionRequest, context: Context
+    ) -> mesh_pb2.Intention:
+        wanted = codec.from_wire(request.intention, Intention)
+        _check_ends(wanted.source, wanted.destination, wildcard=True)
+        if len(wanted.description) > DESCRIPTION_CHARS_MAX:
+            raise InputError(f"description: more than {DESCRIPTION_CHARS_MAX} characters")
+        async with within(MESH_TIMEOUT_S, "the catalog"):
+            made = await self._mesh.create_intention(
+                wanted.source, wanted.destination, Action(wanted.action), wanted.description
+            )
+        return codec.to_wire(made, mesh_pb2.Intention)
+
+    @unary
+    async def DeleteIntention(
+        self, request: operator_pb2.DeleteIntentionRequest, context: Context
+    ) -> operator_pb2.DeleteIntentionResponse:
+        _check_ends(request.source, request.destination, wildcard=True)
+        async with within(MESH_TIMEOUT_S, "the catalog"):
+            existed = await self._mesh.delete_intention(request.source, request.destination)
+        if not existed:
+            raise RefusedError("not-found", f"no intention {request.source} -> {request.destination}")
+        return operator_pb2.DeleteIntentionResponse()
+
+    @unary
+    async def CheckIntention(
+        self, request: operator_pb2.CheckIntentionRequest, context: Context
+    ) -> operator_pb2.CheckIntentionResponse:
+        _check_ends(request.source, request.destination, wildcard=False)
+        source, destination = ServiceName(request.source), ServiceName(request.destination)
+        async with within(MESH_TIMEOUT_S, "the catalog"):
+            allowed, decided_by = await self._mesh.check(source, destination)
+        roots = self._mesh.roots()
+        callees = {each.id for each in views.allocations_of_service(self._engine.state, destination)}
+        refusals = self._refusals.between(spiffe_id(roots.trust_domain, roots.datacenter, source), callees)
+        return operator_pb2.CheckIntentionResponse(
+            allowed=allowed,
+            decided_by=codec.to_wire(decided_by, mesh_pb2.Intention) if decided_by else None,
+            refusals=[codec.to_wire(each, mesh_pb2.ObservedRefusal) for each in refusals],
+        )
+
+    def _job(self, name: str) -> JobStatus:
+        status = views.job_status(self._engine.state, JobName(name))
+        if status is None:
+            raise RefusedError("not-found", f"no job {name[:80]!r}; `outrider job ls` lists them")
+        return status
+
+    def _allocation(self, prefix: str) -> Allocation:
+        found = views.allocation_by_prefix(self._engine.state, prefix)
+        match found:
+            case Allocation():
+                return found
+            case views.Ambiguous():
+                raise RefusedError("ambiguous", f"{prefix!r} begins more than one: {', '.join(found.matches)} ...")
+            case _:
+                raise RefusedError("not-found", f"no allocation {prefix[:80]!r}; `outrider alloc ls` lists them")
+
+    def _placed(self, prefix: str) -> tuple[Allocation, NodeId]:
+        allocation = self._allocation(prefix)
+        if allocation.node is None:
+            reason = allocation.reason or "it waits for a node"
+            raise RefusedError("not-placed", f"allocation {allocation.id} runs nowhere: {reason}")
+        return allocation, allocation.node
+
+
+def _done(reply: Reply) -> Reply:
+    if reply.code:
+        raise RefusedError(reply.code, reply.message)
+    return reply
+
+
+def _check_ends(source: str, destination: str, *, wildcard: bool) -> None:
+    for end, name in (("source", source), ("destination", destination)):
+        if not is_name(name) and not (wildcard and name == "*"):
+            raise InputError(f"{end}: {name[:80]!r} is no service's name{' and not *' if wildcard else ''}")
+
+
+async def _start(requests: AsyncIterator[operator_pb2.ExecFrame]) -> fleet_pb2.ExecRequest:
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            first = await anext(requests)
+    except (TimeoutError, StopAsyncIteration) as error:
+        raise InputError("exec: the first frame, `start`, did not come") from error
+    if not first.HasField("start"):
+        raise InputError("exec: the first frame must be `start`")
+    return first.start
+
+
+async def _write_frames(tunnel: Tunnel, context: Context) -> OutriderError | None:
+    try:
+        async for frame in tunnel.frames():
+            await write(context, frame, DATA_WRITE_TIMEOUT_S)
+    except OutriderError as error:
+        return error
+    return None
+
+
+async def _read_exec(tunnel: Tunnel, requests: AsyncIterator[operator_pb2.ExecFrame]) -> None:
+    async for frame in requests:
+        match frame.WhichOneof("frame"):
+            case "stdin":
+                await tunnel.to_agent.put(fleet_pb2.TunnelFrame(stdin=frame.stdin))
+            case "stdin_closed":
+                await tunnel.to_agent.put(fleet_pb2.TunnelFrame(stdin_closed=True))
+            case "resize":
+                await tunnel.to_agent.put(fleet_pb2.TunnelFrame(resize=frame.resize))
+            case _:
+                break  # a second `start`: the caller has nothing more to say that we understand
+    await tunnel.to_agent.put(fleet_pb2.TunnelFrame(stdin_closed=True))

@@ -1,0 +1,112 @@
+"""The agents' open streams: what is on its way to each. Reads no stream and owns no task: `fleet` does.
+
+Queues: one for each session, MESSAGES_MAX long. When it is full the session is ended: the agent dials again and is
+told everything anew, which is cheaper than to remember what it missed.
+"""
+
+import asyncio
+import itertools
+
+from controller.core.commands import CloseSession, ProbeNode, SendAssignments
+from controller.core.events import SessionId
+from outrider import codec
+from outrider.errors import OutriderError, PeerError, RefusedError
+from outrider.ids import NodeId
+from outrider.model.mesh import MeshUpdate
+from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2
+
+MESSAGES_MAX = 512
+PROBE_SEQUENCE = 0  # a heartbeat that nobody sent: the agent answers with one of its own at once
+
+
+class AgentSession:
+    """One agent's stream."""
+
+    def __init__(self, session: SessionId, node: NodeId) -> None:
+        self.id = session
+        self.node = node
+        self.ended = asyncio.Event()
+        self.reason = ""
+        self.error: OutriderError | None = None
+        self._queue: asyncio.Queue[fleet_pb2.ControllerMessage] = asyncio.Queue(MESSAGES_MAX)
+
+    def send(self, message: fleet_pb2.ControllerMessage) -> None:
+        """Never waits."""
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self.end(RefusedError("slow-listener", f"{MESSAGES_MAX} messages wait for node {self.node}: dial again"))
+
+    async def next(self) -> fleet_pb2.ControllerMessage:
+        return await self._queue.get()
+
+    def end(self, why: OutriderError | str) -> None:
+        """The first reason counts."""
+        if not self.ended.is_set():
+            self.reason = str(why)
+            self.error = why if isinstance(why, OutriderError) else None
+            self.ended.set()
+
+
+class Sessions:
+    """The newest session of each node. A newer one ends the older."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._current: dict[NodeId, AgentSession] = {}
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def begin(self, node: NodeId) -> AgentSession:
+        older = self._current.get(node)
+        if older is not None:
+            older.end(RefusedError("replaced", f"a newer session of node {node} took this one's place"))
+        session = self._current[node] = AgentSession(SessionId(next(self._ids)), node)
+        return session
+
+    def finish(self, session: AgentSession) -> bool:
+        """Whether it was its node's newest."""
+        newest = self._current.get(session.node) is session
+        if newest:
+            del self._current[session.node]
+        return newest
+
+    def send(self, command: SendAssignments) -> None:
+        session = self._of(command.session, command.node)
+        if session is not None:
+            assignments = fleet_pb2.Assignments(
+                generation=codec.to_wire(command.generation, allocation_pb2.Generation),
+                full=command.full,
+                assignments=[codec.to_wire(each, allocation_pb2.Assignment) for each in command.assignments],
+                removed=command.removed,
+            )
+            session.send(fleet_pb2.ControllerMessage(assignments=assignments))
+
+    def probe(self, command: ProbeNode) -> None:
+        session = self._of(command.session, command.node)
+        if session is not None:
+            heartbeat = fleet_pb2.Heartbeat(sequence=PROBE_SEQUENCE)
+            session.send(fleet_pb2.ControllerMessage(heartbeat=heartbeat))
+
+    def close(self, command: CloseSession) -> None:
+        session = self._of(command.session, command.node)
+        if session is not None:
+            session.end(PeerError(command.reason))
+
+    def deliver(self, node: NodeId, update: MeshUpdate) -> None:
+        session = self._current.get(node)
+        if session is not None:
+            session.send(fleet_pb2.ControllerMessage(mesh_update=codec.to_wire(update, mesh_pb2.MeshUpdate)))
+
+    def open_tunnel(self, node: NodeId, request: fleet_pb2.OpenTunnel) -> None:
+        """Raises PeerError where the node has no session."""
+        session = self._current.get(node)
+        if session is None:
+            raise PeerError(f"node {node} is not connected; `outrider node status {node}` says since when")
+        session.send(fleet_pb2.ControllerMessage(open_tunnel=request))
+
+    def _of(self, session: SessionId, node: NodeId) -> AgentSession | None:
+        """The core may speak of a session that has just ended."""
+        current = self._current.get(node)
+        return current if current is not None and current.id == session else None
