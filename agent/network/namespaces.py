@@ -122,8 +122,9 @@ class AllocationNetworks:
 
     def _isolated(self) -> str:
         path = self._directory / _ISOLATED
-        if not path.is_mount():
-            self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # On a file system of its own where it is mounted, and not a file that a killed agent left before.
+        if not path.exists() or path.stat().st_dev == self._directory.stat().st_dev:
             with self._new_namespace(path):
                 pass
         return str(path)
