@@ -1,0 +1,95 @@
+"""The agent's configuration file. Owns its keys and their checks; reads nothing else."""
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from outrider.config import host_port
+from outrider.ids import NAME_PATTERN, NodeId
+from outrider.model.job import Value
+from outrider.tls import TlsFiles
+
+# The longest path below `run` is a socket's, and sun_path holds 108.
+_RUN_CHARS_MAX = 48
+
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+TcpPort = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class JoinConfig(Value, frozen=True, kw_only=True):
+    """How a node without a certificate gets one. The CA's fingerprint is pinned: the token meets no stranger."""
+
+    address: str
+    ca_sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F:]{64,95}$")]
+    token: str | None = None
+    token_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_host_port("address", self.address)
+        if (self.token is None) == (self.token_file is None):
+            raise ValueError("token or token_file: give exactly one")
+
+
+class MqttConfig(Value, frozen=True, kw_only=True):
+    """A broker that trusts the fleet's CA."""
+
+    host: str
+    port: TcpPort = 8883
+
+
+class PortRange(Value, frozen=True, kw_only=True):
+    """The host ports that the scheduler may give out, both ends included."""
+
+    first: TcpPort = 20000
+    last: TcpPort = 29999
+
+    def __post_init__(self) -> None:
+        if self.first > self.last:
+            raise ValueError(f"first: {self.first} is above last, {self.last}")
+
+
+class Config(Value, frozen=True, kw_only=True):
+    cluster: Name
+    node: Name
+    data: Path  # durable: certificates, records, logs
+    run: Path  # volatile, below /run: sockets, namespaces
+    address: str  # where other nodes reach this one's sidecars
+    controllers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    join: JoinConfig | None = None
+    metrics_listen: str | None = None  # plain HTTP
+    mqtt: MqttConfig | None = None
+    host_image: bool = False  # whether jobs may use `image: host` here
+    attributes: Mapping[str, str] = {}
+    ports: PortRange = PortRange()
+    log: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        for controller in self.controllers:
+            _check_host_port("controllers", controller)
+        if self.metrics_listen is not None:
+            _check_host_port("metrics_listen", self.metrics_listen)
+        try:
+            ipaddress.IPv4Address(self.address)
+        except ValueError as error:
+            raise ValueError(f"address: {error}") from error
+        if len(str(self.run)) > _RUN_CHARS_MAX:
+            raise ValueError(f"run: {self.run} has more than {_RUN_CHARS_MAX} characters; use a directory below /run")
+
+    @property
+    def node_id(self) -> NodeId:
+        return NodeId(self.node)
+
+    @property
+    def tls(self) -> TlsFiles:
+        """The node's credentials, made by joining."""
+        return TlsFiles(ca=self.data / "ca.crt", certificate=self.data / "node.crt", key=self.data / "node.key")
+
+
+def _check_host_port(key: str, text: str) -> None:
+    try:
+        host_port(text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -1,0 +1,16 @@
+"""A node's view of the mesh, update by update. Pure; who shows it to the sidecars is not its matter."""
+
+from outrider.model.mesh import MeshUpdate, MeshView
+
+
+def updated(view: MeshView, update: MeshUpdate) -> MeshView:
+    """`view` after `update`; a full one replaces all but roots that it does not carry."""
+    services = {} if update.full else dict(view.services)
+    intentions = {} if update.full else dict(view.intentions)
+    for name in update.services_removed:
+        services.pop(name, None)
+    for name in update.intentions_removed:
+        intentions.pop(name, None)
+    services |= {service.name: service for service in update.services}
+    intentions |= {each.service: each.intentions for each in update.intentions}
+    return MeshView(services=services, intentions=intentions, roots=update.roots or view.roots)

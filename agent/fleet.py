@@ -1,0 +1,277 @@
+"""The session with the controller: dials, greets, listens, reports, and dials again.
+
+Owns the conversation alone: what is wanted goes to `FleetListener`, what is true comes from it. Tasks: one that
+reads and one that writes, in a TaskGroup for each session. Nothing queues up: what is not yet sent is one newest
+report for each allocation, the newest of each acknowledgement, and at most REFUSALS_MAX refusals. A new session's
+Hello says it all anew.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from outrider import codec
+from outrider.clock import monotonic_s
+from outrider.errors import InputError, OutriderError, PeerError
+from outrider.ids import AllocId, ServiceName
+from outrider.log import Log
+from outrider.model.allocation import AllocReport, Assignment, Generation
+from outrider.model.job import Value
+from outrider.model.mesh import Leaf, MeshUpdate, ObservedRefusal
+from outrider.model.node import Fingerprint, Node
+from outrider.tls import TlsFiles, channel
+from outrider.v1 import allocation_pb2, fleet_pb2, fleet_pb2_grpc, mesh_pb2, node_pb2
+
+PROTOCOL = 1
+REFUSALS_MAX = 64
+_GREETING_S = 5.0  # to connect and be welcomed
+_SILENCE_S = 2.0  # the controller answers heartbeats; without any message for so long it is away
+_WRITE_S = 5.0
+_LEAF_S = 12.0  # the controller allows itself 10
+_BACKOFF_S, _BACKOFF_MAX_S = 0.05, 5.0
+_PROBE_SEQUENCE = 0  # a heartbeat that answers none: the controller wants a sign of life at once
+# A dead connection must not keep its socket: the heartbeats notice it earlier.
+_OPTIONS = {"grpc.keepalive_time_ms": 5_000, "grpc.keepalive_timeout_ms": 2_000, "grpc.max_receive_message_length": -1}
+
+_Stream = grpc.aio.StreamStreamCall[fleet_pb2.AgentMessage, fleet_pb2.ControllerMessage]
+TunnelStream = grpc.aio.StreamStreamCall[fleet_pb2.TunnelFrame, fleet_pb2.TunnelFrame]
+
+
+class Greeting(Value, frozen=True, kw_only=True):
+    """The whole truth of this node, for Hello."""
+
+    node: Node
+    acknowledged: Generation
+    reports: tuple[AllocReport, ...]
+
+
+class Wish(Value, frozen=True, kw_only=True):
+    """Assignments as they came."""
+
+    generation: Generation
+    full: bool
+    assignments: tuple[Assignment, ...]
+    removed: tuple[AllocId, ...]
+
+
+class FleetListener(Protocol):
+    """Who takes what the controller says. None of it may wait for the controller."""
+
+    def greeting(self) -> Greeting: ...
+    async def assigned(self, wish: Wish) -> None: ...
+    def mesh_changed(self, update: MeshUpdate) -> None: ...
+    def tunnel_wanted(self, request: fleet_pb2.OpenTunnel) -> None: ...
+
+
+class FleetSession:
+    def __init__(
+        self, *, controllers: Sequence[str], tls: TlsFiles, listener: FleetListener, log: Log, rng: random.Random
+    ) -> None:
+        self._controllers = itertools.cycle(controllers)
+        self._tls = tls
+        self._listener = listener
+        self._log = log
+        self._rng = rng
+        self._stub: fleet_pb2_grpc.FleetServiceAsyncStub | None = None
+        self._wake = asyncio.Event()
+        self._probed = False
+        self._clear()
+
+    @property
+    def connected(self) -> bool:
+        return self._stub is not None
+
+    async def run(self) -> None:
+        """For ever: a session, and after it another. With the controller away everything on the node runs on."""
+        failures = 0
+        while True:
+            began_s, controller = monotonic_s(), next(self._controllers)
+            try:
+                await self._converse(controller)
+            except* (OutriderError, grpc.RpcError, TimeoutError) as group:
+                reason = "; ".join(_reason(error) for error in _all_of(group))
+                self._log.warning("session ended", controller=controller, reason=reason)
+            failures = 0 if monotonic_s() - began_s > _BACKOFF_MAX_S else failures + 1
+            delay_s = min(_BACKOFF_S * 2 ** min(failures, 10), _BACKOFF_MAX_S)
+            await asyncio.sleep(delay_s * self._rng.uniform(0.5, 1.0))
+
+    def report(self, report: AllocReport) -> None:
+        self._reports[report.alloc] = report
+        self._wake.set()
+
+    def applied(self, generation: Generation) -> None:
+        self._applied = generation
+        self._wake.set()
+
+    def mesh_applied(self, version: int) -> None:
+        self._mesh_applied = version
+        self._wake.set()
+
+    def fingerprint_changed(self, fingerprint: Fingerprint) -> None:
+        self._fingerprint = fingerprint
+        self._wake.set()
+
+    def refused(self, refusal: ObservedRefusal) -> None:
+        """Beyond REFUSALS_MAX the oldest are left out."""
+        self._refusals.append(refusal)
+        self._wake.set()
+
+    async def issue_leaf(self, service: ServiceName, csr_pem: str) -> Leaf:
+        """Raises PeerError where the controller is away or says no."""
+        if self._stub is None:
+            raise PeerError(f"leaf of {service}: no controller is connected")
+        request = fleet_pb2.IssueLeafRequest(service=service, csr_pem=csr_pem)
+        try:
+            response = await self._stub.IssueLeaf(request, timeout=_LEAF_S)
+        except grpc.RpcError as error:
+            raise PeerError(f"leaf of {service}: {_reason(error)}") from error
+        return codec.from_wire(response.leaf, Leaf)
+
+    def open_tunnel(self) -> TunnelStream:
+        """Raises PeerError where no controller is connected."""
+        if self._stub is None:
+            raise PeerError("no controller is connected")
+        return self._stub.Tunnel()
+
+    def _clear(self) -> None:
+        self._reports: dict[AllocId, AllocReport] = {}
+        self._applied: Generation | None = None
+        self._mesh_applied: int | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._refusals: deque[ObservedRefusal] = deque(maxlen=REFUSALS_MAX)
+
+    async def _converse(self, controller: str) -> None:
+        async with channel(controller, self._tls, options=_OPTIONS) as connection:
+            stub = fleet_pb2_grpc.FleetServiceStub(connection)
+            stream: _Stream = stub.Session()
+            try:
+                async with asyncio.timeout(_GREETING_S):
+                    interval_s = await self._greet(stream)
+                self._stub = stub
+                self._log.info("session began", controller=controller)
+                async with asyncio.TaskGroup() as group:
+                    silence_s = max(_SILENCE_S, 2 * interval_s + 0.5)
+                    group.create_task(self._read(stream, silence_s), name="fleet-read")
+                    group.create_task(self._write(stream, interval_s), name="fleet-write")
+            finally:
+                self._stub = None
+                stream.cancel()
+
+    async def _greet(self, stream: _Stream) -> float:
+        """The heartbeat interval, in seconds."""
+        greeting = self._listener.greeting()
+        self._clear()  # all of it is in the greeting
+        hello = fleet_pb2.Hello(
+            node=codec.to_wire(greeting.node, node_pb2.Node),
+            acknowledged=codec.to_wire(greeting.acknowledged, allocation_pb2.Generation),
+            reports=[codec.to_wire(report, allocation_pb2.AllocReport) for report in greeting.reports],
+            protocol=PROTOCOL,
+        )
+        await stream.write(fleet_pb2.AgentMessage(hello=hello))
+        message = await stream.read()
+        if not isinstance(message, fleet_pb2.ControllerMessage):
+            raise PeerError(f"not welcomed: {await stream.details() or 'the stream ended'}")
+        if message.WhichOneof("message") != "welcome" or message.welcome.protocol != PROTOCOL:
+            raise PeerError(f"expected Welcome of protocol {PROTOCOL}: controller and agent are of different versions")
+        return max(message.welcome.heartbeat_interval_s, 0.05)
+
+    async def _read(self, stream: _Stream, silence_s: float) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    message = await stream.read()
+            except TimeoutError as error:
+                raise PeerError(f"no message for {silence_s:g} s, heartbeats unanswered") from error
+            if not isinstance(message, fleet_pb2.ControllerMessage):
+                raise PeerError(f"closed by the controller: {await stream.details() or 'without a reason'}")
+            await self._take(message)
+
+    async def _take(self, message: fleet_pb2.ControllerMessage) -> None:
+        match message.WhichOneof("message"):
+            case "heartbeat":
+                if message.heartbeat.sequence == _PROBE_SEQUENCE:
+                    self._probed = True
+                    self._wake.set()
+            case "assignments":
+                await self._listener.assigned(_wish(message.assignments))
+            case "mesh_update":
+                self._listener.mesh_changed(codec.from_wire(message.mesh_update, MeshUpdate))
+            case "open_tunnel":
+                self._listener.tunnel_wanted(message.open_tunnel)
+            case kind:
+                raise InputError(f"the controller sent {kind or 'an unknown message'}: it may be of a newer version")
+
+    async def _write(self, stream: _Stream, interval_s: float) -> None:
+        """One writer: what is pending as soon as it is, a heartbeat when one is due."""
+        beat_at_s = monotonic_s() + interval_s
+        for sequence in itertools.count(1):
+            while monotonic_s() < beat_at_s and not self._probed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(beat_at_s - monotonic_s()):
+                        await self._wake.wait()
+                self._wake.clear()
+                for message in self._pending():
+                    await _send(stream, message)
+            self._probed = False
+            beat_at_s = monotonic_s() + interval_s
+            await _send(stream, fleet_pb2.AgentMessage(heartbeat=fleet_pb2.Heartbeat(sequence=sequence)))
+
+    def _pending(self) -> list[fleet_pb2.AgentMessage]:
+        """All that waits, reports before what acknowledges them; nothing waits afterwards."""
+        messages = []
+        if self._reports:
+            reports = [codec.to_wire(report, allocation_pb2.AllocReport) for report in self._reports.values()]
+            messages.append(fleet_pb2.AgentMessage(reports=fleet_pb2.Reports(reports=reports)))
+        if self._fingerprint is not None:
+            fingerprint = codec.to_wire(self._fingerprint, node_pb2.Fingerprint)
+            messages.append(
+                fleet_pb2.AgentMessage(fingerprint_changed=fleet_pb2.FingerprintChanged(fingerprint=fingerprint))
+            )
+        if self._applied is not None:
+            generation = codec.to_wire(self._applied, allocation_pb2.Generation)
+            messages.append(fleet_pb2.AgentMessage(applied=fleet_pb2.Applied(generation=generation)))
+        if self._mesh_applied is not None:
+            messages.append(fleet_pb2.AgentMessage(mesh_applied=fleet_pb2.MeshApplied(version=self._mesh_applied)))
+        if self._refusals:
+            refusals = [codec.to_wire(refusal, mesh_pb2.ObservedRefusal) for refusal in self._refusals]
+            messages.append(fleet_pb2.AgentMessage(refusals=fleet_pb2.Refusals(refusals=refusals)))
+        self._clear()
+        return messages
+
+
+async def _send(stream: _Stream, message: fleet_pb2.AgentMessage) -> None:
+    try:
+        async with asyncio.timeout(_WRITE_S):
+            await stream.write(message)
+    except TimeoutError as error:
+        raise PeerError(f"took no message for {_WRITE_S:g} s") from error
+
+
+def _wish(message: fleet_pb2.Assignments) -> Wish:
+    return Wish(
+        generation=codec.from_wire(message.generation, Generation),
+        full=message.full,
+        assignments=tuple(codec.from_wire(each, Assignment) for each in message.assignments),
+        removed=tuple(AllocId(alloc) for alloc in message.removed),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name.lower()}: {error.details()}"
+    return str(error) or type(error).__name__
+
+
+def _all_of(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _all_of(error)
+        else:
+            yield error

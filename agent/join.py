@@ -1,0 +1,130 @@
+"""How a node without a certificate becomes one of the fleet: key and request made here, one Join, three files written.
+
+The controller must show, in its TLS chain, the CA whose fingerprint the configuration pins; only then the token is sent.
+"""
+
+import asyncio
+import hashlib
+import os
+import socket
+import ssl
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from agent.config import Config, JoinConfig
+from agent.leaves import signing_request
+from outrider.config import host_port
+from outrider.errors import ConfigError, PeerError, RefusedError
+from outrider.log import Log
+from outrider.tls import Identity, IdentityKind, joining_channel
+from outrider.v1 import fleet_pb2, fleet_pb2_grpc
+
+_DEADLINE_S = 10.0
+_RETRY_S = 1.0
+
+
+async def join(config: Config, log: Log) -> None:
+    """Returns once the node's three files are there. A controller that is away is tried again, for ever.
+
+    Raises ConfigError where there is nothing to join with, RefusedError where the controller says no.
+    """
+    files = config.tls
+    if files.certificate.exists() and files.ca.exists() and files.key.exists():
+        return
+    if config.join is None:
+        raise ConfigError(
+            f"{files.certificate}: there is no certificate, and no `join` in the configuration to get one"
+        )
+    config.data.mkdir(mode=0o711, parents=True, exist_ok=True)
+    while True:
+        try:
+            await _join(config, config.join)
+        except PeerError as error:
+            log.warning("cannot join", address=config.join.address, reason=str(error))
+            await asyncio.sleep(_RETRY_S)
+        else:
+            log.info("joined", address=config.join.address)
+            return
+
+
+async def _join(config: Config, wanted: JoinConfig) -> None:
+    files = config.tls
+    ca_pem = await asyncio.to_thread(_pinned_ca, wanted)
+    _write(files.ca, ca_pem.encode(), 0o644)
+    identity = Identity(kind=IdentityKind.NODE, name=config.node, cluster=config.cluster)
+    request = fleet_pb2.JoinRequest(
+        token=_token(wanted), node=config.node, csr_pem=signing_request(_key(files.key), identity.uri)
+    )
+    async with joining_channel(wanted.address, files.ca) as channel:
+        stub = fleet_pb2_grpc.JoinServiceStub(channel)
+        try:
+            response = await stub.Join(request, timeout=_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise PeerError(f"{wanted.address}: {error.details()}") from error
+            raise RefusedError("join", f"{wanted.address} refused node {config.node}: {error.details()}") from error
+    if response.cluster != config.cluster:
+        text = f"{wanted.address} is fleet {response.cluster!r}, the configuration's `cluster` says {config.cluster!r}"
+        raise RefusedError("join", text)
+    _write(files.certificate, response.certificate_pem.encode(), 0o600)  # last: its presence means joined
+
+
+def _token(wanted: JoinConfig) -> str:
+    if wanted.token_file is None:
+        return wanted.token or ""
+    try:
+        return wanted.token_file.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"{wanted.token_file}: the join token cannot be read: {error.strerror}") from error
+
+
+def _pinned_ca(wanted: JoinConfig) -> str:
+    """The CA in the controller's chain that has the pinned fingerprint, as PEM. Raises PeerError, RefusedError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint is what is checked
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection(host_port(wanted.address), timeout=_DEADLINE_S) as plain,
+            context.wrap_socket(plain) as secure,
+        ):
+            # Public as `get_unverified_chain` from Python 3.13 on.
+            chain = secure._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]  # noqa: SLF001
+    except OSError as error:
+        raise PeerError(f"{wanted.address}: {error}") from error
+    pinned = wanted.ca_sha256.replace(":", "").lower()
+    for certificate in chain:
+        pem: str = certificate.public_bytes()
+        if hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest() == pinned:
+            return pem
+    raise RefusedError(
+        "join", f"{wanted.address} shows no CA with fingerprint {wanted.ca_sha256}: check join.ca_sha256"
+    )
+
+
+def _key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The node's key, made once: a node that joins again with the same key is known."""
+    if path.exists():
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ConfigError(f"{path}: expected an EC key; remove the file to have one made")
+        return key
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    _write(path, pem, 0o600)
+    return key
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Whole or not at all, and never readable by others for a moment."""
+    unfinished = path.with_name(path.name + ".new")
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
