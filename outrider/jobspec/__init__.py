@@ -1,0 +1,1 @@
+"""Job files: YAML text -> `outrider.model.job.Job`, every mistake told with line and column."""

@@ -1,0 +1,44 @@
+"""`network:` of a group -> `Network`: ports and egress."""
+
+from outrider.ids import PortName
+from outrider.jobspec.document import Node, Scalar
+from outrider.jobspec.fields import Faults, Fields, Path, named
+from outrider.model.job import Network, Port
+
+_EVERYWHERE = ("0.0.0.0/0",)
+
+
+def read_network(group: Fields, faults: Faults) -> Network:
+    node = group.node("network")
+    if node is None:
+        return Network()
+    fields = Fields(node, (*group.path, "network"), faults, ("ports", "egress"))
+    ports = fields.node("ports")
+    path = (*fields.path, "ports")
+    return Network(
+        ports=tuple(_port(name, inner, (*path, name), faults) for name, inner in named(ports, path, faults))
+        if ports is not None
+        else (),
+        egress=_egress(fields),
+    )
+
+
+def _port(name: str, node: Node, path: Path, faults: Faults) -> Port:
+    if isinstance(node, Scalar) and node.empty:  # `http:` alone is `http: {}`
+        return Port(name=PortName(name))
+    fields = Fields(node, path, faults, ("static", "to"))
+    return Port(
+        name=PortName(name),
+        static=fields.integer("static", 1) if "static" in fields else None,
+        to=fields.integer("to", 1) if "to" in fields else None,
+    )
+
+
+def _egress(fields: Fields) -> tuple[str, ...]:
+    node = fields.node("egress")
+    if isinstance(node, Scalar):
+        if node.text in {"deny", "allow"}:
+            return _EVERYWHERE if node.text == "allow" else ()
+        fields.fault("egress", f"{node.text[:80]!r} is neither deny, allow nor a list of networks like [10.0.0.0/8]")
+        return ()
+    return fields.texts("egress")

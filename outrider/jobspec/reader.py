@@ -1,0 +1,131 @@
+"""A job file -> `Job`. Owns the job file's keys, shorthands and defaults; limits are `outrider.validate`'s.
+
+Reads the job file and the `files:` it names, and nothing else.
+"""
+
+from pathlib import Path as FilePath
+
+from outrider.errors import InputError
+from outrider.ids import GroupName, JobName
+from outrider.jobspec.document import BYTES_MAX, DocumentError, Mapping, Mark, Node, parse
+from outrider.jobspec.fields import Fault, Faults, Fields, Path, named
+from outrider.jobspec.network import read_network
+from outrider.jobspec.services import read_services
+from outrider.jobspec.tasks import FilesBudget, read_tasks
+from outrider.jobspec.units import duration_s
+from outrider.model.job import Group, Job, JobType, RestartPolicy, UpdatePolicy
+from outrider.validate import Problem, problems
+
+_TOLD_MAX = 50
+_JOB_KEYS = ("job", "type", "priority", "groups")
+_GROUP_KEYS = ("count", "update", "restart", "network", "services", "tasks")
+
+
+class JobFileError(InputError):
+    """All that is wrong with a job file, one line each: `FILE:LINE:COLUMN: field: what (did you mean ...?)`."""
+
+    def __init__(self, file: str, faults: list[Fault]) -> None:
+        self.faults = sorted(faults, key=lambda fault: (fault.mark.line, fault.mark.column))
+        lines = [_line(file, fault) for fault in self.faults[:_TOLD_MAX]]
+        if len(faults) > _TOLD_MAX:
+            lines.append(f"{file}: and {len(faults) - _TOLD_MAX} more")
+        super().__init__("\n".join(lines))
+
+
+def read_job(file: FilePath) -> Job:
+    """The job in `file`. Raises JobFileError with every mistake in it."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(BYTES_MAX + 1)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}; give a job file's path") from error
+    return parse_job(content, file)
+
+
+def parse_job(content: bytes, file: FilePath) -> Job:
+    """The job in `content`; `file` is told in errors, and `files:` are looked for beside it."""
+    try:
+        root = parse(content)
+    except DocumentError as error:
+        fault = Fault(mark=error.mark, path=(), message=error.message)
+        raise JobFileError(str(file), [fault]) from error
+    faults = Faults()
+    job = _job(root, file.parent, faults)
+    told = list(faults.found)
+    told.extend(_fault(problem, faults) for problem in problems(job) if not faults.told(problem.path))
+    if told:
+        raise JobFileError(str(file), told)
+    return job
+
+
+def _job(root: Node, directory: FilePath, faults: Faults) -> Job:
+    fields = Fields(root, (), faults, _JOB_KEYS)
+    if isinstance(root, Mapping):
+        fields.required("job", "shop")
+    groups = fields.required("groups", "{web: {tasks: {server: {command: [...]}}}}")
+    budget = FilesBudget(directory)
+    return Job(
+        name=JobName(fields.text("job", "")),
+        type=fields.choice("type", JobType, JobType.SERVICE),
+        priority=fields.integer("priority", 50),
+        groups=tuple(
+            _group(name, node, ("groups", name), budget, faults)
+            for name, node in (named(groups, ("groups",), faults) if groups else ())
+        ),
+    )
+
+
+def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults) -> Group:
+    fields = Fields(node, path, faults, _GROUP_KEYS)
+    network = read_network(fields, faults)
+    tasks = fields.required("tasks", "{server: {command: [...]}}") if isinstance(node, Mapping) else None
+    return Group(
+        name=GroupName(name),
+        count=fields.integer("count", 1),
+        update=_update(fields, faults),
+        restart=_restart(fields, faults),
+        network=network,
+        services=read_services(fields, network, faults),
+        tasks=read_tasks(tasks, (*path, "tasks"), budget, faults) if tasks else (),
+    )
+
+
+def _update(group: Fields, faults: Faults) -> UpdatePolicy:
+    node = group.node("update")
+    if node is None:
+        return UpdatePolicy()
+    default = UpdatePolicy()
+    keys = ("max_parallel", "canary", "min_healthy", "healthy_deadline", "auto_revert")
+    fields = Fields(node, (*group.path, "update"), faults, keys)
+    return UpdatePolicy(
+        max_parallel=fields.integer("max_parallel", default.max_parallel),
+        canary=fields.integer("canary", default.canary),
+        min_healthy_s=fields.quantity("min_healthy", duration_s, default.min_healthy_s),
+        healthy_deadline_s=fields.quantity("healthy_deadline", duration_s, default.healthy_deadline_s),
+        auto_revert=fields.flag("auto_revert", default=default.auto_revert),
+    )
+
+
+def _restart(group: Fields, faults: Faults) -> RestartPolicy:
+    node = group.node("restart")
+    if node is None:
+        return RestartPolicy()
+    default = RestartPolicy()
+    fields = Fields(node, (*group.path, "restart"), faults, ("attempts", "interval", "delay", "delay_max"))
+    delay_s = fields.quantity("delay", duration_s, default.delay_s)
+    return RestartPolicy(
+        attempts=fields.integer("attempts", default.attempts),
+        interval_s=fields.quantity("interval", duration_s, default.interval_s),
+        delay_s=delay_s,
+        delay_max_s=fields.quantity("delay_max", duration_s, max(default.delay_max_s, delay_s)),
+    )
+
+
+def _fault(problem: Problem, faults: Faults) -> Fault:
+    return Fault(mark=faults.mark(problem.path), path=problem.path, message=problem.message)
+
+
+def _line(file: str, fault: Fault) -> str:
+    mark: Mark = fault.mark
+    where = Problem(path=fault.path, message="").where
+    return f"{file}:{mark.line}:{mark.column}: {where + ': ' if where else ''}{fault.message}"

@@ -1,0 +1,74 @@
+"""`services:` of a group -> `Service` values, with their checks and upstreams."""
+
+from outrider.ids import PortName, ServiceName
+from outrider.jobspec.document import Node, Scalar
+from outrider.jobspec.fields import Faults, Fields, Path, listed, suggestion
+from outrider.jobspec.units import duration_s
+from outrider.model.job import Check, CheckKind, Network, Protocol, Service, Upstream
+
+_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow")
+_KINDS = {"http": CheckKind.HTTP, "tcp": CheckKind.TCP, "grpc": CheckKind.GRPC, "command": CheckKind.COMMAND}
+
+
+def read_services(group: Fields, network: Network, faults: Faults) -> tuple[Service, ...]:
+    node = group.node("services")
+    if node is None:
+        return ()
+    path = (*group.path, "services")
+    return tuple(_service(item, at, network, faults) for at, item in listed(node, path, faults))
+
+
+def _service(node: Node, path: Path, network: Network, faults: Faults) -> Service:
+    fields = Fields(node, path, faults, _SERVICE_KEYS)
+    if not faults.told(path):
+        fields.required("name", "web")
+    ports = [port.name for port in network.ports]
+    port = PortName(fields.text("port", "")) or None
+    if port is not None and port not in ports:
+        fields.fault("port", f"the group has no port {port!r}; {suggestion(port, ports)}")
+        port = None
+    upstreams = fields.node("upstreams")
+    return Service(
+        name=ServiceName(fields.text("name", "")),
+        port=port,
+        protocol=fields.choice("protocol", Protocol, Protocol.TCP),
+        check=_check(fields, faults),
+        upstreams=tuple(_upstream(item, at, faults) for at, item in listed(upstreams, (*path, "upstreams"), faults))
+        if upstreams is not None
+        else (),
+        allow=tuple(ServiceName(caller) for caller in fields.texts("allow")),
+    )
+
+
+def _upstream(node: Node, path: Path, faults: Faults) -> Upstream:
+    if isinstance(node, Scalar):
+        return Upstream(service=ServiceName(node.text))
+    fields = Fields(node, path, faults, ("service", "port"))
+    fields.required("service", "api")
+    return Upstream(
+        service=ServiceName(fields.text("service", "")), port=fields.integer("port", 0) if "port" in fields else None
+    )
+
+
+def _check(service: Fields, faults: Faults) -> Check | None:
+    node = service.node("check")
+    if node is None:
+        return None
+    path = (*service.path, "check")
+    fields = Fields(node, path, faults, (*_KINDS, "interval", "timeout"))
+    kinds = [key for key in _KINDS if key in fields]
+    if len(kinds) != 1:
+        if not faults.told(path):
+            faults.add(path, f"expected exactly one of {', '.join(_KINDS)}, found {' and '.join(kinds) or 'none'}")
+        return None
+    kind = _KINDS[kinds[0]]
+    default = Check(kind=kind)
+    if kind is CheckKind.TCP and not fields.flag("tcp", default=True):
+        fields.fault("tcp", "write `tcp: true`, or leave the check out")
+    return Check(
+        kind=kind,
+        path=fields.text(kinds[0], "") if kind in {CheckKind.HTTP, CheckKind.GRPC} else "",
+        command=fields.texts("command", "write [sh, -c, ...] for a shell") if kind is CheckKind.COMMAND else (),
+        interval_s=fields.quantity("interval", duration_s, default.interval_s),
+        timeout_s=fields.quantity("timeout", duration_s, default.timeout_s),
+    )

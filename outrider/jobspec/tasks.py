@@ -1,0 +1,126 @@
+"""`tasks:` of a group -> `Task` values. Reads the small files that travel with the job."""
+
+import stat
+from pathlib import Path as FilePath
+
+from outrider.ids import TaskName
+from outrider.jobspec.document import Node, Scalar
+from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
+from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
+from outrider.model.job import Driver, File, Image, ImageKind, Resources, Task
+
+FILE_BYTES_MAX = 256 * 1024
+FILES_BYTES_MAX = 1024 * 1024
+_TASK_KEYS = (
+    "driver", "image", "files", "command", "env", "resources", "kill_signal", "kill_timeout",
+)  # fmt: skip
+_IMAGE_EXAMPLES = "host, oci:REGISTRY/NAME:TAG, oci-layout:PATH, dir:PATH or {disk: URL, sha256: ...}"
+_ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DIR}
+
+
+class FilesBudget:
+    """All files of one job file together: found beside it, and bounded."""
+
+    def __init__(self, directory: FilePath) -> None:
+        self._directory = directory
+        self._left = FILES_BYTES_MAX
+
+    def read(self, inside: str, outside: str) -> File:
+        """Raises ValueError with what is wrong with the file outside."""
+        path = self._directory / outside
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path}: no regular file")
+            with path.open("rb") as opened:
+                content = opened.read(FILE_BYTES_MAX + 1)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}; paths begin at the job file") from error
+        if len(content) > FILE_BYTES_MAX:
+            raise ValueError(f"{path}: {status.st_size} bytes; a file of a job has at most {FILE_BYTES_MAX}")
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"{path}: the files of a job have at most {FILES_BYTES_MAX} bytes in all; use an image")
+        return File(path=inside, content=content, mode=0o755 if status.st_mode & stat.S_IXUSR else 0o644)
+
+
+def read_tasks(node: Node, path: Path, budget: FilesBudget, faults: Faults) -> tuple[Task, ...]:
+    return tuple(_task(name, inner, (*path, name), budget, faults) for name, inner in named(node, path, faults))
+
+
+def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults) -> Task:
+    fields = Fields(node, path, faults, _TASK_KEYS)
+    default = Task(name=TaskName(name))
+    return Task(
+        name=TaskName(name),
+        driver=fields.choice("driver", Driver, default.driver),
+        image=_image(fields, faults),
+        files=_files(fields, budget, faults),
+        command=fields.texts("command", 'write [sh, -c, "..."] for a shell'),
+        env=_env(fields, faults),
+        resources=_resources(fields, faults),
+        kill_signal=fields.text("kill_signal", default.kill_signal),
+        kill_timeout_s=fields.quantity("kill_timeout", duration_s, default.kill_timeout_s),
+    )
+
+
+def _image(task: Fields, faults: Faults) -> Image:
+    node = task.node("image")
+    if node is None:
+        return Image()
+    if not isinstance(node, Scalar):
+        fields = Fields(node, (*task.path, "image"), faults, ("disk", "sha256"))
+        fields.required("disk", "https://example.org/db.qcow2")
+        reference, checksum = fields.text("disk", ""), fields.text("sha256", "")
+        return Image(kind=ImageKind.DISK, reference=reference, sha256=checksum)
+    if node.text == ImageKind.HOST:
+        return Image()
+    scheme, _, reference = node.text.partition(":")
+    kinds = {ImageKind.OCI, ImageKind.OCI_LAYOUT, ImageKind.DIR}
+    if scheme not in kinds or not reference:
+        task.fault("image", f"{node.text[:80]!r} is no image; expected {_IMAGE_EXAMPLES}")
+        return Image()
+    kind = ImageKind(scheme)
+    if kind in _ON_THE_NODE and not reference.startswith("/"):
+        task.fault("image", f"{reference[:80]!r} is looked for on the node: give the whole path, from / on")
+    return Image(kind=kind, reference=reference)
+
+
+def _files(task: Fields, budget: FilesBudget, faults: Faults) -> tuple[File, ...]:
+    node = task.node("files")
+    path = (*task.path, "files")
+    files = []
+    for inside, value in named(node, path, faults) if node is not None else ():
+        outside = text_of(value, (*path, inside), faults)
+        if outside is None:
+            continue
+        try:
+            files.append(budget.read(inside, outside))
+        except ValueError as error:
+            faults.add((*path, inside), str(error), value.mark)
+    return tuple(files)
+
+
+def _env(task: Fields, faults: Faults) -> dict[str, str]:
+    node = task.node("env")
+    path = (*task.path, "env")
+    texts = (
+        (name, text_of(value, (*path, name), faults))
+        for name, value in (named(node, path, faults) if node is not None else ())
+    )
+    return {name: text for name, text in texts if text is not None}
+
+
+def _resources(task: Fields, faults: Faults) -> Resources:
+    node = task.node("resources")
+    if node is None:
+        return Resources()
+    default = Resources()
+    fields = Fields(node, (*task.path, "resources"), faults, ("cpu", "cpu_max", "memory", "disk", "pids"))
+    return Resources(
+        cpu_millis=fields.quantity("cpu", cpu_millis, default.cpu_millis),
+        cpu_max_millis=fields.quantity("cpu_max", cpu_millis, 0) if "cpu_max" in fields else None,
+        memory_bytes=fields.quantity("memory", size_bytes, default.memory_bytes),
+        disk_bytes=fields.quantity("disk", size_bytes, default.disk_bytes),
+        pids_max=fields.integer("pids", default.pids_max),
+    )
