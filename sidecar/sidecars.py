@@ -1,16 +1,37 @@
 """The node's sidecars: each one's files, configuration, readiness, drain and figures.
 
-Contract first; the body follows. Used as `async with Sidecars(...) as sidecars`.
+Owns the ADS server and who has been told what. Starts no Envoy: the agent runs them as sandboxes. Used as
+`async with Sidecars(...) as sidecars`. Tasks: the gRPC server's own. Queues: `refusals`, which drops its oldest.
 """
 
 import asyncio
-from collections.abc import Callable
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Self
 
-from outrider.ids import AllocId
+from envoy.service.discovery.v3 import discovery_pb2
+
+from outrider.errors import PeerError
+from outrider.ids import AllocId, ServiceName
+from outrider.log import Log
 from outrider.model.job import Value
-from outrider.model.mesh import Leaf, MeshView, ObservedRefusal
+from outrider.model.mesh import Leaf, MeshService, MeshView, ObservedRefusal
+from sidecar.admin import Admin
+from sidecar.ads import AdsServer, Stream
+from sidecar.bootstrap import BINARY_INSIDE, DIRECTORY_INSIDE, argv, envoy_binary
+from sidecar.core.access import access_rules, refused_by, remember
 from sidecar.core.intent import SidecarSpec, SidecarStats
+from sidecar.core.resources import Kind, ResourceSet, resources
+from sidecar.core.subscription import Rejection, Versions
+from sidecar.directory import Directories, SidecarState
+from sidecar.render import render
+from sidecar.stats import sidecar_stats
+
+_REFUSALS_MAX = 256
+_READY_POLL_S = 0.005
+_log = Log("sidecar")
 
 
 class SidecarFiles(Value, frozen=True, kw_only=True):
@@ -27,34 +48,245 @@ class SidecarFiles(Value, frozen=True, kw_only=True):
 class Sidecars:
     def __init__(self, *, run_directory: Path, now_s: Callable[[], float]) -> None:
         """`run_directory`: volatile, ours alone. `now_s`: the wall clock, stamps refusals."""
-        self.refusals: asyncio.Queue[ObservedRefusal] = asyncio.Queue(maxsize=256)
+        self.refusals: asyncio.Queue[ObservedRefusal] = asyncio.Queue(maxsize=_REFUSALS_MAX)
+        self.refusals_dropped = 0
+        self._now_s = now_s
+        self._directories = Directories(run_directory)
+        self._server = AdsServer(
+            socket=self._directories.server_socket, identify=self._identify, refused=self._observe_refusal
+        )
+        self._view = MeshView()
+        self._leaves: dict[ServiceName, Leaf] = {}
+        self._sidecars: dict[AllocId, _Sidecar] = {}
+        self._by_token: dict[bytes, _Sidecar] = {}
+        self._progress = Progress()
 
-    async def __aenter__(self) -> "Sidecars":
-        raise NotImplementedError
+    async def __aenter__(self) -> Self:
+        self._directories.prepare()
+        await self._server.start()
+        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stops serving; Envoys keep their configuration, and reconnect to the next agent."""
+        await self._server.stop()
+
+    @property
+    def tokens_refused(self) -> int:
+        return self._server.tokens_refused
 
     async def add(self, spec: SidecarSpec) -> SidecarFiles:
-        """Also adopts: the same spec after an agent's restart keeps the running Envoy's token and configuration."""
-        raise NotImplementedError
+        """Also adopts: the same spec after an agent's restart keeps the running Envoy's token and configuration.
 
-    def set_view(self, view: MeshView) -> None: ...
+        Raises HostError.
+        """
+        assert spec.alloc not in self._sidecars, f"sidecar of {spec.alloc} is added twice"
+        state = self._directories.load(spec.alloc)
+        if state is None:
+            state = SidecarState(token=secrets.token_urlsafe(32))
+            self._directories.save(spec.alloc, state)
+        directory = self._directories.create(spec.alloc, spec.uid, state.token)
+        admin = Admin(spec.alloc, self._directories.admin_socket(spec.alloc))
+        sidecar = _Sidecar(spec, state, admin, self._progress)
+        self._sidecars[spec.alloc] = sidecar
+        self._by_token[_digest(state.token)] = sidecar
+        self._update(sidecar)
+        return SidecarFiles(
+            directory=directory,
+            directory_inside=DIRECTORY_INSIDE,
+            binary=envoy_binary(),
+            binary_inside=BINARY_INSIDE,
+            argv=argv(),
+        )
 
-    def set_leaf(self, leaf: Leaf) -> None: ...
+    def set_view(self, view: MeshView) -> None:
+        """The node's whole mesh. Costs little for what did not change. Raises HostError (a state file)."""
+        self._view = view
+        for sidecar in self._sidecars.values():
+            self._update(sidecar)
+
+    def set_leaf(self, leaf: Leaf) -> None:
+        """A service's certificate, with its key. Open connections stay, new ones use it."""
+        assert leaf.key_pem, f"the leaf of {leaf.service} comes without its key"
+        self._leaves[leaf.service] = leaf
+        for sidecar in self._sidecars.values():
+            self._update(sidecar)
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
         """Returns once Envoy serves; `deadline_s` is a duration. Raises PeerError that names what is missing."""
+        sidecar = self._sidecars[alloc]
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._progress.until(sidecar.settled)
+                while not await sidecar.admin.workers_started(len(sidecar.versions[Kind.LISTENER])):  # noqa: ASYNC110
+                    await asyncio.sleep(_READY_POLL_S)  # Envoy tells nobody when its listeners open
+        except TimeoutError as error:
+            raise PeerError(f"sidecar of {alloc} is not ready after {deadline_s:g} s: {sidecar.why_not()}") from error
 
     async def acknowledged(self, deadline_s: float) -> tuple[AllocId, ...]:
         """Waits until every connected sidecar acknowledged the newest view; returns those that have not in time."""
-        raise NotImplementedError
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._progress.until(lambda: not self._unsettled())
+        except TimeoutError:
+            return self._unsettled()
+        return ()
 
     async def drain(self, alloc: AllocId) -> None:
-        """Inbound health fails, inbound listeners drain (GOAWAY, no new connections); outbound stays."""
+        """Inbound health fails, inbound listeners drain (GOAWAY, no new connections); outbound stays.
+
+        Raises PeerError where its Envoy does not answer.
+        """
+        await self._sidecars[alloc].admin.drain()
 
     async def remove(self, alloc: AllocId) -> None:
         """Forgets the sidecar and deletes its directory. The sandbox is gone by then."""
+        sidecar = self._sidecars.pop(alloc)
+        del self._by_token[_digest(sidecar.state.token)]
+        self._directories.remove(alloc)
+        self._progress.beat()
 
     async def stats(self, alloc: AllocId) -> SidecarStats:
-        raise NotImplementedError
+        """Raises PeerError where its Envoy does not answer."""
+        return sidecar_stats(alloc, await self._sidecars[alloc].admin.figures())
+
+    def _update(self, sidecar: "_Sidecar") -> None:
+        if sidecar.update(self._view, self._leaves):
+            self._directories.save(sidecar.alloc, sidecar.state)
+
+    def _identify(self, token: str) -> "_Sidecar | None":
+        return self._by_token.get(_digest(token))
+
+    def _unsettled(self) -> tuple[AllocId, ...]:
+        return tuple(alloc for alloc, sidecar in self._sidecars.items() if sidecar.stream and not sidecar.settled())
+
+    def _observe_refusal(self, alloc: AllocId, source_spiffe: str, policy: str) -> None:
+        rule, intention_id = refused_by(policy)
+        refusal = ObservedRefusal(
+            at_s=self._now_s(),
+            node=self._sidecars[alloc].spec.node,
+            alloc=alloc,
+            source_spiffe=source_spiffe,
+            rule=rule,
+            intention_id=intention_id,
+        )
+        if self.refusals.full():
+            self.refusals.get_nowait()
+            self.refusals_dropped += 1
+        self.refusals.put_nowait(refusal)
+
+
+class Progress:
+    """Wakes all who wait for a condition that sidecars' answers may have made true."""
+
+    def __init__(self) -> None:
+        self._beat = asyncio.Event()
+
+    def beat(self) -> None:
+        self._beat.set()
+        self._beat = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._beat.wait()
+
+
+class _Sidecar:
+    """One sidecar: what it should have, and the stream of its Envoy. The ADS server's `Client`."""
+
+    def __init__(self, spec: SidecarSpec, state: SidecarState, admin: Admin, progress: Progress) -> None:
+        self.spec, self.state, self.admin = spec, state, admin
+        self.alloc = spec.alloc
+        self.rendered: Mapping[Kind, Mapping[str, discovery_pb2.Resource]] = {}
+        self.versions: Versions = {}
+        self.complete = False
+        self.stream: Stream | None = None
+        self._progress = progress
+        self._missing: tuple[str, ...] = ()
+        self._rejection: Rejection | None = None
+        self._seen: tuple[object, ...] = ()
+        self._services: dict[ServiceName, MeshService] = {}
+
+    def update(self, view: MeshView, leaves: Mapping[ServiceName, Leaf]) -> bool:
+        """Takes the newest view in. Returns whether `state` changed and must be saved."""
+        view = self._own(view)
+        own = tuple(service.service for service in self.spec.services)
+        leaves = {name: leaves[name] for name in own if name in leaves}
+        seen = (view, leaves)
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        history = self.state.history
+        if view.roots.trust_domain:
+            rules = {name: access_rules(name, view.intentions.get(name, ()), view.roots) for name in own}
+            history = remember(history, rules)
+        self._install(resources(self.spec, view, leaves, history))
+        changed = history != self.state.history
+        self.state = SidecarState(token=self.state.token, history=history)
+        return changed
+
+    def connected(self, stream: Stream) -> None:
+        self.stream = stream
+        stream.changed.set()
+
+    def disconnected(self, stream: Stream) -> None:
+        if self.stream is stream:
+            self.stream = None
+            self._progress.beat()
+
+    def answered(self, rejection: Rejection | None) -> None:
+        if rejection is not None:
+            self._rejection = rejection
+        self._progress.beat()
+
+    def settled(self) -> bool:
+        return self.complete and self.stream is not None and self.stream.subscription.settled(self.versions)
+
+    def why_not(self) -> str:
+        if self._missing:
+            return f"the controller has not sent {', '.join(self._missing)}"
+        if self._rejection is not None:
+            return f"Envoy refused {', '.join(self._rejection.names)}: {self._rejection.error}"
+        if self.stream is None:
+            return "its Envoy has not connected; see `outrider alloc logs ALLOC sidecar`"
+        return "its Envoy has not opened all listeners; see `outrider alloc logs ALLOC sidecar`"
+
+    def _own(self, view: MeshView) -> MeshView:
+        """The part of the node's view that this sidecar uses. A service that left the view has no endpoints: its
+        listener stays, for what was sent once never goes."""
+        for service in self.spec.services:
+            for upstream in service.upstreams:
+                name = upstream.service
+                if name in view.services:
+                    self._services[name] = view.services[name]
+                elif name in self._services and self._services[name].endpoints:
+                    last = self._services[name]
+                    self._services[name] = MeshService(
+                        name=name, virtual_address=last.virtual_address, protocol=last.protocol
+                    )
+        own = tuple(service.service for service in self.spec.services)
+        intentions = {name: view.intentions[name] for name in own if name in view.intentions}
+        return MeshView(services=dict(self._services), intentions=intentions, roots=view.roots)
+
+    def _install(self, wanted: ResourceSet) -> None:
+        self._missing = wanted.missing
+        # Once complete, always complete: what is missing later (a root, a leaf) is a change, and the last good stays.
+        if wanted.missing and self.complete:
+            _log.warning("view incomplete, the last one stays", alloc=self.alloc, missing=wanted.missing)
+            return
+        self.rendered = {
+            kind: {name: render(resource) for name, resource in by_name.items()}
+            for kind, by_name in wanted.resources.items()
+        }
+        self.versions = {
+            kind: {name: resource.version for name, resource in by_name.items()}
+            for kind, by_name in self.rendered.items()
+        }
+        self.complete = not wanted.missing
+        if self.stream is not None:
+            self.stream.changed.set()
+        self._progress.beat()
+
+
+def _digest(token: str) -> bytes:
+    # Looked up by hash: how long a wrong token takes to be refused says nothing about the right ones.
+    return hashlib.sha256(token.encode()).digest()

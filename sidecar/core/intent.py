@@ -1,4 +1,4 @@
-"""What the agent wants of one sidecar. Values only: who may call whom, and where peers are, comes with the mesh view."""
+"""What the agent wants of one sidecar. Values only; peers and intentions come with the mesh view."""
 
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Protocol, Value
@@ -35,7 +35,7 @@ class SidecarSpec(Value, frozen=True, kw_only=True):
 class PairStats(Value, frozen=True, kw_only=True):
     """Traffic between two services, counted by one sidecar since it started.
 
-    Outbound: `source` is ours. Inbound: `destination` is ours, and `source` is "" (the callers' sidecars tell them apart).
+    Outbound: `source` is ours. Inbound: `destination` is ours, and `source` is "": callers' own sidecars know better.
     """
 
     source: str

@@ -1,0 +1,74 @@
+"""What an Envoy tells of each request and connection: JSON lines on its standard output, and refusals to the agent.
+
+Owns formats and filters. Fields are bounded: a path is cut and loses its query, which may hold secrets.
+"""
+
+from sidecar.bootstrap import ADS_CLUSTER
+
+Config = dict[str, object]
+
+MARKER_HEADER = "x-outrider-origin"
+_STDOUT = "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog"
+_CEL = "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter"
+_COMMON: Config = {
+    "at": "%START_TIME%",
+    "flags": "%RESPONSE_FLAGS%",
+    "duration_ms": "%DURATION%",
+    "bytes_in": "%BYTES_RECEIVED%",
+    "bytes_out": "%BYTES_SENT%",
+    "endpoint": "%UPSTREAM_HOST%",
+    "connect_error": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
+}
+_HTTP: Config = {
+    "method": "%REQ(:METHOD)%",
+    "path": "%PATH(NQ:PATH):256%",
+    "authority": "%REQ(:AUTHORITY):128%",
+    "code": "%RESPONSE_CODE%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+    "request": "%REQ(X-REQUEST-ID):64%",
+}
+_TCP: Config = {"details": "%CONNECTION_TERMINATION_DETAILS%"}
+_INBOUND: Config = {"caller": "%DOWNSTREAM_PEER_URI_SAN%", "identity": "%DOWNSTREAM_LOCAL_URI_SAN%"}
+_OUTBOUND: Config = {"callee": "%UPSTREAM_PEER_URI_SAN%", "identity": "%UPSTREAM_LOCAL_URI_SAN%"}
+
+
+def inbound_log(service: str, *, http: bool) -> list[Config]:
+    """Every request or connection to standard output; refused ones also to the agent over the ADS socket."""
+    fields = {"side": "inbound", "service": service, **_INBOUND, **(_HTTP if http else _TCP), **_COMMON}
+    return [_stdout(fields), _refusals(service, http=http)]
+
+
+def outbound_log(source: str, destination: str, *, http: bool) -> list[Config]:
+    names = {"side": "outbound", "service": source, "upstream": destination}
+    return [_stdout({**names, **_OUTBOUND, **(_HTTP if http else _TCP), **_COMMON})]
+
+
+def _stdout(fields: Config) -> Config:
+    return {
+        "name": "stdout",
+        "typed_config": {"@type": _STDOUT, "log_format": {"json_format": fields}},
+    }
+
+
+def _refusals(service: str, *, http: bool) -> Config:
+    details = "response.code_details" if http else "connection.termination_details"
+    name = "HttpGrpcAccessLogConfig" if http else "TcpGrpcAccessLogConfig"
+    return {
+        "name": "refusals",
+        "filter": {
+            "extension_filter": {
+                "name": "refused",
+                "typed_config": {"@type": _CEL, "expression": f'{details}.startsWith("rbac_access_denied")'},
+            }
+        },
+        "typed_config": {
+            "@type": f"type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.{name}",
+            "common_config": {
+                "log_name": service,
+                "transport_api_version": "V3",
+                "buffer_flush_interval": "0.25s",
+                "grpc_service": {"envoy_grpc": {"cluster_name": ADS_CLUSTER}},
+            },
+        },
+    }

@@ -1,0 +1,273 @@
+"""What one sidecar's Envoy should have, as plain values, derived from its spec and its node's mesh view.
+
+Owns names and contents of resources; never their encoding, versions or delivery.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from outrider.ids import NodeId, ServiceName
+from outrider.model.job import Protocol, Value
+from outrider.model.mesh import VIRTUAL_PORT, Endpoint, Leaf, MeshService, MeshView, TrustRoots, spiffe_id
+from sidecar.core.access import AccessHistory, AccessRule, access_rules
+from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
+
+ROOTS = "roots"
+LOOPBACK = "127.0.0.1"
+
+
+class Kind(StrEnum):
+    """Kinds of resources, in the order in which they are pushed: what is referred to goes first."""
+
+    CLUSTER = "cluster"
+    ENDPOINTS = "endpoints"
+    SECRET = "secret"  # noqa: S105  # a kind, not one
+    LISTENER = "listener"
+    ROUTES = "routes"
+    RULES = "rules"
+
+
+class LocalCluster(Value, frozen=True, kw_only=True):
+    """The workload behind a public listener."""
+
+    name: str
+    address: str
+    port: int
+    protocol: Protocol
+
+
+class UpstreamCluster(Value, frozen=True, kw_only=True):
+    """The way from one of our services to another: its own certificate out, the peer's exact name expected."""
+
+    name: str
+    source: ServiceName
+    destination: ServiceName
+    protocol: Protocol
+    sni: str
+    peer_spiffe: str
+
+
+class EndpointSet(Value, frozen=True, kw_only=True):
+    """Healthy endpoints of a service as this node dials them. The same value for all sidecars of the node."""
+
+    name: str
+    addresses: tuple[tuple[str, int], ...]
+
+
+class LeafSecret(Value, frozen=True, kw_only=True):
+    name: str
+    certificate_pem: str
+    key_pem: str
+
+
+class RootsSecret(Value, frozen=True, kw_only=True):
+    name: str
+    certificates_pem: tuple[str, ...]
+
+
+class InboundListener(Value, frozen=True, kw_only=True):
+    """A service's public mTLS listener. Only `revision` ever changes, to cut what a revocation forbids."""
+
+    name: str
+    service: ServiceName
+    address: str
+    port: int
+    protocol: Protocol
+    revision: int
+
+
+class OutboundListener(Value, frozen=True, kw_only=True):
+    name: str
+    source: ServiceName
+    destination: ServiceName
+    address: str
+    port: int
+    protocol: Protocol
+
+
+class UpstreamRoutes(Value, frozen=True, kw_only=True):
+    name: str
+    source: ServiceName
+    destination: ServiceName
+
+
+class AccessRules(Value, frozen=True, kw_only=True):
+    """Who may call a service, as Envoy's RBAC evaluates it."""
+
+    name: str
+    service: ServiceName
+    protocol: Protocol
+    trust_domain: str
+    datacenter: str
+    rules: tuple[AccessRule, ...]
+
+
+Resource = (
+    LocalCluster
+    | UpstreamCluster
+    | EndpointSet
+    | LeafSecret
+    | RootsSecret
+    | InboundListener
+    | OutboundListener
+    | UpstreamRoutes
+    | AccessRules
+)
+
+
+class ResourceSet(Value, frozen=True, kw_only=True):
+    """All of one sidecar's resources by kind and name. `missing` says what must come before Envoy can serve."""
+
+    resources: Mapping[Kind, Mapping[str, Resource]]
+    missing: tuple[str, ...] = ()
+
+
+def resources(
+    spec: SidecarSpec,
+    view: MeshView,
+    leaves: Mapping[ServiceName, Leaf],
+    history: Mapping[ServiceName, AccessHistory],
+) -> ResourceSet:
+    """What `spec` needs under `view`. `leaves` have their keys; `history` carries each service's revision."""
+    if not (view.roots.trust_domain and view.roots.datacenter and view.roots.certificates_pem):
+        return ResourceSet(resources={}, missing=("the mesh's trust roots",))
+    found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
+    missing: list[str] = []
+    found[Kind.SECRET][ROOTS] = RootsSecret(name=ROOTS, certificates_pem=view.roots.certificates_pem)
+    virtual_taken: set[ServiceName] = set()
+    for service in spec.services:
+        if not _needs_leaf(service):
+            continue
+        leaf = leaves.get(service.service)
+        if leaf is None:
+            missing.append(f"the certificate of service {service.service}")
+        else:
+            secret = LeafSecret(
+                name=leaf_name(service.service), certificate_pem=leaf.certificate_pem, key_pem=leaf.key_pem
+            )
+            found[Kind.SECRET][secret.name] = secret
+        if service.workload_port is not None:
+            _add_inbound(found, spec, service, view, history)
+        for upstream in service.upstreams:
+            known = view.services.get(upstream.service)
+            if known is None:
+                missing.append(f"the virtual address of upstream {upstream.service}")
+                continue
+            _add_outbound(
+                found,
+                node=spec.node,
+                source=service.service,
+                upstream=upstream,
+                known=known,
+                roots=view.roots,
+                virtual_taken=virtual_taken,
+            )
+    return ResourceSet(resources=found, missing=tuple(missing))
+
+
+def leaf_name(service: ServiceName) -> str:
+    return f"leaf/{service}"
+
+
+def rules_name(service: ServiceName) -> str:
+    return f"rules/{service}"
+
+
+def local_cluster_name(service: ServiceName) -> str:
+    return f"local/{service}"
+
+
+def outbound_name(source: ServiceName, destination: ServiceName) -> str:
+    """Names the cluster and the routes of a pair."""
+    return f"outbound/{source}/{destination}"
+
+
+def is_http(protocol: Protocol) -> bool:
+    return protocol is not Protocol.TCP
+
+
+def _needs_leaf(service: SidecarService) -> bool:
+    return service.workload_port is not None or bool(service.upstreams)
+
+
+def _add_inbound(
+    found: dict[Kind, dict[str, Resource]],
+    spec: SidecarSpec,
+    service: SidecarService,
+    view: MeshView,
+    history: Mapping[ServiceName, AccessHistory],
+) -> None:
+    name = service.service
+    assert service.workload_port is not None
+    cluster = LocalCluster(
+        name=local_cluster_name(name),
+        address=service.workload_address,
+        port=service.workload_port,
+        protocol=service.protocol,
+    )
+    listener = InboundListener(
+        name=f"inbound/{name}",
+        service=name,
+        address=spec.local_address,
+        port=service.public_port,
+        protocol=service.protocol,
+        # HTTP asks its rules for every request; only L4 connections outlive a revocation.
+        revision=0 if is_http(service.protocol) else history.get(name, AccessHistory()).revision,
+    )
+    rules = AccessRules(
+        name=rules_name(name),
+        service=name,
+        protocol=service.protocol,
+        trust_domain=view.roots.trust_domain,
+        datacenter=view.roots.datacenter,
+        rules=access_rules(name, view.intentions.get(name, ()), view.roots),
+    )
+    found[Kind.CLUSTER][cluster.name] = cluster
+    found[Kind.LISTENER][listener.name] = listener
+    found[Kind.RULES][rules.name] = rules
+
+
+def _add_outbound(
+    found: dict[Kind, dict[str, Resource]],
+    *,
+    node: NodeId,
+    source: ServiceName,
+    upstream: SidecarUpstream,
+    known: MeshService,
+    roots: TrustRoots,
+    virtual_taken: set[ServiceName],
+) -> None:
+    destination = upstream.service
+    pair = outbound_name(source, destination)
+    found[Kind.CLUSTER][pair] = UpstreamCluster(
+        name=pair,
+        source=source,
+        destination=destination,
+        protocol=known.protocol,
+        # Consul's form: its own proxies and gateways route by it.
+        sni=f"{destination}.default.{roots.datacenter}.internal.{roots.trust_domain}",
+        peer_spiffe=spiffe_id(roots.trust_domain, roots.datacenter, destination),
+    )
+    found[Kind.ENDPOINTS][destination] = EndpointSet(
+        name=destination, addresses=tuple(_dialled(endpoint, node) for endpoint in known.endpoints if endpoint.healthy)
+    )
+    if is_http(known.protocol):
+        found[Kind.ROUTES][pair] = UpstreamRoutes(name=pair, source=source, destination=destination)
+    places = []
+    if destination not in virtual_taken:
+        # One address, one caller: where two services of an allocation share an upstream, the first is its name there.
+        virtual_taken.add(destination)
+        places.append(("virtual", known.virtual_address, VIRTUAL_PORT))
+    if upstream.local_port is not None:
+        places.append((str(upstream.local_port), LOOPBACK, upstream.local_port))
+    for place, address, port in places:
+        name = f"{pair}/{place}"
+        found[Kind.LISTENER][name] = OutboundListener(
+            name=name, source=source, destination=destination, address=address, port=port, protocol=known.protocol
+        )
+
+
+def _dialled(endpoint: Endpoint, node: NodeId) -> tuple[str, int]:
+    if endpoint.node == node and endpoint.local_address:
+        return endpoint.local_address, endpoint.local_port
+    return endpoint.address, endpoint.port

@@ -1,0 +1,252 @@
+"""Plain resource values as Envoy's protobuf messages, with a hash of the content as version.
+
+Each content is encoded once and shared by all sidecars. Owns clusters, endpoints and secrets; listeners, routes and
+rules are next door. Sends nothing.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import assert_never
+
+from envoy.config.cluster.v3 import cluster_pb2
+from envoy.config.core.v3 import extension_pb2
+from envoy.config.endpoint.v3 import endpoint_pb2
+from envoy.config.listener.v3 import listener_pb2
+from envoy.config.route.v3 import route_pb2
+from envoy.extensions.access_loggers.filters.cel.v3 import cel_pb2
+from envoy.extensions.access_loggers.grpc.v3 import als_pb2
+from envoy.extensions.access_loggers.stream.v3 import stream_pb2
+from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac_pb2
+from envoy.extensions.filters.http.router.v3 import router_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
+from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as tcp_rbac_pb2
+from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
+from envoy.extensions.matching.common_inputs.ssl.v3 import ssl_inputs_pb2
+from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
+from envoy.extensions.transport_sockets.tls.v3 import secret_pb2, tls_pb2
+from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
+from envoy.service.discovery.v3 import discovery_pb2
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from outrider.model.job import Protocol
+from sidecar.access_log import Config
+from sidecar.core.resources import (
+    AccessRules,
+    EndpointSet,
+    InboundListener,
+    Kind,
+    LeafSecret,
+    LocalCluster,
+    OutboundListener,
+    Resource,
+    RootsSecret,
+    UpstreamCluster,
+    UpstreamRoutes,
+    is_http,
+    leaf_name,
+)
+from sidecar.render_listener import (
+    ADS,
+    TLS_PARAMETERS,
+    access_rules,
+    inbound_listener,
+    outbound_listener,
+    upstream_routes,
+)
+
+# Named by type URL inside configurations: they must be loaded for the JSON form to be read.
+_BY_TYPE_URL = (
+    cel_pb2,
+    als_pb2,
+    stream_pb2,
+    http_rbac_pb2,
+    router_pb2,
+    http_connection_manager_pb2,
+    tcp_rbac_pb2,
+    tcp_proxy_pb2,
+    ssl_inputs_pb2,
+    previous_hosts_pb2,
+    tls_pb2,
+    http_protocol_options_pb2,
+)
+_TYPE = "type.googleapis.com/"
+TYPE_URLS = {
+    Kind.CLUSTER: _TYPE + "envoy.config.cluster.v3.Cluster",
+    Kind.ENDPOINTS: _TYPE + "envoy.config.endpoint.v3.ClusterLoadAssignment",
+    Kind.SECRET: _TYPE + "envoy.extensions.transport_sockets.tls.v3.Secret",
+    Kind.LISTENER: _TYPE + "envoy.config.listener.v3.Listener",
+    Kind.ROUTES: _TYPE + "envoy.config.route.v3.RouteConfiguration",
+    Kind.RULES: _TYPE + "envoy.config.core.v3.TypedExtensionConfig",
+}
+KINDS = {url: kind for kind, url in TYPE_URLS.items()}
+_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_CONTENTS_KEPT = 4096
+_LIMIT = 1 << 20  # concurrency is the workload's business: no breaker trips before memory does
+_TCP_LEVEL, _TCP_USER_TIMEOUT = 6, 18
+
+
+@lru_cache(maxsize=_CONTENTS_KEPT)
+def render(resource: Resource) -> discovery_pb2.Resource:
+    """The resource as it goes into a response. Treat it as frozen: it is shared."""
+    message = _message(resource)
+    rendered = discovery_pb2.Resource(name=resource.name)
+    rendered.resource.Pack(message, deterministic=True)
+    rendered.version = hashlib.sha256(rendered.resource.value).hexdigest()[:16]
+    return rendered
+
+
+def _message(resource: Resource) -> Message:
+    message: Message
+    match resource:
+        case LocalCluster():
+            message = json_format.ParseDict(_local_cluster(resource), cluster_pb2.Cluster())
+        case UpstreamCluster():
+            message = json_format.ParseDict(_upstream_cluster(resource), cluster_pb2.Cluster())
+        case EndpointSet():
+            message = _endpoints(resource)
+        case LeafSecret() | RootsSecret():
+            message = _secret(resource)
+        case InboundListener():
+            message = json_format.ParseDict(inbound_listener(resource), listener_pb2.Listener())
+        case OutboundListener():
+            message = json_format.ParseDict(outbound_listener(resource), listener_pb2.Listener())
+        case UpstreamRoutes():
+            message = json_format.ParseDict(upstream_routes(resource), route_pb2.RouteConfiguration())
+        case AccessRules():
+            config = {"name": resource.name, "typed_config": access_rules(resource)}
+            message = json_format.ParseDict(config, extension_pb2.TypedExtensionConfig())
+        case _:
+            assert_never(resource)
+    return message
+
+
+def _local_cluster(cluster: LocalCluster) -> Config:
+    address = {"socket_address": {"address": cluster.address, "port_value": cluster.port}}
+    config: Config = {
+        "name": cluster.name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "circuit_breakers": _breakers(),
+        "load_assignment": {
+            "cluster_name": cluster.name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
+        },
+    }
+    if cluster.protocol in (Protocol.HTTP2, Protocol.GRPC):
+        options = {"explicit_http_config": {"http2_protocol_options": {"allow_connect": True}}}
+        config["typed_extension_protocol_options"] = {_OPTIONS: {"@type": _TYPE + _OPTIONS, **options}}
+    return config
+
+
+def _upstream_cluster(cluster: UpstreamCluster) -> Config:
+    config: Config = {
+        "name": cluster.name,
+        "alt_stat_name": f"outbound.{cluster.source}.{cluster.destination}",
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": ADS, "service_name": cluster.destination},
+        "connect_timeout": "0.25s",
+        "lb_policy": "LEAST_REQUEST",
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "circuit_breakers": _breakers(),
+        "outlier_detection": _outliers(),
+        "upstream_bind_config": {"socket_options": [_user_timeout(1000)]},
+        "upstream_connection_options": {
+            "tcp_keepalive": {"keepalive_probes": 3, "keepalive_time": 5, "keepalive_interval": 1}
+        },
+        "transport_socket": {"name": "tls", "typed_config": _upstream_tls(cluster)},
+    }
+    if is_http(cluster.protocol):
+        config["typed_extension_protocol_options"] = {_OPTIONS: _upstream_http(cluster.protocol)}
+    return config
+
+
+def _upstream_http(protocol: Protocol) -> Config:
+    http2: Config = {
+        "allow_connect": True,
+        "connection_keepalive": {"interval": "1s", "timeout": "2s"},
+    }
+    if protocol is Protocol.HTTP:
+        # By ALPN: HTTP/2 between our sidecars, HTTP/1.1 to a proxy that offers nothing else.
+        options: Config = {"auto_config": {"http_protocol_options": {}, "http2_protocol_options": http2}}
+    else:
+        options = {"explicit_http_config": {"http2_protocol_options": http2}}
+    return {"@type": _TYPE + _OPTIONS, **options}
+
+
+def _upstream_tls(cluster: UpstreamCluster) -> Config:
+    peer = {"san_type": "URI", "matcher": {"exact": cluster.peer_spiffe}}
+    context: Config = {
+        "tls_params": TLS_PARAMETERS,
+        "tls_certificate_sds_secret_configs": [{"name": leaf_name(cluster.source), "sds_config": ADS}],
+        "combined_validation_context": {
+            "default_validation_context": {"match_typed_subject_alt_names": [peer]},
+            "validation_context_sds_secret_config": {"name": "roots", "sds_config": ADS},
+        },
+    }
+    if cluster.protocol in (Protocol.HTTP2, Protocol.GRPC):
+        context["alpn_protocols"] = ["h2"]
+    return {
+        "@type": _TYPE + "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        "sni": cluster.sni,
+        "max_session_keys": 64,
+        "common_tls_context": context,
+    }
+
+
+def _outliers() -> Config:
+    """Only what this side saw fail (connects, resets, timeouts): an answer, even a 503, is the workload's."""
+    return {
+        "split_external_local_origin_errors": True,
+        "consecutive_local_origin_failure": 3,
+        "enforcing_consecutive_local_origin_failure": 100,
+        "enforcing_local_origin_success_rate": 0,
+        "enforcing_consecutive_5xx": 0,
+        "enforcing_consecutive_gateway_failure": 0,
+        "enforcing_success_rate": 0,
+        "interval": "1s",
+        "base_ejection_time": "2s",
+        "max_ejection_time": "10s",
+        "max_ejection_percent": 50,  # never the only one: trying it beats refusing
+    }
+
+
+def _breakers() -> Config:
+    limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), _LIMIT)
+    retries = {"budget_percent": {"value": 50}, "min_retry_concurrency": 64}
+    return {"thresholds": [{**limits, "retry_budget": retries}]}
+
+
+def _user_timeout(milliseconds: int) -> Config:
+    return {
+        "description": "TCP_USER_TIMEOUT",
+        "level": _TCP_LEVEL,
+        "name": _TCP_USER_TIMEOUT,
+        "int_value": milliseconds,
+        "state": "STATE_PREBIND",
+    }
+
+
+def _endpoints(endpoints: EndpointSet) -> endpoint_pb2.ClusterLoadAssignment:
+    assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=endpoints.name)
+    if endpoints.addresses:
+        locality = assignment.endpoints.add()
+        for address, port in endpoints.addresses:
+            socket = locality.lb_endpoints.add().endpoint.address.socket_address
+            socket.address, socket.port_value = address, port
+    return assignment
+
+
+def _secret(secret: LeafSecret | RootsSecret) -> secret_pb2.Secret:
+    message = secret_pb2.Secret(name=secret.name)
+    match secret:
+        case LeafSecret():
+            message.tls_certificate.certificate_chain.inline_string = secret.certificate_pem
+            message.tls_certificate.private_key.inline_string = secret.key_pem
+        case RootsSecret():
+            message.validation_context.trusted_ca.inline_string = "\n".join(
+                pem.strip() for pem in secret.certificates_pem
+            )
+        case _:
+            assert_never(secret)
+    return message
