@@ -70,6 +70,34 @@ class FleetListener(Protocol):
     def tunnel_wanted(self, request: fleet_pb2.OpenTunnel) -> None: ...
 
 
+class _Outbox:
+    """What waits to be sent: the newest of each kind."""
+
+    def __init__(self) -> None:
+        self.reports: dict[AllocId, AllocReport] = {}
+        self.applied: Generation | None = None
+        self.mesh_applied: int | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.refusals: deque[ObservedRefusal] = deque(maxlen=REFUSALS_MAX)
+
+    def messages(self) -> Iterator[fleet_pb2.AgentMessage]:
+        """Reports come before what acknowledges them."""
+        if self.reports:
+            reports = [codec.to_wire(report, allocation_pb2.AllocReport) for report in self.reports.values()]
+            yield fleet_pb2.AgentMessage(reports=fleet_pb2.Reports(reports=reports))
+        if self.fingerprint is not None:
+            fingerprint = codec.to_wire(self.fingerprint, node_pb2.Fingerprint)
+            yield fleet_pb2.AgentMessage(fingerprint_changed=fleet_pb2.FingerprintChanged(fingerprint=fingerprint))
+        if self.applied is not None:
+            generation = codec.to_wire(self.applied, allocation_pb2.Generation)
+            yield fleet_pb2.AgentMessage(applied=fleet_pb2.Applied(generation=generation))
+        if self.mesh_applied is not None:
+            yield fleet_pb2.AgentMessage(mesh_applied=fleet_pb2.MeshApplied(version=self.mesh_applied))
+        if self.refusals:
+            refusals = [codec.to_wire(refusal, mesh_pb2.ObservedRefusal) for refusal in self.refusals]
+            yield fleet_pb2.AgentMessage(refusals=fleet_pb2.Refusals(refusals=refusals))
+
+
 class FleetSession:
     def __init__(
         self, *, controllers: Sequence[str], tls: TlsFiles, listener: FleetListener, log: Log, rng: random.Random
@@ -82,7 +110,7 @@ class FleetSession:
         self._stub: fleet_pb2_grpc.FleetServiceAsyncStub | None = None
         self._wake = asyncio.Event()
         self._probed = False
-        self._clear()
+        self._outbox = _Outbox()
 
     @property
     def connected(self) -> bool:
@@ -103,24 +131,24 @@ class FleetSession:
             await asyncio.sleep(delay_s * self._rng.uniform(0.5, 1.0))
 
     def report(self, report: AllocReport) -> None:
-        self._reports[report.alloc] = report
+        self._outbox.reports[report.alloc] = report
         self._wake.set()
 
     def applied(self, generation: Generation) -> None:
-        self._applied = generation
+        self._outbox.applied = generation
         self._wake.set()
 
     def mesh_applied(self, version: int) -> None:
-        self._mesh_applied = version
+        self._outbox.mesh_applied = version
         self._wake.set()
 
     def fingerprint_changed(self, fingerprint: Fingerprint) -> None:
-        self._fingerprint = fingerprint
+        self._outbox.fingerprint = fingerprint
         self._wake.set()
 
     def refused(self, refusal: ObservedRefusal) -> None:
         """Beyond REFUSALS_MAX the oldest are left out."""
-        self._refusals.append(refusal)
+        self._outbox.refusals.append(refusal)
         self._wake.set()
 
     async def issue_leaf(self, service: ServiceName, csr_pem: str) -> Leaf:
@@ -138,19 +166,12 @@ class FleetSession:
         """Raises PeerError where no controller is connected."""
         if self._stub is None:
             raise PeerError("no controller is connected")
-        return self._stub.Tunnel()
-
-    def _clear(self) -> None:
-        self._reports: dict[AllocId, AllocReport] = {}
-        self._applied: Generation | None = None
-        self._mesh_applied: int | None = None
-        self._fingerprint: Fingerprint | None = None
-        self._refusals: deque[ObservedRefusal] = deque(maxlen=REFUSALS_MAX)
+        return self._stub.Tunnel()  # type: ignore[call-arg]  # as above
 
     async def _converse(self, controller: str) -> None:
         async with channel(controller, self._tls, options=_OPTIONS) as connection:
             stub = fleet_pb2_grpc.FleetServiceStub(connection)
-            stream: _Stream = stub.Session()
+            stream: _Stream = stub.Session()  # type: ignore[call-arg]  # grpc-stubs knows only the call with an iterator
             try:
                 async with asyncio.timeout(_GREETING_S):
                     interval_s = await self._greet(stream)
@@ -167,7 +188,7 @@ class FleetSession:
     async def _greet(self, stream: _Stream) -> float:
         """The heartbeat interval, in seconds."""
         greeting = self._listener.greeting()
-        self._clear()  # all of it is in the greeting
+        self._outbox = _Outbox()  # all of it is in the greeting
         hello = fleet_pb2.Hello(
             node=codec.to_wire(greeting.node, node_pb2.Node),
             acknowledged=codec.to_wire(greeting.acknowledged, allocation_pb2.Generation),
@@ -217,33 +238,12 @@ class FleetSession:
                     async with asyncio.timeout(beat_at_s - monotonic_s()):
                         await self._wake.wait()
                 self._wake.clear()
-                for message in self._pending():
+                pending, self._outbox = self._outbox, _Outbox()
+                for message in pending.messages():
                     await _send(stream, message)
             self._probed = False
             beat_at_s = monotonic_s() + interval_s
             await _send(stream, fleet_pb2.AgentMessage(heartbeat=fleet_pb2.Heartbeat(sequence=sequence)))
-
-    def _pending(self) -> list[fleet_pb2.AgentMessage]:
-        """All that waits, reports before what acknowledges them; nothing waits afterwards."""
-        messages = []
-        if self._reports:
-            reports = [codec.to_wire(report, allocation_pb2.AllocReport) for report in self._reports.values()]
-            messages.append(fleet_pb2.AgentMessage(reports=fleet_pb2.Reports(reports=reports)))
-        if self._fingerprint is not None:
-            fingerprint = codec.to_wire(self._fingerprint, node_pb2.Fingerprint)
-            messages.append(
-                fleet_pb2.AgentMessage(fingerprint_changed=fleet_pb2.FingerprintChanged(fingerprint=fingerprint))
-            )
-        if self._applied is not None:
-            generation = codec.to_wire(self._applied, allocation_pb2.Generation)
-            messages.append(fleet_pb2.AgentMessage(applied=fleet_pb2.Applied(generation=generation)))
-        if self._mesh_applied is not None:
-            messages.append(fleet_pb2.AgentMessage(mesh_applied=fleet_pb2.MeshApplied(version=self._mesh_applied)))
-        if self._refusals:
-            refusals = [codec.to_wire(refusal, mesh_pb2.ObservedRefusal) for refusal in self._refusals]
-            messages.append(fleet_pb2.AgentMessage(refusals=fleet_pb2.Refusals(refusals=refusals)))
-        self._clear()
-        return messages
 
 
 async def _send(stream: _Stream, message: fleet_pb2.AgentMessage) -> None:

@@ -1,6 +1,6 @@
 """How a node without a certificate becomes one of the fleet: key and request made here, one Join, three files written.
 
-The controller must show, in its TLS chain, the CA whose fingerprint the configuration pins; only then the token is sent.
+The controller must show, in its TLS chain, the CA whose fingerprint the configuration pins; then the token is sent.
 """
 
 import asyncio
