@@ -1,41 +1,185 @@
-"""Starts, watches, signals and removes sandboxes: crun under conmon. (Signatures; the body follows.)"""
+"""Starts, watches, signals and removes sandboxes: crun under conmon.
 
+Owns everything of a sandbox but its network namespace and the sources of its mounts: bundle, cgroup, container, monitor,
+logs' bounds. Keeps no state in memory that the run directory does not have: a restarted agent carries on with what runs.
+Starts no task of its own; a call for one sandbox must not overlap with another `start` or `delete` of the same.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import time
+from asyncio import timeout, to_thread
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from agent.sandbox.spec import Exit, SandboxSpec, SandboxStatus, Usage
+import msgspec
+
+from agent.sandbox import conmon, executable, execution, oci, process, rootfs, seccomp
+from agent.sandbox.cgroup import Cgroups
+from agent.sandbox.execution import ExecProcess
+from agent.sandbox.records import Records
+from agent.sandbox.rotation import Rotation, conmon_bytes
+from agent.sandbox.spec import (
+    DirectoryRoot,
+    Exit,
+    HostRoot,
+    SandboxRecord,
+    SandboxSpec,
+    SandboxStatus,
+    StartError,
+    Usage,
+)
+from outrider.errors import HostError
 from outrider.log import Log
 
-
-class ExecProcess:
-    """A process started in a running sandbox. With a tty, `read` gives all output as stdout and stderr stays empty."""
-
-    async def read(self) -> tuple[str, bytes] | None:
-        """The next output as ("stdout" | "stderr", bytes); None once both have ended."""
-        raise NotImplementedError
-
-    async def write(self, data: bytes) -> None: ...
-    def close_stdin(self) -> None: ...
-    def resize(self, rows: int, columns: int) -> None: ...
-    def kill(self) -> None: ...
-    async def wait(self) -> int:
-        """Its exit code (128 + signal where a signal ended it)."""
-        raise NotImplementedError
+_CRUN_S_MAX = 10.0
+_MONITOR_S_MAX = 2.0
+_CREATE_S_MAX = 30.0  # a host under load; a start takes some 15 ms
+_KILLED = 128 + signal.SIGKILL
 
 
 class SandboxRuntime:
     """`cgroup`: parent of all sandboxes' cgroups, e.g. "outrider/FLEET/NODE"."""
 
-    def __init__(self, *, run_directory: Path, cgroup: str, log: Log) -> None: ...
+    def __init__(self, *, run_directory: Path, cgroup: str, log: Log) -> None:
+        self._run = run_directory
+        self._parent = cgroup.strip("/")
+        self._log = log
+        self._records = Records(run_directory)
+        self._cgroups = Cgroups()
+        self._rotation = Rotation()
+        for record in self._records.all():
+            if record.pid:
+                self._rotation.add(record.id, conmon.Directory(record.directory), record.log_bytes_max)
+        # Absolute: conmon changes its working directory.
+        # Named by its content: another version's profile is compiled anew.
+        digest = hashlib.sha256(msgspec.json.encode(seccomp.profile())).hexdigest()
+        self._compiled = run_directory / f"seccomp-{digest[:16]}.bpf"
+        self._crun = ("crun", f"--root={run_directory.absolute() / 'crun'}", "--cgroup-manager=cgroupfs")
 
     async def start(self, spec: SandboxSpec) -> SandboxStatus:
-        raise NotImplementedError
+        """Run a sandbox. What is left of an earlier one of the same id is removed first, its logs apart.
+
+        Raises StartError where the job or its image is at fault, HostError where this host is. A start that was
+        cancelled leaves what `delete` removes.
+        """
+        await self.delete(spec.id)
+        directory = conmon.Directory(spec.directory)
+        record = SandboxRecord(
+            id=spec.id,
+            directory=spec.directory,
+            user=spec.user,
+            env=spec.env,
+            cwd=spec.cwd,
+            log_bytes_max=spec.log_bytes_max,
+        )
+        self._records.write(record)
+        try:
+            self._prepare(spec, directory)
+            record = await self._create(spec, directory, record)
+        except (StartError, HostError) as error:
+            await self.delete(spec.id)
+            self._log.warning("sandbox_not_started", sandbox=spec.id, reason=error)
+            raise
+        self._records.write(record)
+        self._rotation.add(spec.id, directory, spec.log_bytes_max)
+        return _status(record, running=True)
+
+    def _prepare(self, spec: SandboxSpec, directory: conmon.Directory) -> None:
+        directory.exits.mkdir(parents=True, exist_ok=True)
+        (directory.exits / spec.id).unlink(missing_ok=True)
+        rootfs.remove(directory.bundle)
+        rootfs.prepare(spec, directory.bundle)
+        config = oci.config(
+            spec,
+            cgroup=f"{self._parent}/{spec.id}",
+            init=process.program("catatonit"),
+            seccomp_filter=self._seccomp_filter(),
+        )
+        (directory.bundle / "config.json").write_bytes(msgspec.json.encode(config))
+
+    async def _create(self, spec: SandboxSpec, directory: conmon.Directory, record: SandboxRecord) -> SandboxRecord:
+        starting = await conmon.create(spec.id, directory, crun=self._crun, log_bytes=conmon_bytes(spec.log_bytes_max))
+        ticks = process.started_ticks_of(starting.pid)
+        record = msgspec.structs.replace(record, conmon_pid=starting.pid, conmon_started_ticks=ticks)
+        self._records.write(record)
+        pid = await starting.created(timeout_s=_CREATE_S_MAX)
+        self._keep_seccomp_filter(spec.id)
+        if not executable.find(pid, spec.argv[0], spec.env.get("PATH", ""), spec.cwd):
+            raise StartError(_not_found(spec))
+        started_ticks = process.started_ticks_of(pid)
+        started_at_s = time.time()
+        done = await process.run([*self._crun, "start", spec.id], timeout_s=_CRUN_S_MAX)
+        if done.code != 0:
+            raise StartError(f"{spec.argv[0]}: {done.output.strip()}")
+        return msgspec.structs.replace(record, pid=pid, started_ticks=started_ticks, started_at_s=started_at_s)
 
     async def wait(self, sandbox: str) -> Exit:
-        raise NotImplementedError
+        """Wait until the sandbox has ended, and how. Also for one that an earlier agent started."""
+        record = self._known(sandbox)
+        directory = conmon.Directory(record.directory)
+        await process.ended(record.conmon_pid, record.conmon_started_ticks)
+        oom_kills = self._cgroups.oom_kills(f"{self._parent}/{sandbox}")
+        ended = conmon.exit_code(sandbox, directory)
+        if ended is None:
+            # Somebody killed the monitor: nobody reads its output nor its end any more, so it ends here.
+            process.send_signal(record.pid, record.started_ticks, signal.SIGKILL)
+            await process.ended(record.pid, record.started_ticks)
+            self._log.warning("monitor_killed", sandbox=sandbox)
+            ended = _KILLED, time.time()
+        code, finished_at_s = ended
+        return Exit(
+            code=code,
+            signal=code - 128 if 128 < code < 128 + signal.NSIG else None,
+            oom_killed=oom_kills > 0 and code != 0,
+            finished_at_s=finished_at_s,
+        )
 
-    async def signal(self, sandbox: str, number: int) -> None: ...
-    async def delete(self, sandbox: str) -> None: ...
+    async def signal(self, sandbox: str, number: int) -> None:
+        """Send a signal to the workload; SIGKILL ends all of the sandbox. One that has ended is left in peace."""
+        record = self._known(sandbox)
+        process.send_signal(record.pid, record.started_ticks, number)
+
+    async def delete(self, sandbox: str) -> None:
+        """Remove all of a sandbox but its logs and its exit status, killing what runs. Nothing there is fine."""
+        record = self._records.read(sandbox)
+        if record is None:
+            return
+        self._rotation.remove(sandbox)
+        directory = conmon.Directory(record.directory)
+        if not record.pid:  # a start that was cut short: first nobody may carry on with it
+            await self._end_monitor(record, directory)
+        state = self._run / "crun" / sandbox
+        if state.exists():
+            done = await process.run([*self._crun, "delete", "--force", sandbox], timeout_s=_CRUN_S_MAX)
+            if done.code != 0:
+                self._log.warning("crun_delete", sandbox=sandbox, output=done.output.strip())
+        # Everything in it dies here, if crun did not see to it: the monitor then has its end to write down.
+        await to_thread(self._cgroups.remove, f"{self._parent}/{sandbox}")
+        if record.pid:
+            await self._end_monitor(record, directory)
+        shutil.rmtree(state, ignore_errors=True)
+        rootfs.remove(directory.bundle)
+        self._records.remove(sandbox)
+
+    async def _end_monitor(self, record: SandboxRecord, directory: conmon.Directory) -> None:
+        """Let it write the exit status of what was killed; one that lingers, or never got so far, is killed too."""
+        if record.pid:
+            with suppress(TimeoutError):
+                async with timeout(_MONITOR_S_MAX):
+                    await process.ended(record.conmon_pid, record.conmon_started_ticks)
+                return
+        if record.conmon_pid:
+            process.send_signal(record.conmon_pid, record.conmon_started_ticks, signal.SIGKILL)
+            await process.ended(record.conmon_pid, record.conmon_started_ticks)
+            return
+        for pid in conmon.find(directory):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            await process.ended(pid)
 
     async def exec(
         self,
@@ -47,17 +191,90 @@ class SandboxRuntime:
         rows: int = 24,
         columns: int = 80,
     ) -> ExecProcess:
-        raise NotImplementedError
+        """Start a program in a running sandbox, as the workload's own user and within all its limits."""
+        record = self._known(sandbox)
+        terminal = {"TERM": "xterm-256color"} if tty else {}
+        values = oci.process(argv, {**record.env, **terminal, **(env or {})}, record.cwd, record.user, tty=tty)
+        try:
+            if tty:
+                return await execution.start_with_terminal(
+                    self._crun, sandbox, values, directory=self._run, rows=rows, columns=columns
+                )
+            return await execution.start(self._crun, sandbox, values)
+        except OSError as error:
+            raise HostError(sandbox, step=f"exec {argv[0]}: {error.strerror}") from error
 
     async def list(self) -> tuple[SandboxStatus, ...]:
-        raise NotImplementedError
+        """All sandboxes of this node that were started: those that run, and those that ended and were not deleted."""
+        return tuple(
+            _status(record, running=process.started_ticks_of(record.pid) == record.started_ticks)
+            for record in self._records.all()
+            if record.pid
+        )
 
     def usage(self, sandbox: str) -> Usage:
-        raise NotImplementedError
+        """What it used so far. Zeros where it is gone."""
+        return self._cgroups.usage(f"{self._parent}/{sandbox}")
 
     async def reap(self, known: Collection[str]) -> tuple[str, ...]:
-        """Remove every sandbox of this node that is not `known`; the ids of those removed."""
-        raise NotImplementedError
+        """Remove every sandbox of this node that is not `known` or was never fully started; the ids of those removed.
+
+        For an agent's beginning: it finds what a killed one left, at whatever step.
+        """
+        records = {record.id: record for record in self._records.all()}
+        gone = [name for name, record in records.items() if name not in known or not record.pid]
+        for sandbox in gone:
+            await self.delete(sandbox)
+        # Without a record there is nothing but a group, if the run directory was wiped.
+        for name in sorted(self._cgroups.children(self._parent) - set(records)):
+            await to_thread(self._cgroups.remove, f"{self._parent}/{name}")
+            gone.append(name)
+        if gone:
+            self._log.info("reaped", sandboxes=" ".join(gone))
+        return tuple(gone)
+
+    async def remove_all(self) -> None:
+        """End and remove everything of this node, its control group too: the node leaves its fleet."""
+        await self.reap(())
+        await to_thread(self._cgroups.remove, self._parent)
 
     async def rotate_logs(self) -> None:
         """Keep all logs below their bounds, for ever: run it as one named task of the agent."""
+        await self._rotation.run()
+
+    def _known(self, sandbox: str) -> SandboxRecord:
+        record = self._records.read(sandbox)
+        if record is None or not record.pid:
+            raise HostError(sandbox, step="no such sandbox on this node", hint="it was deleted, or never started")
+        return record
+
+    def _seccomp_filter(self) -> bytes | None:
+        with suppress(FileNotFoundError):
+            return self._compiled.read_bytes()
+        return None
+
+    def _keep_seccomp_filter(self, sandbox: str) -> None:
+        """Keep what crun compiled for the first sandbox: the others start in half the time."""
+        if not self._compiled.exists():
+            temporary = self._compiled.with_suffix(".new")
+            shutil.copyfile(self._run / "crun" / sandbox / "seccomp.bpf", temporary)
+            temporary.replace(self._compiled)
+
+
+def _status(record: SandboxRecord, *, running: bool) -> SandboxStatus:
+    return SandboxStatus(
+        id=record.id,
+        pid=record.pid,
+        started_at_s=record.started_at_s,
+        directory=record.directory,
+        running=running,
+    )
+
+
+def _not_found(spec: SandboxSpec) -> str:
+    match spec.root:
+        case HostRoot():
+            where = "the host image (the node's own /usr)"
+        case DirectoryRoot(path=path):
+            where = f"the image dir:{path}"
+    return f"command {spec.argv[0]!r} is not an executable file in {where}"

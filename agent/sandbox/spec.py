@@ -101,6 +101,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str
     log_bytes_max: int
     pid: int = 0  # 0: its start was never completed
+    started_ticks: int = 0
     conmon_pid: int = 0
-    conmon_started_ticks: int = 0  # tells this conmon from a later process of the same number
+    conmon_started_ticks: int = 0  # with the pid: tells it from a later process of the same number
     started_at_s: float = 0.0

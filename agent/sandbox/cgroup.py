@@ -1,0 +1,157 @@
+"""Control groups: which kind this host has, where a sandbox's are, what it used, and their removal.
+
+crun makes and limits them; this module reads and removes. v1 and hybrid hosts have one tree for each controller, v2
+hosts one tree for all. Never touches a mount, nor a group that is not below the path it is given.
+"""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+
+from agent.sandbox.spec import Usage
+from outrider.errors import HostError
+
+ROOT = Path("/sys/fs/cgroup")
+_REMOVE_S_MAX = 2.0
+_REMOVE_RETRY_S = 0.002
+_NS_PER_S = 1_000_000_000
+_US_PER_S = 1_000_000
+
+
+class Version(StrEnum):
+    V1 = "v1"
+    HYBRID = "hybrid"  # v1, and an empty v2 tree at `unified` that crun refuses (agent/hybrid.py)
+    V2 = "v2"
+
+
+class Cgroups:
+    """`root` is where the host mounts its hierarchies."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._root = root
+        self.version = detect(root)
+        self._v2 = self.version is Version.V2
+
+    def usage(self, path: str) -> Usage:
+        """What the sandbox at `path` ("outrider/FLEET/NODE/ID") used so far; zeros where it is gone."""
+        if self._v2:
+            return Usage(
+                cpu_s=keyed(self._text("", path, "cpu.stat"), "usage_usec") / _US_PER_S,
+                memory_bytes=_working_set(
+                    self._text("", path, "memory.current"), self._text("", path, "memory.stat"), "inactive_file"
+                ),
+                oom_kills=keyed(self._text("", path, "memory.events"), "oom_kill"),
+            )
+        return Usage(
+            cpu_s=number(self._text("cpuacct", path, "cpuacct.usage")) / _NS_PER_S,
+            memory_bytes=_working_set(
+                self._text("memory", path, "memory.usage_in_bytes"),
+                self._text("memory", path, "memory.stat"),
+                "total_inactive_file",
+            ),
+            oom_kills=self.oom_kills(path),
+        )
+
+    def oom_kills(self, path: str) -> int:
+        """How many processes of the sandbox the kernel killed for want of memory."""
+        if self._v2:
+            return keyed(self._text("", path, "memory.events"), "oom_kill")
+        return keyed(self._text("memory", path, "memory.oom_control"), "oom_kill")
+
+    def children(self, path: str) -> frozenset[str]:
+        """The names of the groups right below `path`, in whatever tree."""
+        names: set[str] = set()
+        for tree in self._trees():
+            directory = tree / path
+            if directory.is_dir():
+                names.update(entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+        return frozenset(names)
+
+    def remove(self, path: str) -> None:
+        """Kill all that runs at `path` and below, then remove it from every tree. Gone already is fine.
+
+        Raises HostError where something in it survives a SIGKILL for seconds: an uninterruptible wait.
+        """
+        for tree in self._trees():
+            directory = tree / path
+            if directory.is_dir():
+                _remove_tree(directory)
+
+    def _trees(self) -> Iterator[Path]:
+        if self._v2:
+            yield self._root
+            return
+        for entry in os.scandir(self._root):
+            if entry.is_dir(follow_symlinks=False) and entry.name != "unified":
+                yield Path(entry.path)
+
+    def _text(self, controller: str, path: str, file: str) -> str:
+        try:
+            return (self._root / controller / path / file).read_text()
+        except OSError as error:
+            # ENODEV: the group went away between open and read.
+            if error.errno in (errno.ENOENT, errno.ENODEV):
+                return ""
+            raise
+
+
+def detect(root: Path = ROOT) -> Version:
+    """Which kind of control groups is mounted at `root`."""
+    if (root / "cgroup.controllers").exists():
+        return Version.V2
+    if (root / "unified" / "cgroup.procs").exists():
+        return Version.HYBRID
+    return Version.V1
+
+
+def number(text: str) -> int:
+    """The number in a one-number file; 0 where it is empty."""
+    return int(text) if text.strip() else 0
+
+
+def keyed(text: str, key: str) -> int:
+    """The number after `key` in a file of "key number" lines; 0 where it has none."""
+    for line in text.splitlines():
+        name, _, value = line.partition(" ")
+        if name == key:
+            return int(value)
+    return 0
+
+
+def _working_set(usage: str, stat: str, inactive: str) -> int:
+    # The kernel drops inactive file pages before it kills: they are no sign of need.
+    return max(0, number(usage) - keyed(stat, inactive))
+
+
+def _remove_tree(directory: Path) -> None:
+    for entry in [entry for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]:
+        _remove_tree(Path(entry.path))
+    deadline_s = time.monotonic() + _REMOVE_S_MAX
+    while True:
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                raise HostError(str(directory), step=f"remove control group: {error.strerror}") from error
+            _kill_all(directory)
+            time.sleep(_REMOVE_RETRY_S)  # the killed leave their group a moment after they died
+        else:
+            return
+
+
+def _kill_all(directory: Path) -> None:
+    try:
+        pids = (directory / "cgroup.procs").read_text().split()
+    except FileNotFoundError:
+        return
+    for pid in pids:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,61 @@
+"""The few mount calls that the agent makes itself, without starting a program for each.
+
+Owns no state: who mounts, unmounts. Mounts are made in the agent's own mount namespace.
+"""
+
+import ctypes
+import errno
+import os
+import re
+from pathlib import Path
+
+from outrider.errors import HostError
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mount_tmpfs(target: Path, *, size_bytes: int, uid: int, mode: int) -> None:
+    """A private file system in memory at `target`, of at most `size_bytes`, owned by `uid` (and that gid)."""
+    options = f"size={size_bytes},mode={mode:o},uid={uid},gid={uid}"
+    _mount("tmpfs", target, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+
+
+def mount_overlay(target: Path, *, layers: tuple[str, ...]) -> None:
+    """`layers`, the uppermost first, as one read-only tree."""
+    # A colon parts layers and a backslash escapes: a path that has either must carry it escaped.
+    lower = ":".join(layer.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,") for layer in layers)
+    _mount("overlay", target, "overlay", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, f"lowerdir={lower}")
+
+
+def unmount(target: Path) -> bool:
+    """Whether something was mounted at `target`. Lazily: what holds it open keeps it until it lets go."""
+    if _libc.umount2(os.fsencode(target), _MNT_DETACH | _UMOUNT_NOFOLLOW) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+        return False
+    raise HostError(str(target), step=f"unmount: {os.strerror(number)}")
+
+
+def unmount_below(directory: Path) -> None:
+    """Unmount all that is mounted at `directory` or below it, the innermost first."""
+    prefix = f"{directory}/"
+    points = [point for point in mount_points() if point == str(directory) or point.startswith(prefix)]
+    for point in reversed(points):
+        unmount(Path(point))
+
+
+def mount_points() -> list[str]:
+    """Where anything is mounted in this mount namespace, in the order of mounting."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return [_OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split(" ", 5)[4]) for line in lines]
+
+
+def _mount(source: str, target: Path, kind: str, flags: int, options: str) -> None:
+    done = _libc.mount(source.encode(), os.fsencode(target), kind.encode(), flags, options.encode())
+    if done != 0:
+        raise HostError(str(target), step=f"mount {kind}: {os.strerror(ctypes.get_errno())}", hint="is the agent root?")

@@ -1,0 +1,97 @@
+"""Prepares what a sandbox sees as its root: an empty tree of mount points, or those laid over an unpacked image.
+
+Owns the bundle's `rootfs` and `skeleton`. Never follows a link inside an image: what it writes, it writes into
+directories that it has just made itself.
+"""
+
+import shutil
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from agent.sandbox import mounts
+from agent.sandbox.oci import HOST_DIRECTORIES, INIT
+from agent.sandbox.spec import DirectoryRoot, HostRoot, SandboxSpec, StartError
+
+_MERGED_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+# Small files a libc, a resolver or TLS reads; everything else of the host's /etc stays out of sight.
+_COPIED = (
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/etc/mime.types",
+    "/etc/protocols",
+    "/etc/services",
+    "/etc/ssl/openssl.cnf",
+)
+_NSSWITCH = "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n"
+
+
+def prepare(spec: SandboxSpec, bundle: Path) -> None:
+    """Make `bundle/rootfs`. Raises StartError where the image is not there."""
+    rootfs = bundle / "rootfs"
+    rootfs.mkdir(mode=0o755, parents=True)
+    bundle.chmod(0o755)  # the sandbox's own uid must be able to pass; its parents decide who else can
+    match spec.root:
+        case HostRoot():
+            _make_mount_points(rootfs, spec)
+            _pick_host(rootfs, spec)
+        case DirectoryRoot(path=path):
+            image = Path(path)
+            if not image.is_dir():
+                raise StartError(f"image directory {path} is not there on this node")
+            skeleton = bundle / "skeleton"
+            skeleton.mkdir(mode=0o755)
+            _make_mount_points(skeleton, spec)
+            mounts.mount_overlay(rootfs, layers=(str(skeleton), path))
+
+
+def remove(bundle: Path) -> None:
+    """Unmount and remove the bundle; gone already is fine."""
+    mounts.unmount(bundle / "rootfs")
+    with suppress(FileNotFoundError):
+        shutil.rmtree(bundle)
+
+
+def _make_mount_points(tree: Path, spec: SandboxSpec) -> None:
+    directories = ["/proc", "/dev", "/sys", *(tmpfs.target for tmpfs in spec.tmpfs)]
+    files = [INIT]
+    for mount in spec.mounts:
+        if not Path(mount.source).exists():
+            raise StartError(f"what should be mounted at {mount.target} is not there on this node: {mount.source}")
+        (directories if Path(mount.source).is_dir() else files).append(mount.target)
+    if isinstance(spec.root, HostRoot):
+        directories += HOST_DIRECTORIES
+    covered = [PurePosixPath(target) for target in directories if target != "/"]
+    for target in sorted(directories):
+        _inside(tree, target).mkdir(parents=True, exist_ok=True)
+    for target in files:
+        # Below another mount, the point must exist there; this tree is covered at that place.
+        if not any(parent in covered for parent in PurePosixPath(target).parents):
+            point = _inside(tree, target)
+            point.parent.mkdir(parents=True, exist_ok=True)
+            point.touch()
+
+
+def _inside(tree: Path, target: str) -> Path:
+    path = PurePosixPath(target)
+    if not path.is_absolute() or ".." in path.parts:
+        raise StartError(f"mount target {target!r} is not an absolute path without '..'")
+    return tree / path.relative_to("/")
+
+
+def _pick_host(rootfs: Path, spec: SandboxSpec) -> None:
+    for name in _MERGED_LINKS:
+        if Path("/usr", name).is_dir():
+            (rootfs / name).symlink_to(f"usr/{name}")
+    for source in _COPIED:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(source, rootfs / source.removeprefix("/"))
+    etc = rootfs / "etc"
+    etc.joinpath("passwd").write_text(
+        f"root:x:0:0:root:/:/usr/sbin/nologin\nuser:x:{spec.user}:{spec.user}:user:/:/bin/sh\n"
+        "nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
+    )
+    etc.joinpath("group").write_text(f"root:x:0:\nuser:x:{spec.user}:\nnogroup:x:65534:\n")
+    etc.joinpath("nsswitch.conf").write_text(_NSSWITCH)
+    hosts = etc / "hosts"
+    if not any(mount.target == "/etc/hosts" for mount in spec.mounts):
+        hosts.write_text(f"127.0.0.1 localhost {spec.hostname}\n")
