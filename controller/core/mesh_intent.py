@@ -1,10 +1,15 @@
 """What the journal's state wants of the mesh: registrations, intentions, interests. Values here; derived purely."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from controller.core.state import State
+from controller.core import table as columns
+from controller.core.groups import GroupEntry
+from controller.core.state import State, services_of
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
+from outrider.model.allocation import AllocStatus
 from outrider.model.job import Protocol, Value
+from outrider.model.mesh import PUBLIC_PORT
+from outrider.model.node import NodeStatus
 
 
 class ServiceRegistration(Value, frozen=True, kw_only=True):
@@ -47,9 +52,100 @@ class Interests(Value, frozen=True, kw_only=True):
     placed: frozenset[ServiceName]
 
 
-def registration(state: State, node: NodeId) -> NodeRegistration: ...  # type: ignore[empty-body]
-def owned_intentions(state: State) -> tuple[OwnedIntention, ...]: ...  # type: ignore[empty-body]
-def virtual_indices(state: State) -> Mapping[ServiceName, int]: ...  # type: ignore[empty-body]
-def virtual_services(state: State) -> Mapping[ServiceName, tuple[int, Protocol]]: ...  # type: ignore[empty-body]
-def interests(state: State, node: NodeId) -> Interests: ...  # type: ignore[empty-body]
-def may_hold_leaf(state: State, node: NodeId, service: ServiceName) -> bool: ...  # type: ignore[empty-body]
+def registration(state: State, node: NodeId) -> NodeRegistration:
+    """Raises KeyError for a node that never joined."""
+    ref = state.nodes.reference[node]
+    link = state.live.links[ref]
+    services: list[ServiceRegistration] = []
+    for serial, row in _serving(state, ref):
+        if state.table.desired[row] == columns.RUN:  # what is told to stop leaves first (DESIGN, decision 7)
+            services.extend(_service_registrations(state, serial, row))
+    return NodeRegistration(
+        node=node,
+        address=state.nodes.nodes[ref].address,
+        # Gone is not suspect: with its agent gone a node keeps its endpoints (DESIGN, decision 5).
+        passing=link.status in (NodeStatus.READY, NodeStatus.GONE)
+        or (link.status is NodeStatus.SUSPECT and bool(state.live.braked)),
+        output=link.reason or link.status,
+        services=tuple(services),
+    )
+
+
+def owned_intentions(state: State) -> tuple[OwnedIntention, ...]:
+    """The `allow:` lines of all jobs that are not stopped, each once."""
+    found: dict[OwnedIntention, None] = {}
+    for name, entry in sorted(state.jobs.items()):
+        if not entry.stopped:
+            for group in entry.job.groups:
+                for service in group.services:
+                    for source in service.allow:
+                        found[OwnedIntention(source=source, destination=service.name, job=name)] = None
+    return tuple(found)
+
+
+def virtual_indices(state: State) -> Mapping[ServiceName, int]:
+    """Of every name that a job ever provided or called."""
+    return state.virtual
+
+
+def virtual_services(state: State) -> Mapping[ServiceName, tuple[int, Protocol]]:
+    """Index and protocol. A name that no job provides may be one from outside: TCP."""
+    provided = services_of(state)
+    return {
+        name: (index, _protocol(provided[name], name) if name in provided else Protocol.TCP)
+        for name, index in state.virtual.items()
+    }
+
+
+def interests(state: State, node: NodeId) -> Interests:
+    called: set[ServiceName] = set()
+    placed: set[ServiceName] = set()
+    ref = state.nodes.reference.get(node)
+    for _, row in _serving(state, ref) if ref is not None else ():
+        for service in state.group_of(row).group.services:
+            placed.add(service.name)
+            called.update(upstream.service for upstream in service.upstreams)
+    return Interests(called=frozenset(called), placed=frozenset(placed))
+
+
+def may_hold_leaf(state: State, node: NodeId, service: ServiceName) -> bool:
+    """The node authorizer: an allocation of the service, neither ended nor lost, is placed on the node."""
+    ref = state.nodes.reference.get(node)
+    return ref is not None and any(
+        one.name == service for _, row in _serving(state, ref) for one in state.group_of(row).group.services
+    )
+
+
+def _serving(state: State, ref: int) -> Iterator[tuple[int, int]]:
+    """Serial and row of the node's allocations with services, those included that are told to stop."""
+    for serial in sorted(state.nodes.serving[ref]):
+        row = state.table.row(serial)
+        assert row is not None, "what serves has not ended"
+        yield serial, row
+
+
+def _service_registrations(state: State, serial: int, row: int) -> Iterator[ServiceRegistration]:
+    group = state.group_of(row)
+    report = state.live.reports.get(serial)
+    ports = dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=True))
+    checks = {check.service: check for check in report.checks} if report is not None else {}
+    running = report is not None and report.status is AllocStatus.RUNNING
+    for position, service in enumerate(group.group.services):
+        check = checks.get(service.name)
+        passing = running and (check is None or check.passing)
+        yield ServiceRegistration(
+            alloc=state.alloc_id(serial),
+            service=service.name,
+            protocol=service.protocol,
+            job=group.job,
+            port=ports.get(service.name, 0),
+            local_address=report.local_address if report is not None else "",
+            local_port=PUBLIC_PORT + position if service.port is not None else 0,
+            upstreams=tuple(upstream.service for upstream in service.upstreams),
+            passing=passing,
+            output=check.output if check is not None else "" if passing else "not running yet",
+        )
+
+
+def _protocol(group: GroupEntry, name: ServiceName) -> Protocol:
+    return next(service.protocol for service in group.group.services if service.name == name)

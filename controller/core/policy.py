@@ -18,4 +18,5 @@ class Policy(Value, frozen=True, kw_only=True):
     versions_kept: int = 20  # of each job
     plan_placements_max: int = 50_000  # in one plan: bounds a step, and what one fsync carries
     operator_calls_max: int = 4096  # waiting for the journal; more are told to come back
+    unclaimed_max: int = 10_000  # allocations of others that are remembered by name
     events_each_max: int = 1000  # placements of one run told one by one; more are told as one

@@ -36,6 +36,13 @@ class JobVersionAdded(Value, frozen=True, kw_only=True, tag=True):
     submitted_at_s: float
 
 
+class JobVersionsDropped(Value, frozen=True, kw_only=True, tag=True):
+    """Old versions that no allocation is made from any more."""
+
+    job: JobName
+    versions: tuple[int, ...]
+
+
 class JobStopped(Value, frozen=True, kw_only=True, tag=True):
     job: JobName
 
@@ -117,6 +124,7 @@ Record = (
     | NodeRegistered
     | NodeDowned
     | JobVersionAdded
+    | JobVersionsDropped
     | JobStopped
     | RolloutEnded
     | VirtualAddressAssigned

@@ -1,27 +1,354 @@
-"""The controller's state. Signatures first; the bodies follow in the next commits."""
+"""The controller's state. Owns what is true after each record; never decides what to write next.
 
-from collections.abc import Iterable
+The durable part changes by `apply` alone. `live` is the volatile part: rebuilt from the agents after a restart.
+"""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import numpy as np
+
+from controller.core import table as columns
+from controller.core.groups import FamilyKey, GroupEntry, group_entry
+from controller.core.nodes import NodeTable
 from controller.core.policy import Policy
-from controller.core.records import Record
-from outrider.model.allocation import Generation
+from controller.core.records import (
+    AllocationsSnapshot,
+    AllocTransitions,
+    EpochBegun,
+    JobStopped,
+    JobVersionAdded,
+    JobVersionsDropped,
+    NodeDowned,
+    NodeRegistered,
+    Plan,
+    Record,
+    RolloutEnded,
+    VirtualAddressAssigned,
+)
+from controller.core.table import AllocTable, Ints, Shorts
+from controller.core.volatile import Volatile
+from outrider.ids import AllocId, JobName, ServiceName, alloc_id, alloc_serial
+from outrider.model.allocation import AllocReport, Generation
+from outrider.model.fleet import RolloutState
+from outrider.model.job import Job, JobType
+
+
+@dataclass(slots=True)
+class JobEntry:
+    versions: dict[int, JobVersionAdded] = field(default_factory=dict)
+    latest: int = 0
+    stopped: bool = False
+    rollout: RolloutState = RolloutState.RUNNING  # of the latest version
+    rollout_reason: str = ""
+    good_version: int = 0  # the last whose rollout succeeded; 0: none yet
+
+    @property
+    def job(self) -> Job:
+        return self.versions[self.latest].job
 
 
 class State:
-    generation: Generation
-    salt: int
-    epoch: int
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.epoch = 0
+        self.salt = 0
+        self.generation = Generation()  # of the newest plan
+        self.next_serial = 0
+        self.jobs: dict[JobName, JobEntry] = {}
+        self.groups: dict[int, GroupEntry] = {}
+        self.group_keys: dict[tuple[JobName, int, int], int] = {}
+        self.nodes = NodeTable()
+        self.table = AllocTable()
+        self.families: dict[FamilyKey, Ints] = {}  # serials of all that is not forgotten, ascending
+        self.system_jobs: dict[JobName, None] = {}  # that are not stopped
+        self.virtual: dict[ServiceName, int] = {}
+        self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
+        self.reasons: dict[int, str] = {}  # by serial: why it was stopped, or ended
+        self.last_reports: dict[int, AllocReport] = {}  # of failed allocations
+        self.live = Volatile()
 
     @classmethod
-    def empty(cls, policy: Policy | None = None) -> "State": ...  # type: ignore[empty-body]
-
-    def apply(self, record: Record) -> None: ...
-
-    def next_epoch(self, salt: int) -> Record:  # type: ignore[empty-body]
-        """What to append and apply after replay, before the first event. `salt` counts in the first epoch only."""
-
-    def snapshot(self) -> Iterable[Record]:  # type: ignore[empty-body]
-        """Few records that make the same durable state: what a compacted journal begins with."""
+    def empty(cls, policy: Policy | None = None) -> "State":
+        return cls(policy or Policy())
 
     @property
-    def next_deadline_s(self) -> float | None: ...
+    def next_deadline_s(self) -> float | None:
+        """When the edge must send a Tick, unless another event comes first."""
+        return self.live.timers.next_s
+
+    def next_epoch(self, salt: int) -> EpochBegun:
+        """What to append and apply after replay, before the first event. `salt` counts in the first epoch only."""
+        return EpochBegun(epoch=self.epoch + 1, salt=self.salt if self.epoch else salt)
+
+    def alloc_id(self, serial: int) -> AllocId:
+        return alloc_id(serial, self.salt)
+
+    def serial(self, alloc: AllocId) -> int | None:
+        """None for what cannot be an id."""
+        try:
+            return alloc_serial(alloc, self.salt)
+        except ValueError:
+            return None
+
+    def group_of(self, row: int) -> GroupEntry:
+        return self.groups[int(self.table.group[row])]
+
+    def family_rows(self, family: FamilyKey) -> Ints:
+        serials = self.families.get(family)
+        return self.table.rows(serials) if serials is not None else np.zeros(0, np.int64)
+
+    def node_rows(self, ref: int) -> Ints:
+        """Allocations of the node that have not ended."""
+        size = self.table.size
+        return np.flatnonzero((self.table.node[:size] == ref) & (self.table.status[:size] == columns.LIVE))
+
+    def current_groups(self, job: JobName) -> tuple[int, ...]:
+        """Keys of the groups of the job's newest version."""
+        entry = self.jobs[job]
+        return tuple(self.group_keys[job, entry.latest, at] for at in range(len(entry.job.groups)))
+
+    def apply(self, record: Record) -> None:
+        """Make `record`, which the journal has, true."""
+        match record:
+            case EpochBegun():
+                self.epoch, self.salt = record.epoch, record.salt
+                self.generation = Generation(record.epoch, 0)
+            case NodeRegistered():
+                self.nodes.register(record.node)
+            case NodeDowned():
+                self.nodes.down[self.nodes.reference[record.node]] = True
+            case JobVersionAdded() | JobVersionsDropped() | JobStopped() | RolloutEnded():
+                self._change_job(record)
+            case VirtualAddressAssigned():
+                self.virtual[record.service] = record.index
+            case Plan():
+                self._carry_out(record)
+            case AllocTransitions():
+                self._end(np.frombuffer(record.serials, np.int64), record)
+            case AllocationsSnapshot():
+                self._restore(record)
+            case _:
+                assert_never(record)
+
+    def snapshot(self) -> Iterator[Record]:
+        """Few records that make the same durable state: the start of a compacted journal. Equal for equal states."""
+        yield EpochBegun(epoch=self.epoch, salt=self.salt)
+        for ref, node in enumerate(self.nodes.nodes):
+            yield NodeRegistered(node=node)
+            if self.nodes.down[ref]:
+                yield NodeDowned(node=node.id)
+        for service, index in self.virtual.items():
+            yield VirtualAddressAssigned(service=service, index=index)
+        for name, entry in self.jobs.items():
+            for version, added in entry.versions.items():
+                yield added
+                if version == entry.good_version:
+                    yield RolloutEnded(job=name, version=version, state=RolloutState.SUCCESSFUL)
+            if entry.rollout is not RolloutState.RUNNING:
+                yield RolloutEnded(job=name, version=entry.latest, state=entry.rollout, reason=entry.rollout_reason)
+            if entry.stopped:
+                yield JobStopped(job=name)
+        yield self._allocations_snapshot()
+
+    def _change_job(self, record: JobVersionAdded | JobVersionsDropped | JobStopped | RolloutEnded) -> None:
+        match record:
+            case JobVersionAdded():
+                self._add_version(record)
+            case JobVersionsDropped():
+                self._drop_versions(record)
+            case JobStopped():
+                self._stop_job(record)
+            case RolloutEnded():
+                self._end_rollout(record)
+            case _:
+                assert_never(record)
+
+    def _add_version(self, added: JobVersionAdded) -> None:
+        job = added.job
+        entry = self.jobs.setdefault(job.name, JobEntry())
+        entry.versions[added.version] = added
+        entry.latest = added.version
+        entry.stopped = False
+        entry.rollout, entry.rollout_reason = RolloutState.RUNNING, ""
+        if job.type is JobType.SYSTEM:
+            self.system_jobs[job.name] = None
+        for position in range(len(job.groups)):
+            group = group_entry(job, added.version, position)
+            key = len(self.group_keys)
+            self.group_keys[job.name, added.version, position] = key
+            self.groups[key] = group
+            self._forget(group.family)
+
+    def _drop_versions(self, record: JobVersionsDropped) -> None:
+        entry = self.jobs[record.job]
+        for version in record.versions:
+            dropped = entry.versions.pop(version)
+            for position in range(len(dropped.job.groups)):
+                # The pair stays in `group_keys`: keys count upwards by its length.
+                del self.groups[self.group_keys[record.job, version, position]]
+
+    def _stop_job(self, record: JobStopped) -> None:
+        entry = self.jobs[record.job]
+        entry.stopped = True
+        self.system_jobs.pop(record.job, None)
+        if entry.rollout is RolloutState.RUNNING:
+            entry.rollout = RolloutState.STOPPED
+
+    def _end_rollout(self, record: RolloutEnded) -> None:
+        entry = self.jobs[record.job]
+        if record.state is RolloutState.SUCCESSFUL:
+            entry.good_version = record.version
+        if record.version == entry.latest:
+            entry.rollout, entry.rollout_reason = record.state, record.reason
+
+    def _carry_out(self, plan: Plan) -> None:
+        self.generation = plan.generation
+        for run in plan.runs:
+            key = self.group_keys[run.job, run.version, run.group]
+            nodes = np.frombuffer(run.nodes, np.int32)
+            self.table.add(run.first_serial, key, run.first_index, nodes, plan.at_s)
+            serials = np.arange(run.first_serial, run.first_serial + len(nodes), dtype=np.int64)
+            self.next_serial = run.first_serial + len(nodes)
+            family = self.groups[key].family
+            before = self.families.get(family)
+            self.families[family] = serials if before is None else np.concatenate([before, serials])
+            self._place(key, serials, nodes, run.ports)
+        for late in plan.late:
+            serials = np.frombuffer(late.serials, np.int64)
+            nodes = np.frombuffer(late.nodes, np.int32)
+            rows = self.table.rows(serials)
+            self.table.node[rows] = nodes
+            self.table.changed_s[rows] = plan.at_s
+            self._place(int(self.table.group[rows[0]]), serials, nodes, late.ports)
+        for stop in plan.stops:
+            self._stop(np.frombuffer(stop.serials, np.int64), stop.reason, plan.at_s)
+
+    def _place(self, key: int, serials: Ints, nodes: Shorts, ports: bytes) -> None:
+        """Account what was placed. `nodes` may hold -1; then its ports are 0."""
+        group = self.groups[key]
+        self.nodes.take(nodes[nodes >= 0], group)
+        width = len(group.mesh_services)
+        if width:
+            given = np.frombuffer(ports, np.int32).reshape(len(nodes), width).tolist()
+            for serial, ref, mesh_ports in zip(serials.tolist(), nodes.tolist(), given, strict=True):
+                if ref >= 0:
+                    self.ports[serial] = tuple(mesh_ports)
+        if width or group.static_ports or group.group.services:
+            for serial, ref in zip(serials.tolist(), nodes.tolist(), strict=True):
+                if ref >= 0:
+                    for port in (*self.ports.get(serial, ()), *group.static_ports):
+                        self.nodes.take_port(ref, port)
+                    if group.group.services:
+                        self.nodes.serving[ref].add(serial)
+
+    def _stop(self, serials: Ints, reason: str, at_s: float) -> None:
+        rows = self.table.rows(serials)
+        self.table.desired[rows] = columns.STOP
+        self.table.changed_s[rows] = at_s
+        self.reasons.update(dict.fromkeys(serials.tolist(), reason))
+        unplaced = rows[self.table.node[rows] < 0]  # nothing runs: nothing to wait for
+        if len(unplaced):
+            self.table.status[unplaced] = columns.COMPLETE
+            for family in {self.groups[key].family for key in np.unique(self.table.group[unplaced]).tolist()}:
+                self._forget(family)
+
+    def _end(self, serials: Ints, record: AllocTransitions) -> None:
+        rows = self.table.rows(serials)
+        self.table.status[rows] = columns.ENDED_CODES[record.status]
+        self.table.changed_s[rows] = record.at_s
+        if record.reason:
+            self.reasons.update(dict.fromkeys(serials.tolist(), record.reason))
+        for report in record.reports:
+            self.last_reports[alloc_serial(report.alloc, self.salt)] = report
+        keys = self.table.group[rows]
+        for key in np.unique(keys).tolist():
+            self._release(key, rows[keys == key])
+        for family in {self.groups[key].family for key in np.unique(keys).tolist()}:
+            self._forget(family)
+
+    def _release(self, key: int, rows: Ints) -> None:
+        group = self.groups[key]
+        placed = rows[self.table.node[rows] >= 0]
+        nodes = self.table.node[placed]
+        self.nodes.release(nodes, group)
+        if group.group.services or group.static_ports:
+            for serial, ref in zip(self.table.serial[placed].tolist(), nodes.tolist(), strict=True):
+                for port in (*self.ports.pop(serial, ()), *group.static_ports):
+                    self.nodes.release_port(ref, port)
+                self.nodes.serving[ref].discard(serial)
+
+    def _forget(self, family: FamilyKey) -> None:
+        """Keep the newest few of those that ended. Of a batch job's current version all: they are its result."""
+        if len(self.families.get(family, ())) <= self.policy.ended_kept:
+            return
+        rows = self.family_rows(family)
+        ended = rows[self.table.status[rows] != columns.LIVE]
+        entry = self.jobs[family[0]]
+        if entry.job.type is JobType.BATCH and not entry.stopped:
+            current = [self.group_keys[family[0], entry.latest, at] for at in range(len(entry.job.groups))
+                       if (family[0], entry.latest, at) in self.group_keys]  # fmt: skip
+            ended = ended[~np.isin(self.table.group[ended], current)]
+        excess = len(ended) - self.policy.ended_kept
+        if excess <= 0:
+            return
+        oldest = ended[np.argsort(self.table.changed_s[ended], kind="stable")[:excess]]
+        gone = self.table.serial[oldest]
+        self.families[family] = np.setdiff1d(self.families[family], gone, assume_unique=True)
+        for serial in gone.tolist():
+            self.reasons.pop(serial, None)
+            self.last_reports.pop(serial, None)
+            self.live.reports.pop(serial, None)
+        self.table.forget(oldest)
+
+    def _allocations_snapshot(self) -> AllocationsSnapshot:
+        kept = np.flatnonzero(self.table.status[: self.table.size] != columns.FORGOTTEN)
+        used = sorted((self.groups[key].job, self.groups[key].version, self.groups[key].position, key)
+                      for key in np.unique(self.table.group[kept]).tolist())  # fmt: skip
+        packed = {name: getattr(self.table, name)[kept].tobytes() for name in columns.DURABLE if name != "group"}
+        if used:
+            positions = np.zeros(max(key for *_, key in used) + 1, np.int32)
+            positions[[key for *_, key in used]] = np.arange(len(used))
+            packed["group"] = positions[self.table.group[kept]].tobytes()
+        else:
+            packed["group"] = b""
+        return AllocationsSnapshot(
+            next_serial=self.next_serial,
+            generation=self.generation,
+            columns=packed,
+            groups=tuple((job, version, position) for job, version, position, _ in used),
+            ports=dict(sorted(self.ports.items())),
+            reasons=dict(sorted(self.reasons.items())),
+            reports=tuple(report for _, report in sorted(self.last_reports.items())),
+        )
+
+    def _restore(self, record: AllocationsSnapshot) -> None:
+        self.next_serial, self.generation = record.next_serial, record.generation
+        self.ports.update(record.ports)
+        self.reasons.update(record.reasons)
+        self.last_reports.update({alloc_serial(report.alloc, self.salt): report for report in record.reports})
+        keys = np.array([self.group_keys[group] for group in record.groups], np.int32)
+        group = keys[np.frombuffer(record.columns["group"], np.int32)] if len(keys) else keys
+        self.table.restore({**record.columns, "group": group.tobytes()})
+        size = self.table.size
+        for key in np.unique(group).tolist():
+            rows = np.flatnonzero(self.table.group[:size] == key)
+            family = self.groups[key].family
+            before = self.families.get(family, np.zeros(0, np.int64))
+            self.families[family] = np.sort(np.concatenate([before, self.table.serial[rows]]))
+            live = rows[self.table.status[rows] == columns.LIVE]
+            ports = [self.ports.get(serial, (0,) * len(self.groups[key].mesh_services))
+                     for serial in self.table.serial[live].tolist()]  # fmt: skip
+            packed = np.array(ports, np.int32).tobytes()
+            self._place(key, self.table.serial[live], self.table.node[live], packed)
+
+
+def services_of(state: State) -> Mapping[ServiceName, GroupEntry]:
+    """Who provides what: of jobs that are not stopped, in their newest version."""
+    provided: dict[ServiceName, GroupEntry] = {}
+    for name, entry in state.jobs.items():
+        if not entry.stopped:
+            for key in state.current_groups(name):
+                provided.update(dict.fromkeys(state.groups[key].mesh_services, state.groups[key]))
+    return provided

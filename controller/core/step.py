@@ -1,11 +1,130 @@
-"""The one entry: an event in, commands out. Signatures first; the bodies follow in the next commits."""
+"""The one entry of the controller's core: an event in, commands out. Owns the order within a step; decides nothing.
+
+The state is changed in place; the result depends on the arguments alone. Every step ends in the same way: what can be
+written is asked for, then the mesh, then the agents are told.
+"""
 
 import random
+from typing import assert_never
 
-from controller.core.commands import Command
-from controller.core.events import Event
+import msgspec
+
+from controller.core import commit, deploy, liveness, reconcile
+from controller.core.commands import Command, Reply
+from controller.core.events import (
+    AgentApplied,
+    AgentConnected,
+    AgentDisconnected,
+    AgentReported,
+    Appended,
+    EndpointsWithdrawn,
+    Event,
+    FingerprintChanged,
+    HeartbeatReceived,
+    JobStopRequested,
+    JobSubmitted,
+    LastWillSeen,
+    Tick,
+)
+from controller.core.reports import take_reports
 from controller.core.state import State
+from outrider.ids import JobName
 
 
-def step(state: State, event: Event, now_s: float, rng: random.Random) -> tuple[Command, ...]:  # type: ignore[empty-body]
+def step(state: State, event: Event, now_s: float, rng: random.Random) -> tuple[Command, ...]:
     """`now_s`: wall-clock seconds that never step back within a controller's life (wall at start + monotonic)."""
+    live = state.live
+    if live.started_at_s is None:
+        liveness.begin(state, now_s)
+    live.now_s = now_s
+    _take(state, event, now_s)
+    if live.in_flight is None:
+        commit.flush(state, now_s, rng.getrandbits(63) if live.dirty_jobs else 0)
+    reconcile.emit(state, now_s)
+    out, live.out = live.out, []
+    return tuple(out)
+
+
+def _take(state: State, event: Event, now_s: float) -> None:
+    match event:
+        case HeartbeatReceived():
+            liveness.heartbeat(state, event, now_s)
+        case AgentReported() | AgentApplied() | FingerprintChanged():
+            _listen(state, event, now_s)
+        case Appended():
+            commit.appended(state, event, now_s)
+        case AgentConnected():
+            _connect(state, event, now_s)
+        case AgentDisconnected():
+            liveness.disconnected(state, event, now_s)
+        case LastWillSeen():
+            liveness.last_will(state, event)
+        case EndpointsWithdrawn():
+            serials = (state.serial(alloc) for alloc in event.allocs)
+            reconcile.withdrawn(state, tuple(serial for serial in serials if serial is not None))
+        case JobSubmitted() | JobStopRequested():
+            _call(state, event)
+        case Tick():
+            _tick(state, now_s)
+        case _:
+            assert_never(event)
+
+
+def _listen(state: State, event: AgentReported | AgentApplied | FingerprintChanged, now_s: float) -> None:
+    """To what an agent says on its present session; what comes from an older one is void."""
+    ref = state.nodes.reference.get(event.node)
+    if ref is None or state.live.links[ref].session != event.session:
+        return
+    match event:
+        case AgentReported():
+            take_reports(state, ref, event.reports, now_s)
+        case AgentApplied():
+            state.live.links[ref].acknowledged = event.generation
+        case FingerprintChanged():
+            node = state.nodes.nodes[ref]
+            if node.fingerprint != event.fingerprint:
+                changed = msgspec.structs.replace(node, fingerprint=event.fingerprint)
+                state.live.registering[node.id] = changed
+        case _:
+            assert_never(event)
+
+
+def _connect(state: State, event: AgentConnected, now_s: float) -> None:
+    """At once where the journal knows the node as it is; else as soon as it does."""
+    live, node = state.live, event.node
+    ref = state.nodes.reference.get(node.id)
+    settled = node.id not in live.registering and node.id not in live.joining
+    if ref is not None and settled and state.nodes.nodes[ref] == node and not _downed(state, ref):
+        liveness.connected(state, event, now_s)
+    else:
+        live.registering[node.id] = node
+        live.joining[node.id] = event
+
+
+def _downed(state: State, ref: int) -> bool:
+    """Down for the journal, or about to be."""
+    return bool(state.nodes.down[ref]) or ref in state.live.downing
+
+
+def _call(state: State, event: JobSubmitted | JobStopRequested) -> None:
+    if len(state.live.calls) >= state.policy.operator_calls_max:
+        message = "too many calls wait for the journal; try again in a moment"
+        state.live.out.append(Reply(request=event.request, code="busy", message=message))
+    else:
+        state.live.calls.append(event)
+
+
+def _tick(state: State, now_s: float) -> None:
+    timers = state.live.timers
+    while (due := timers.next_s) is not None and (key := timers.pop_due(now_s)) is not None:
+        match key:
+            case (liveness.SCAN, _):
+                liveness.scan(state, now_s, due)
+            case (liveness.GRACE, int(ref)):
+                liveness.grace_over(state, ref, now_s)
+            case (reconcile.WITHDRAW, int(withdrawal)):
+                reconcile.withdraw_timeout(state, withdrawal)
+            case (deploy.JOB, str(job)):
+                state.live.dirty_jobs[JobName(job)] = None
+            case _:
+                raise AssertionError(f"a timer for nobody: {key}")

@@ -1,0 +1,138 @@
+"""Lints a plan before it is written down. Owns the invariants; never mends anything: a plan that breaks one is a bug.
+
+The controller stops on a PlanError: better no decision than one that cannot be carried out.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from controller.core import table as columns
+from controller.core.groups import FamilyKey, GroupEntry
+from controller.core.records import Plan
+from controller.core.state import State
+from controller.core.table import Ints
+from outrider.model.node import NodeStatus
+
+
+class PlanError(AssertionError):
+    """A programmer's error, with the plan's details."""
+
+
+def check(state: State, plan: Plan) -> None:
+    """Raises PlanError where `plan` cannot follow from `state`."""
+    if plan.parent != state.generation or not plan.generation > plan.parent:
+        raise PlanError(f"plan {plan.generation} of {plan.parent} does not follow {state.generation}")
+    _check_serials(state, plan)
+    placed = list(_placements(state, plan))
+    _check_nodes(state, plan, placed)
+    _check_ports(state, plan, placed)
+    _check_names(state, plan)
+
+
+Placed = tuple[GroupEntry, Ints, Ints]  # the group, nodes (-1: nowhere), ports (a row for each node)
+
+
+def _placements(state: State, plan: Plan) -> list[Placed]:
+    found = []
+    for run in plan.runs:
+        group = state.groups[state.group_keys[run.job, run.version, run.group]]
+        found.append(_placed(plan, group, run.nodes, run.ports))
+    for late in plan.late:
+        row = int(state.table.rows(np.frombuffer(late.serials, np.int64))[0])
+        found.append(_placed(plan, state.group_of(row), late.nodes, late.ports))
+    return found
+
+
+def _placed(plan: Plan, group: GroupEntry, nodes: bytes, ports: bytes) -> Placed:
+    refs = np.frombuffer(nodes, np.int32).astype(np.int64)
+    numbers = np.frombuffer(ports, np.int32).astype(np.int64)
+    width = len(group.mesh_services)
+    if len(numbers) != len(refs) * width:
+        raise PlanError(f"plan {plan.generation}: {group.family}: {len(numbers)} ports for {len(refs)} allocations")
+    return group, refs, numbers.reshape(len(refs), width)
+
+
+def _check_serials(state: State, plan: Plan) -> None:
+    """Every allocation is accounted for once, and is in a condition to be placed or stopped."""
+    next_serial = state.next_serial
+    for run in plan.runs:
+        if run.first_serial != next_serial:
+            raise PlanError(f"plan {plan.generation}: run begins at serial {run.first_serial}, not {next_serial}")
+        next_serial += len(run.nodes) // 4
+    packed = [late.serials for late in plan.late] + [stop.serials for stop in plan.stops]
+    touched = [np.frombuffer(serials, np.int64) for serials in packed]
+    if not touched:
+        return
+    serials = np.concatenate(touched)
+    if len(np.unique(serials)) != len(serials):
+        raise PlanError(f"plan {plan.generation}: an allocation is placed or stopped twice")
+    table = state.table
+    for serial in serials.tolist():
+        row = table.row(serial)
+        if row is None or table.status[row] != columns.LIVE or table.desired[row] != columns.RUN:
+            raise PlanError(f"plan {plan.generation}: {state.alloc_id(serial)} is not there to be placed or stopped")
+    for late in plan.late:
+        if (table.node[table.rows(np.frombuffer(late.serials, np.int64))] >= 0).any():
+            raise PlanError(f"plan {plan.generation}: an allocation would move")
+
+
+def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
+    nodes, size = state.nodes, len(state.nodes)
+    cpu, memory, disk = (np.zeros(size, np.int64) for _ in range(3))
+    for group, refs, _ in placed:
+        if refs.max(initial=-1) >= size or refs.min(initial=0) < -1:
+            raise PlanError(f"plan {plan.generation}: {group.family} on a node that nobody knows")
+        counts = np.bincount(refs[refs >= 0], minlength=size)
+        for ref in np.flatnonzero(counts).tolist():
+            if state.live.links[ref].status is not NodeStatus.READY:
+                raise PlanError(f"plan {plan.generation}: {group.family} on {nodes.nodes[ref].id}, which is not ready")
+        cpu += counts * group.need.cpu_millis
+        memory += counts * group.need.memory_bytes
+        disk += counts * group.need.disk_bytes
+    for what, wanted, free in (
+        ("cpu", cpu, nodes.cpu_free),
+        ("memory", memory, nodes.memory_free),
+        ("disk", disk, nodes.disk_free),
+    ):
+        for ref in np.flatnonzero((wanted > 0) & (wanted > free[:size])).tolist():
+            raise PlanError(
+                f"plan {plan.generation}: {nodes.nodes[ref].id} over-committed: {what} {wanted[ref]} of {free[ref]}"
+            )
+
+
+def _check_ports(state: State, plan: Plan, placed: list[Placed]) -> None:
+    given: dict[int, set[int]] = {}
+    for group, refs, mesh_ports in placed:
+        if not group.mesh_services and not group.static_ports:
+            continue
+        for ref, row in zip(refs.tolist(), mesh_ports.tolist(), strict=True):
+            if ref < 0:
+                continue
+            on_node = given.setdefault(ref, set())
+            found = state.nodes.nodes[ref].fingerprint
+            for port in (*row, *group.static_ports):
+                if port in on_node or port in state.nodes.ports[ref]:
+                    raise PlanError(f"plan {plan.generation}: port {port} twice on {state.nodes.nodes[ref].id}")
+                on_node.add(port)
+            if any(not found.port_first <= port <= found.port_last for port in row):
+                raise PlanError(f"plan {plan.generation}: {group.family}: a port outside the range of its node")
+
+
+def _check_names(state: State, plan: Plan) -> None:
+    """No two allocations that are to run are the same copy of the same group."""
+    stopped = Counter(serial for stop in plan.stops for serial in np.frombuffer(stop.serials, np.int64).tolist())
+    created: dict[FamilyKey, list[Ints]] = {}
+    for run in plan.runs:
+        group = state.groups[state.group_keys[run.job, run.version, run.group]]
+        indices = np.arange(run.first_index, run.first_index + len(run.nodes) // 4)
+        created.setdefault(group.family, []).append(indices)
+    for family, new in created.items():
+        rows = state.family_rows(family)
+        table = state.table
+        kept = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)]
+        if stopped:
+            kept = kept[[serial not in stopped for serial in table.serial[kept].tolist()]]
+        indices = np.concatenate([*new, table.index[kept].astype(np.int64)])
+        if len(np.unique(indices)) != len(indices):
+            raise PlanError(f"plan {plan.generation}: two allocations of one index in {family}")

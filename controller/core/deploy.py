@@ -1,0 +1,246 @@
+"""Wanted against placed: what the next plan holds, and how each job's rollout stands. Owns both decisions.
+
+Never places by itself (`schedule` does) and never writes (`commit` does). One pass looks at jobs that something
+happened to; a job that only waits for time sets a timer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from controller.core import notices
+from controller.core import table as columns
+from controller.core.check import check
+from controller.core.draft import Draft
+from controller.core.groups import FamilyKey, GroupEntry
+from controller.core.kinds import Kind
+from controller.core.records import Record, RolloutEnded
+from controller.core.schedule import suits
+from controller.core.state import JobEntry, State
+from controller.core.submit import added
+from controller.core.table import Bools, Ints
+from controller.core.volatile import Backoff
+from outrider.ids import JobName
+from outrider.model.fleet import RolloutState
+from outrider.model.job import JobType
+from outrider.model.node import NodeStatus
+
+JOB: Final = "job"  # the timer of a job that waits for time
+
+# A failed rollout may still come good: what did not fit fits later, what was sick recovers.
+TRANSITIONS: Mapping[RolloutState, frozenset[RolloutState]] = {
+    RolloutState.RUNNING: frozenset({RolloutState.SUCCESSFUL, RolloutState.FAILED, RolloutState.STOPPED}),
+    RolloutState.FAILED: frozenset({RolloutState.SUCCESSFUL}),
+    RolloutState.SUCCESSFUL: frozenset(),
+    RolloutState.STOPPED: frozenset(),
+}
+
+
+@dataclass(slots=True)
+class Progress:
+    """How a job's newest version stands, gathered over its groups."""
+
+    done: bool = True  # everything wanted is there, of this version, and well
+    failure: str = ""
+    auto_revert: bool = False  # of the group that failed
+    wake_s: float = field(default=np.inf)  # when time alone changes the answer
+
+
+def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
+    """The records of the next decision; () where nothing is to be done."""
+    draft = Draft(state, seed)
+    records: list[Record] = []
+    while state.live.dirty_jobs and draft.size < state.policy.plan_placements_max:
+        job = next(iter(state.live.dirty_jobs))
+        del state.live.dirty_jobs[job]
+        progress = _decide_job(state, job, draft, now_s)
+        if draft.cut:
+            state.live.dirty_jobs[job] = None  # the rest with the next plan
+        records.extend(_judge(state, job, progress, now_s))
+        if progress.wake_s < np.inf:
+            state.live.timers.set((JOB, job), progress.wake_s)
+    plan = draft.plan(now_s)
+    if plan is not None:
+        check(state, plan)
+        return (plan, *records)
+    return tuple(records)
+
+
+def note_failure(state: State, family: FamilyKey, now_s: float) -> None:
+    """An allocation ended that should run: its replacement waits, longer each time."""
+    policy = state.policy
+    before = state.live.backoff.get(family)
+    failures = before.failures if before is not None and now_s - before.last_s < policy.replace_reset_s else 0
+    delay_s = min(policy.replace_delay_s * 2.0**failures, policy.replace_delay_max_s)
+    state.live.backoff[family] = Backoff(failures + 1, now_s, now_s + delay_s)
+
+
+def _decide_job(state: State, job: JobName, draft: Draft, now_s: float) -> Progress:
+    entry = state.jobs[job]
+    progress = Progress()
+    current = () if entry.stopped else state.current_groups(job)
+    kept = {state.groups[key].family for key in current}
+    families = {(job, group.name) for version in entry.versions.values() for group in version.job.groups}
+    for family in sorted(families - kept):
+        rows = _running(state, state.family_rows(family))
+        draft.stop(rows, "the job was stopped" if entry.stopped else "its group left the job")
+        state.live.unplaced.pop(family, None)
+    for key in current:
+        _decide_group(state, key, draft, progress, now_s)
+    return progress
+
+
+def _decide_group(state: State, key: int, draft: Draft, progress: Progress, now_s: float) -> None:
+    group, table = state.groups[key], state.table
+    entry = state.jobs[group.job]
+    everything = state.family_rows(group.family)
+    rows = _running(state, everything)
+    wanted = _wanted_indices(state, group, everything)
+    over = ~np.isin(table.index[rows], wanted) if group.type is not JobType.SYSTEM else np.zeros(len(rows), np.bool_)
+    draft.stop(rows[over], "scaled down")
+    rows = rows[~over]
+    fresh = _made_like(state, rows, group)
+    stale_pending = rows[~fresh & (table.node[rows] < 0)]
+    draft.stop(stale_pending, f"replaced by version {entry.latest}")
+    stale, rows = rows[~fresh & (table.node[rows] >= 0)], rows[fresh]
+    taken = np.concatenate([table.index[stale], table.index[rows]])
+    missing = np.setdiff1d(wanted, taken, assume_unique=False)
+    missing = _not_held_back(state, group, missing, progress, now_s)
+    well = _well(state, group, rows, progress, now_s)
+    _note_failure(state, group, rows[~well], progress, now_s)
+    if entry.rollout is not RolloutState.FAILED and not progress.failure:
+        budget = group.group.update.max_parallel - int((~well).sum()) - len(missing)
+        if group.type is JobType.BATCH:
+            budget = len(stale)  # nobody waits for its health
+        if budget > 0 and len(stale):
+            order = np.lexsort((table.index[stale], table.healthy[stale]))  # the sick first
+            replaced = stale[order[:budget]]
+            draft.stop(replaced, f"replaced by version {entry.latest}")
+            missing = np.union1d(missing, table.index[replaced])
+            stale = stale[order[budget:]]
+    draft.place(key, missing, rows[table.node[rows] < 0], np.concatenate([stale, rows]))
+    finished = group.type is JobType.BATCH and not len(rows)
+    progress.done &= not len(missing) and not len(stale) and (bool(well.all()) or finished)
+
+
+def _running(state: State, rows: Ints) -> Ints:
+    """Those that live and are to run."""
+    table = state.table
+    running: Ints = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)]
+    return running
+
+
+def _wanted_indices(state: State, group: GroupEntry, rows: Ints) -> Ints:
+    table = state.table
+    if group.type is JobType.SYSTEM:
+        ready = np.fromiter((link.status is NodeStatus.READY for link in state.live.links), np.bool_, len(state.nodes))
+        return np.flatnonzero(ready & suits(state.nodes, group))
+    wanted = np.arange(group.group.count)
+    if group.type is JobType.BATCH:
+        # What ended by itself is done; what was lost with its node is wanted again.
+        status = table.status[rows]
+        ended = rows[(status == columns.COMPLETE) | (status == columns.FAILED)]
+        done = ended[_of_version(state, ended, group)]
+        wanted = np.setdiff1d(wanted, table.index[done])
+    return wanted
+
+
+def _made_like(state: State, rows: Ints, group: GroupEntry) -> Bools:
+    """Whose content is that of `group`: a count or a manner of updating that changed restarts nothing."""
+    keys = state.table.group[rows]
+    same = [key for key in np.unique(keys).tolist() if state.groups[key].spec == group.spec]
+    made: Bools = np.isin(keys, same)
+    return made
+
+
+def _of_version(state: State, rows: Ints, group: GroupEntry) -> Bools:
+    made: Bools = state.table.group[rows] == state.group_keys[group.job, group.version, group.position]
+    return made
+
+
+def _not_held_back(state: State, group: GroupEntry, missing: Ints, progress: Progress, now_s: float) -> Ints:
+    """`missing` without the copies that failed and whose replacement waits."""
+    backoff = state.live.backoff.get(group.family)
+    if backoff is None or backoff.until_s <= now_s or not len(missing):
+        return missing
+    table = state.table
+    rows = state.family_rows(group.family)
+    ended = rows[np.isin(table.status[rows], (columns.FAILED, columns.COMPLETE))]
+    failed = ended[(table.desired[ended] == columns.RUN) & _made_like(state, ended, group)]
+    held = np.isin(missing, table.index[failed])
+    if held.any():
+        progress.wake_s = min(progress.wake_s, backoff.until_s)
+        progress.done = False
+    return missing[~held]
+
+
+def _well(state: State, group: GroupEntry, rows: Ints, progress: Progress, now_s: float) -> Bools:
+    """Which of them are healthy, and have been for long enough."""
+    if group.type is JobType.BATCH:
+        return np.zeros(len(rows), np.bool_)
+    table = state.table
+    since_s = table.healthy_since_s[rows] + group.group.update.min_healthy_s
+    well: Bools = table.healthy[rows] & (since_s <= now_s)
+    ripening = since_s[~well & table.healthy[rows]]
+    progress.wake_s = min(progress.wake_s, float(ripening.min(initial=np.inf)))
+    return well
+
+
+def _note_failure(state: State, group: GroupEntry, sick: Ints, progress: Progress, now_s: float) -> None:
+    """Whether the group makes the running rollout fail: one of its allocations failed, or is not healthy in time."""
+    entry = state.jobs[group.job]
+    if entry.rollout is not RolloutState.RUNNING:
+        return
+    table, update = state.table, group.group.update
+    rows = state.family_rows(group.family)
+    failed = rows[(table.status[rows] == columns.FAILED) & _of_version(state, rows, group)]
+    reason = ""
+    if len(failed):
+        serial = int(table.serial[failed[-1]])
+        why = state.reasons.get(serial, "")
+        reason = f"allocation {state.alloc_id(serial)} of group {group.group.name} failed" + (f": {why}" if why else "")
+    elif len(sick) and group.type is not JobType.BATCH:
+        started_s = max(state.live.started_at_s or 0.0, entry.versions[entry.latest].submitted_at_s)
+        deadlines = np.maximum(table.changed_s[sick], started_s) + update.healthy_deadline_s
+        first = int(np.argmin(deadlines))
+        if deadlines[first] <= now_s:
+            reason = _sick_text(state, group, int(sick[first]))
+        else:
+            progress.wake_s = min(progress.wake_s, float(deadlines[first]))
+    if reason and not progress.failure:
+        progress.failure, progress.auto_revert = reason, update.auto_revert
+
+
+def _sick_text(state: State, group: GroupEntry, row: int) -> str:
+    serial, deadline_s = int(state.table.serial[row]), group.group.update.healthy_deadline_s
+    what = f"allocation {state.alloc_id(serial)} of group {group.group.name}"
+    if state.table.node[row] < 0:
+        return f"{what} found no node within {deadline_s:g} s: {state.live.unplaced.get(group.family, '')}"
+    report = state.live.reports.get(serial)
+    output = next((check.output for check in report.checks if not check.passing), report.message) if report else ""
+    return f"{what} was not healthy within {deadline_s:g} s" + (f": {output}" if output else "")
+
+
+def _judge(state: State, job: JobName, progress: Progress, now_s: float) -> list[Record]:
+    """The rollout's end, where it came; and the way back, where the job asks for one."""
+    entry = state.jobs[job]
+    if entry.stopped:
+        return []
+    if progress.failure:
+        end, reason = RolloutState.FAILED, progress.failure
+    elif progress.done:
+        end, reason = RolloutState.SUCCESSFUL, ""
+    else:
+        return []
+    if end not in TRANSITIONS[entry.rollout]:
+        return []
+    records: list[Record] = [RolloutEnded(job=job, version=entry.latest, state=end, reason=reason)]
+    if end is RolloutState.FAILED and progress.auto_revert and entry.good_version:
+        good = entry.versions[entry.good_version].job
+        if good != entry.job:
+            records.extend(added(state, good, entry.latest + 1, now_s))
+            text = f"version {entry.latest} failed; version {entry.latest + 1} is version {entry.good_version} again"
+            notices.of_job(state, Kind.ROLLOUT_REVERTED, job, text)
+    return records

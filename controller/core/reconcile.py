@@ -1,0 +1,120 @@
+"""Desired against told: what each agent is sent. Owns generations of assignments; never decides what is desired.
+
+Level-triggered: everything on a fresh session, changes afterwards. The counter is volatile because each controller's
+life has an epoch of its own in the journal, and pairs compare by epoch first.
+"""
+
+from controller.core import table as columns
+from controller.core.commands import SendAssignments, SyncMesh, WithdrawEndpoints
+from controller.core.state import State
+from controller.core.volatile import Outgoing
+from outrider.ids import AllocId, GroupName, JobName
+from outrider.model.allocation import Assignment, Desired, Generation
+from outrider.model.job import Group, JobType
+
+WITHDRAW = "withdraw"
+_UNKNOWN = Group(name=GroupName("unknown"), tasks=())
+
+
+def emit(state: State, now_s: float) -> None:
+    """End of a step: to the mesh first, so that a withdrawn endpoint is gone before it is waited for."""
+    live = state.live
+    if live.mesh_nodes or live.mesh_intentions:
+        nodes = tuple(state.nodes.nodes[ref].id for ref in live.mesh_nodes)
+        live.out.append(SyncMesh(nodes=nodes, intentions=live.mesh_intentions))
+        live.mesh_nodes, live.mesh_intentions = {}, False
+    if live.withdraw_now:
+        _withdraw(state, now_s)
+    if live.outgoing:
+        outgoing, live.outgoing = live.outgoing, {}
+        for ref, what in outgoing.items():
+            if live.links[ref].session is not None:
+                _send(state, ref, what)
+
+
+def to_stop(state: State, row: int, serial: int) -> None:
+    """The allocation was told to stop: first its endpoints go, where it has any (DESIGN, decision 7)."""
+    ref = int(state.table.node[row])
+    if state.group_of(row).mesh_services:
+        state.live.withdrawing[serial] = None
+        state.live.withdraw_now.append(serial)
+        state.live.mesh_nodes[ref] = None
+    else:
+        if serial in state.nodes.serving[ref]:
+            state.live.mesh_nodes[ref] = None
+        state.live.to(ref).serials[serial] = None
+
+
+def withdrawn(state: State, serials: tuple[int, ...]) -> None:
+    """Nobody calls them any more, or was given long enough to stop."""
+    for serial in serials:
+        if serial in state.live.withdrawing:
+            del state.live.withdrawing[serial]
+            row = state.table.row(serial)
+            if row is not None and state.table.status[row] == columns.LIVE:
+                state.live.to(int(state.table.node[row])).serials[serial] = None
+
+
+def withdraw_timeout(state: State, key: int) -> None:
+    withdrawn(state, state.live.withdrawals.pop(key, ()))
+
+
+def _withdraw(state: State, now_s: float) -> None:
+    live = state.live
+    serials, live.withdraw_now = tuple(live.withdraw_now), []
+    services = {service for serial in serials for service in state.group_of(_row(state, serial)).mesh_services}
+    key = serials[0]
+    live.withdrawals[key] = serials
+    live.timers.set((WITHDRAW, key), now_s + state.policy.withdraw_timeout_s)
+    allocs = tuple(state.alloc_id(serial) for serial in serials)
+    live.out.append(WithdrawEndpoints(allocs=allocs, services=tuple(sorted(services))))
+
+
+def _send(state: State, ref: int, what: Outgoing) -> None:
+    live, link = state.live, state.live.links[ref]
+    assert link.session is not None, "checked by the caller"
+    serials = dict.fromkeys(state.table.serial[state.node_rows(ref)].tolist()) if what.full else {}
+    serials.update(what.serials)
+    assignments = [_assignment(state, serial) for serial in serials if state.table.row(serial) is not None]
+    assignments.extend(_stop_stranger(alloc) for alloc in what.strangers)
+    if not (what.full or assignments or what.removed):
+        return
+    live.counter += 1
+    live.out.append(
+        SendAssignments(
+            session=link.session,
+            node=state.nodes.nodes[ref].id,
+            generation=Generation(state.epoch, live.counter),
+            full=what.full,
+            assignments=tuple(assignments),
+            removed=tuple(what.removed),
+        )
+    )
+
+
+def _assignment(state: State, serial: int) -> Assignment:
+    row = _row(state, serial)
+    entry, table = state.group_of(row), state.table
+    ended = table.status[row] != columns.LIVE
+    stops = ended or (table.desired[row] == columns.STOP and serial not in state.live.withdrawing)
+    return Assignment(
+        alloc=state.alloc_id(serial),
+        job=entry.job,
+        job_version=entry.version,
+        group=entry.group,
+        index=int(table.index[row]),
+        batch=entry.type is JobType.BATCH,
+        desired=Desired.STOP if stops else Desired.RUN,
+        mesh_ports=dict(zip(entry.mesh_services, state.ports.get(serial, ()), strict=False)),
+    )
+
+
+def _stop_stranger(alloc: AllocId) -> Assignment:
+    """Of this the controller has forgotten all but that it ended: the agent knows the rest."""
+    return Assignment(alloc=alloc, job=JobName("unknown"), job_version=0, group=_UNKNOWN, index=0, desired=Desired.STOP)
+
+
+def _row(state: State, serial: int) -> int:
+    row = state.table.row(serial)
+    assert row is not None, "only what ended is forgotten"
+    return row

@@ -1,0 +1,104 @@
+"""What agents say of allocations. Owns the last word of each; what ended is left for `commit` to write down."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from controller.core import notices
+from controller.core import table as columns
+from controller.core.kinds import Kind
+from controller.core.state import State
+from controller.core.table import OBSERVED_CODES
+from controller.core.volatile import Ended
+from outrider.model.allocation import TERMINAL, AllocReport, AllocStatus
+from outrider.model.fleet import RolloutState
+from outrider.model.job import JobType
+
+_KINDS = {
+    AllocStatus.STARTING: Kind.ALLOC_STARTING,
+    AllocStatus.RUNNING: Kind.ALLOC_RUNNING,
+    AllocStatus.STOPPING: Kind.ALLOC_STOPPING,
+}
+
+
+def take_reports(state: State, ref: int, reports: Iterable[AllocReport], now_s: float, *, whole: bool = False) -> None:
+    """`whole`: these are all that the node has; of the others nothing is known any more."""
+    told = {_take(state, ref, report, now_s) for report in reports}
+    if whole:
+        for serial in state.table.serial[state.node_rows(ref)].tolist():
+            if serial not in told and state.live.reports.pop(serial, None) is not None:
+                _observe(
+                    state, state.table.rows(np.array([serial]))[0], AllocStatus.PENDING, healthy=False, now_s=now_s
+                )
+                state.live.mesh_nodes[ref] = None
+
+
+def is_healthy(report: AllocReport) -> bool:
+    return report.status is AllocStatus.RUNNING and all(check.passing for check in report.checks)
+
+
+def _take(state: State, ref: int, report: AllocReport, now_s: float) -> int:
+    """The serial of the reported allocation; -1 where it is none of the journal's."""
+    serial = state.serial(report.alloc)
+    if serial is None or not 0 <= serial < state.next_serial:
+        return _unclaimed(state, ref, report)
+    row = state.table.row(serial)
+    ended = report.status in TERMINAL
+    if row is None or state.table.status[row] != columns.LIVE:
+        # Lost or forgotten here, and the node came back with it: one copy too many.
+        if ended:
+            state.live.to(ref).removed[report.alloc] = None
+        elif row is None:
+            state.live.to(ref).strangers[report.alloc] = None
+        else:
+            state.live.to(ref).serials[serial] = None
+        return serial
+    if int(state.table.node[row]) != ref:
+        return -1  # an agent can speak only of its own: its word on another's is worth nothing
+    _remember(state, row, report, now_s)
+    return serial
+
+
+def _remember(state: State, row: int, report: AllocReport, now_s: float) -> None:
+    live, ref, serial = state.live, int(state.table.node[row]), int(state.table.serial[row])
+    before = live.reports.get(serial)
+    if before == report:
+        return
+    live.reports[serial] = report
+    if report.status in TERMINAL:
+        live.ended[serial] = Ended(report.status, report.message, report)
+        return
+    moved = before is None or before.status is not report.status
+    if moved and report.status in _KINDS:
+        notices.of_alloc(state, _KINDS[report.status], row, report.message)
+    restarts = sum(task.restarts for task in report.tasks)
+    if before is not None and restarts > sum(task.restarts for task in before.tasks):
+        why = next((task.message for task in report.tasks if task.restarts and task.message), report.message)
+        notices.of_alloc(state, Kind.ALLOC_RESTARTED, row, why)
+    _observe(state, row, report.status, healthy=is_healthy(report), now_s=now_s)
+    changed = before is None or before.checks != report.checks or before.local_address != report.local_address
+    if (moved or changed) and serial in state.nodes.serving[ref]:
+        live.mesh_nodes[ref] = None
+
+
+def _observe(state: State, row: int, status: AllocStatus, *, healthy: bool, now_s: float) -> None:
+    table = state.table
+    table.observed[row] = OBSERVED_CODES[status]
+    if bool(table.healthy[row]) != healthy:
+        table.healthy[row] = healthy
+        table.healthy_since_s[row] = now_s if healthy else np.inf
+        notices.of_alloc(state, Kind.ALLOC_HEALTHY if healthy else Kind.ALLOC_UNHEALTHY, row)
+    group = state.group_of(row)
+    # A batch job's rollout is judged by how its work ended.
+    if group.type is not JobType.BATCH and state.jobs[group.job].rollout is not RolloutState.SUCCESSFUL:
+        state.live.dirty_jobs[group.job] = None
+
+
+def _unclaimed(state: State, ref: int, report: AllocReport) -> int:
+    """DESIGN, decision 1: never killed at first sight."""
+    node = state.nodes.nodes[ref].id
+    if report.alloc not in state.live.unclaimed and len(state.live.unclaimed) < state.policy.unclaimed_max:
+        state.live.unclaimed[report.alloc] = node
+        message = "the agent runs it and the journal knows nothing of it: kept"
+        notices.of_stranger(state, Kind.ALLOC_UNCLAIMED, node=node, alloc=report.alloc, message=message)
+    return -1

@@ -1,0 +1,109 @@
+"""Operators' calls: what a submission changes, and why one is refused. Owns the answers; writes nothing itself."""
+
+from controller.core.commands import Reply
+from controller.core.events import JobStopRequested, JobSubmitted
+from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
+from controller.core.state import JobEntry, State, services_of
+from outrider.ids import JobName, ServiceName
+from outrider.model.job import Job, Protocol
+
+Answer = tuple[tuple[Record, ...], Reply]
+
+
+def submit(state: State, call: JobSubmitted, now_s: float, addresses: int) -> Answer:
+    """The records that the submission needs, and the reply for when the journal has them.
+
+    `addresses`: how many virtual addresses earlier calls of the same batch take.
+    """
+    job, entry = call.job, state.jobs.get(call.job.name)
+    if refusal := _refusal(state, job, entry):
+        return (), Reply(request=call.request, code="conflict", message=refusal)
+    warnings = job_warnings(state, job)
+    if entry is not None and not entry.stopped and entry.job == job:
+        return (), Reply(request=call.request, version=entry.latest, warnings=warnings)
+    version = entry.latest + 1 if entry is not None else 1
+    records = (*added(state, job, version, now_s, addresses), *_dropped(state, entry, job.name))
+    return records, Reply(request=call.request, version=version, changed=True, warnings=warnings)
+
+
+def stop(state: State, call: JobStopRequested) -> Answer:
+    entry = state.jobs.get(call.job)
+    if entry is None:
+        message = f"no job {call.job!r}; `outrider job ls` lists them"
+        return (), Reply(request=call.request, code="not-found", message=message)
+    records = () if entry.stopped else (JobStopped(job=call.job),)
+    return records, Reply(request=call.request, version=entry.latest, changed=bool(records))
+
+
+def added(state: State, job: Job, version: int, now_s: float, addresses: int = 0) -> tuple[Record, ...]:
+    """A new version, and virtual addresses for the names that it brings."""
+    records: list[Record] = [JobVersionAdded(job=job, version=version, submitted_at_s=now_s)]
+    names = sorted(set(_names(job)) - state.virtual.keys())
+    first = len(state.virtual) + addresses
+    records.extend(VirtualAddressAssigned(service=name, index=first + at) for at, name in enumerate(names))
+    return tuple(records)
+
+
+def names_touched(state: State, job: Job) -> frozenset[str]:
+    """What two submissions must not both touch in one batch: each is judged by the state before it."""
+    services = [service for group in job.groups for service in group.services]
+    provided = {service.name for service in services if service.port is not None}
+    new = set(_names(job)) - state.virtual.keys()
+    return frozenset({f"job {job.name}", *(f"service {name}" for name in provided | new)})
+
+
+def job_warnings(state: State, job: Job) -> tuple[str, ...]:
+    """Upstreams that nobody provides, this job included."""
+    provided = services_of(state).keys() | {
+        service.name for group in job.groups for service in group.services if service.port is not None
+    }
+    return tuple(
+        f"group {group.name}: service {service.name}: nobody provides its upstream {upstream.service!r} yet"
+        for group in job.groups
+        for service in group.services
+        for upstream in service.upstreams
+        if upstream.service not in provided
+    )
+
+
+def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:
+    if entry is not None and not entry.stopped and entry.job.type is not job.type:
+        return f"job {job.name} is a {entry.job.type} job; stop it before it becomes a {job.type} job"
+    own: dict[ServiceName, Protocol] = {}
+    others = {name: group for name, group in services_of(state).items() if group.job != job.name}
+    for group in job.groups:
+        for service in group.services:
+            if service.port is None:
+                continue
+            if own.setdefault(service.name, service.protocol) is not service.protocol:
+                return f"service {service.name}: two groups of the job give it different protocols"
+            other = others.get(service.name)
+            if other is None:
+                continue
+            protocol = next(one.protocol for one in other.group.services if one.name == service.name)
+            if protocol is not service.protocol:
+                return (
+                    f"service {service.name} speaks {protocol} in job {other.job} and {service.protocol} here; "
+                    "give one of them another name, or both the same protocol"
+                )
+    return ""
+
+
+def _names(job: Job) -> list[ServiceName]:
+    """Service names that get a virtual address: provided or called."""
+    services = [service for group in job.groups for service in group.services]
+    provided = [service.name for service in services if service.port is not None]
+    return provided + [upstream.service for service in services for upstream in service.upstreams]
+
+
+def _dropped(state: State, entry: JobEntry | None, job: JobName) -> tuple[Record, ...]:
+    """The oldest versions beyond those kept, unless an allocation is made from them or a revert may want them."""
+    excess = len(entry.versions) + 1 - state.policy.versions_kept if entry is not None else 0
+    if entry is None or excess <= 0:
+        return ()
+    used = {entry.good_version, entry.latest}
+    for group in {group.name for added in entry.versions.values() for group in added.job.groups}:
+        rows = state.family_rows((job, group))
+        used.update(state.groups[key].version for key in set(state.table.group[rows].tolist()))
+    unused = [version for version in entry.versions if version not in used][:excess]
+    return (JobVersionsDropped(job=job, versions=tuple(unused)),) if unused else ()

@@ -1,0 +1,135 @@
+"""What the controller knows but does not write down: sessions, timers, the agents' last words. Lost with the process
+and rebuilt from the agents. Owns the shapes; never decides.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from controller.core.commands import Command, Reply
+from controller.core.events import AgentConnected, JobStopRequested, JobSubmitted, SessionId, Ticket
+from controller.core.groups import FamilyKey
+from controller.core.records import Record
+from controller.core.table import Times
+from outrider.ids import AllocId, JobName, NodeId
+from outrider.model.allocation import AllocReport, AllocStatus, Generation
+from outrider.model.node import Node, NodeStatus
+
+TimerKey = tuple[str, int | str]  # what for, and whom
+
+
+class Timers:
+    """At most one deadline for each key. Setting it again moves it."""
+
+    def __init__(self) -> None:
+        self._due: dict[TimerKey, float] = {}
+        self._heap: list[tuple[float, TimerKey]] = []
+
+    def set(self, key: TimerKey, at_s: float) -> None:
+        if self._due.get(key) != at_s:
+            self._due[key] = at_s
+            heapq.heappush(self._heap, (at_s, key))
+
+    def set_earlier(self, key: TimerKey, at_s: float) -> None:
+        if at_s < self._due.get(key, np.inf):
+            self.set(key, at_s)
+
+    def cancel(self, key: TimerKey) -> None:
+        self._due.pop(key, None)
+
+    @property
+    def next_s(self) -> float | None:
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)  # moved or cancelled
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now_s: float) -> TimerKey | None:
+        next_s = self.next_s
+        if next_s is None or next_s > now_s:
+            return None
+        _, key = heapq.heappop(self._heap)
+        del self._due[key]
+        return key
+
+
+@dataclass(slots=True)
+class NodeLink:
+    """What the controller has with one node at the moment."""
+
+    since_s: float
+    status: NodeStatus = NodeStatus.GONE
+    reason: str = ""
+    session: SessionId | None = None
+    seen: bool = False  # in this controller's life
+    acknowledged: Generation = field(default_factory=Generation)
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """What a node's agent is to be told at the end of this step."""
+
+    full: bool = False
+    serials: dict[int, None] = field(default_factory=dict)
+    removed: dict[AllocId, None] = field(default_factory=dict)
+    strangers: dict[AllocId, None] = field(default_factory=dict)  # running, and forgotten here: to be stopped
+
+
+@dataclass(slots=True)
+class Ended:
+    status: AllocStatus
+    reason: str
+    report: AllocReport | None
+
+
+@dataclass(slots=True)
+class InFlight:
+    """The one append that the journal works on."""
+
+    ticket: Ticket
+    records: tuple[Record, ...]
+    replies: tuple[Reply, ...]
+
+
+@dataclass(slots=True)
+class Backoff:
+    failures: int
+    last_s: float
+    until_s: float
+
+
+@dataclass(slots=True)
+class Volatile:
+    started_at_s: float | None = None
+    now_s: float = 0.0  # of the newest step, for views
+    timers: Timers = field(default_factory=Timers)
+    links: list[NodeLink] = field(default_factory=list)  # by node reference
+    heartbeat_s: Times = field(default_factory=lambda: np.full(64, np.inf))  # of ready nodes; else inf
+    braked: str = ""  # why
+    reports: dict[int, AllocReport] = field(default_factory=dict)
+    unclaimed: dict[AllocId, NodeId] = field(default_factory=dict)
+    counter: int = 0  # of the generations that assignments carry
+    # For the journal.
+    ticket: int = 0
+    in_flight: InFlight | None = None
+    calls: deque[JobSubmitted | JobStopRequested] = field(default_factory=deque)
+    registering: dict[NodeId, Node] = field(default_factory=dict)
+    joining: dict[NodeId, AgentConnected] = field(default_factory=dict)
+    downing: dict[int, None] = field(default_factory=dict)
+    ended: dict[int, Ended] = field(default_factory=dict)
+    # For the scheduler.
+    dirty_jobs: dict[JobName, None] = field(default_factory=dict)
+    unplaced: dict[FamilyKey, str] = field(default_factory=dict)  # why
+    backoff: dict[FamilyKey, Backoff] = field(default_factory=dict)
+    # For the agents and the mesh.
+    outgoing: dict[int, Outgoing] = field(default_factory=dict)
+    mesh_nodes: dict[int, None] = field(default_factory=dict)
+    mesh_intentions: bool = False
+    withdrawing: dict[int, None] = field(default_factory=dict)
+    withdrawals: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by timer
+    withdraw_now: list[int] = field(default_factory=list)
+    out: list[Command] = field(default_factory=list)
+
+    def to(self, ref: int) -> Outgoing:
+        return self.outgoing.setdefault(ref, Outgoing())
