@@ -76,10 +76,10 @@ class Counts:
         self.events = 0
         self.appends = 0
         self.records = 0
-        self.fsyncs = 0
+        self.commits = 0
         self.step_s = 0.0
         self.step_s_max = 0.0
-        self.append_s = 0.0
+        self.commit_s = 0.0
 
 
 class Engine:
@@ -293,8 +293,8 @@ class Engine:
             records = [record for append in appends for record in append.records]
             began_s = monotonic_s()
             await loop.run_in_executor(self._thread, self._journal.append, records)
-            self.counts.append_s += monotonic_s() - began_s
-            self.counts.fsyncs += 1
+            self.counts.commit_s += monotonic_s() - began_s
+            self.counts.commits += 1
             self.counts.appends += len(appends)
             self.counts.records += len(records)
             self._records_waiting -= len(records)

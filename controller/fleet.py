@@ -5,7 +5,6 @@ Tasks: two for each session (read, write) and two for each tunnel, in the call's
 
 import asyncio
 import ipaddress
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
@@ -18,12 +17,10 @@ from controller.core.events import (
     FingerprintChanged,
     HeartbeatReceived,
 )
-from controller.engine import Engine
-from controller.mesh.mesh import Mesh
-from controller.refusals import Refusals
+from controller.parts import Parts
 from controller.rpc import Context, Edge, duplex, unary, within, write
-from controller.sessions import AgentSession, Sessions
-from controller.tunnels import Tunnel, Tunnels
+from controller.sessions import AgentSession
+from controller.tunnels import Tunnel
 from outrider import codec
 from outrider.config import host_port
 from outrider.errors import InputError, OutriderError, RefusedError
@@ -45,26 +42,14 @@ _Message = TypeVar("_Message")
 
 
 class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
-    def __init__(
-        self,
-        *,
-        cluster: str,
-        engine: Engine,
-        mesh: Mesh,
-        sessions: Sessions,
-        tunnels: Tunnels,
-        refusals: Refusals,
-        refused: Counter[str],
-        heartbeat_interval_s: float,
-        log: Log,
-    ) -> None:
-        super().__init__(log=log, refused=refused)
-        self._cluster = cluster
-        self._engine = engine
-        self._mesh = mesh
-        self._sessions = sessions
-        self._tunnels = tunnels
-        self._refusals = refusals
+    def __init__(self, parts: Parts, *, heartbeat_interval_s: float) -> None:
+        super().__init__(log=Log("fleet"), refused=parts.refused)
+        self._cluster = parts.cluster
+        self._engine = parts.engine
+        self._mesh = parts.mesh
+        self._sessions = parts.sessions
+        self._tunnels = parts.tunnels
+        self._refusals = parts.refusals
         self._heartbeat_interval_s = heartbeat_interval_s
 
     def authorize(self, context: Context) -> None:

@@ -24,8 +24,8 @@ WRONG_TOKEN_DELAY_S = 0.25
 
 
 class JoinService(Edge, fleet_pb2_grpc.JoinServiceServicer):
-    def __init__(self, *, cluster: str, ca: FleetCa, tokens: Tokens, refused: Counter[str], log: Log) -> None:
-        super().__init__(log=log, refused=refused)
+    def __init__(self, *, cluster: str, ca: FleetCa, tokens: Tokens, refused: Counter[str]) -> None:
+        super().__init__(log=Log("join"), refused=refused)
         self._cluster = cluster
         self._ca = ca
         self._tokens = tokens

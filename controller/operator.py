@@ -6,19 +6,14 @@ Tasks: one for each exec call, which reads what the caller types.
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from controller.core import views
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
-from controller.engine import Engine
-from controller.event_log import EventLog
-from controller.mesh.mesh import Mesh
-from controller.refusals import Refusals
+from controller.parts import Parts
 from controller.rpc import Context, Edge, duplex, stream, unary, within, write
-from controller.sessions import Sessions
-from controller.tunnels import Tunnel, Tunnels
+from controller.tunnels import Tunnel
 from outrider import __version__, codec
 from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import JobName, NodeId, ServiceName, is_name
@@ -42,30 +37,17 @@ DESCRIPTION_CHARS_MAX = 256
 
 
 class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
-    def __init__(
-        self,
-        *,
-        cluster: str,
-        consul: str,
-        engine: Engine,
-        events: EventLog,
-        mesh: Mesh,
-        sessions: Sessions,
-        tunnels: Tunnels,
-        refusals: Refusals,
-        refused: Counter[str],
-        log: Log,
-    ) -> None:
+    def __init__(self, parts: Parts, *, consul: str) -> None:
         """`consul`: the real one's address, or "embedded"."""
-        super().__init__(log=log, refused=refused)
-        self._cluster = cluster
+        super().__init__(log=Log("operator"), refused=parts.refused)
         self._consul = consul
-        self._engine = engine
-        self._events = events
-        self._mesh = mesh
-        self._sessions = sessions
-        self._tunnels = tunnels
-        self._refusals = refusals
+        self._cluster = parts.cluster
+        self._engine = parts.engine
+        self._events = parts.events
+        self._mesh = parts.mesh
+        self._sessions = parts.sessions
+        self._tunnels = parts.tunnels
+        self._refusals = parts.refusals
 
     def authorize(self, context: Context) -> None:
         if context.peer().startswith("unix:"):

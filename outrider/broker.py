@@ -6,7 +6,7 @@ and the operators' begin with a character that no node's name can have.
 
 from pathlib import Path
 
-from outrider.ids import NodeId
+from outrider.ids import AllocId, NodeId
 from outrider.tls import TlsFiles
 
 CONTROLLER_USER = "@controller"
@@ -27,6 +27,11 @@ def node_topic(cluster: str, node: NodeId) -> str:
 def node_status_topic(cluster: str, node: NodeId) -> str:
     """Retained: `online`, or, by the agent's last will, `gone`."""
     return f"{node_topic(cluster, node)}/status"
+
+
+def alloc_event_topic(cluster: str, node: NodeId, alloc: AllocId) -> str:
+    """What the node's agent says of one allocation, as it happens."""
+    return f"{node_topic(cluster, node)}/alloc/{alloc}/event"
 
 
 def controller_topic(cluster: str) -> str:

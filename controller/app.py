@@ -1,0 +1,196 @@
+"""The controller's only wiring: configuration -> parts -> run until SIGTERM -> stop.
+
+Tasks: `engine`, `mesh`, `catalog`, `mqtt`, in one TaskGroup: when one fails, the controller ends with its error.
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine
+
+import grpc.aio
+
+from controller.ca import FleetCa
+from controller.catalog.catalog import Catalog
+from controller.config import Config
+from controller.consul_access import client_tls, token
+from controller.core import views
+from controller.core.events import EndpointsWithdrawn
+from controller.core.policy import Policy
+from controller.discovery import TargetGroup, target_groups
+from controller.engine import Engine
+from controller.event_log import EventLog
+from controller.events import Broker
+from controller.fleet import FleetService
+from controller.join import JoinService
+from controller.journal.sqlite import SqliteJournal
+from controller.listeners import socket_listener, tls_listener
+from controller.mesh.consul_adapter import ConsulAdapter
+from controller.mesh.issuer import ConsulIssuer, EmbeddedIssuer, Issuer
+from controller.mesh.mesh import Mesh
+from controller.metrics import ControllerCollector, http_listener
+from controller.operator import OperatorService
+from controller.parts import Parts
+from controller.tokens import Tokens
+from outrider.clock import wall_s
+from outrider.config import host_port
+from outrider.log import Log
+from outrider.tls import TlsFiles, server_credentials, ssl_context
+from outrider.v1 import fleet_pb2_grpc, operator_pb2_grpc
+
+_DATACENTER = "dc1"
+_WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - compared with, never bound
+
+
+async def run(config: Config) -> None:
+    """Until SIGTERM or SIGINT. Raises OutriderError, alone or in a group: the process ends with its exit code."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        controller = Controller(config)
+        await controller.start(stack)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(task, name=name) for name, task in controller.tasks().items()]
+            controller.log.info("ready", **controller.listening)
+            await stop.wait()
+            controller.log.info("stopping")
+            for task in tasks:
+                task.cancel()
+
+
+class Controller:
+    """The parts, each made once."""
+
+    def __init__(self, config: Config) -> None:
+        """Reads and makes files below `data`; binds nothing. Raises HostError."""
+        self.log = Log("controller")
+        self.listening: dict[str, str] = {}
+        self._config = config
+        self._ca = FleetCa(config.data / "ca", config.cluster)
+        self._files = _issue(self._ca, config)
+        self._tokens = Tokens(config.data / "tokens")
+        self._tokens.ensure_first(wall_s())
+        self._events = EventLog()
+        self._engine = Engine(journal=SqliteJournal(config.data / "journal.db"), events=self._events, log=Log("engine"))
+        self._broker = self._make_broker()
+        self._catalog: Catalog | None = None
+        self._parts: Parts
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Journal, catalog, mesh, then the listeners. `stack` undoes it all in the reverse order."""
+        await self._engine.open()
+        stack.push_async_callback(self._engine.close)
+        consul, issuer = await self._start_catalog(stack)
+        stack.push_async_callback(consul.close)
+        mesh = Mesh(
+            consul=consul,
+            issuer=issuer,
+            cluster=self._config.cluster,
+            adopt_intentions=self._config.adopt_intentions,
+            log=Log("mesh"),
+        )
+        parts = Parts(cluster=self._config.cluster, engine=self._engine, mesh=mesh, events=self._events)
+        mesh.deliver = parts.sessions.deliver
+        mesh.withdrawn = lambda allocs: self._engine.post(EndpointsWithdrawn(allocs=allocs))
+        self._engine.sync_all(mesh)
+        self._parts = parts
+        await self._listen(stack)
+
+    def tasks(self) -> dict[str, Coroutine[object, object, None]]:
+        tasks = {
+            "engine": self._engine.run(sessions=self._parts.sessions, mesh=self._parts.mesh),
+            "mesh": self._parts.mesh.run(),
+        }
+        if self._catalog is not None:
+            tasks["catalog"] = self._catalog.failed()
+        if self._broker is not None:
+            tasks["mqtt"] = self._broker.run()
+        return tasks
+
+    def _make_broker(self) -> Broker | None:
+        if self._config.mqtt is None:
+            return None
+        broker = Broker(
+            config=self._config.mqtt,
+            cluster=self._config.cluster,
+            tls=ssl_context(self._files, server=False),
+            seen=self._engine.post,
+            log=Log("mqtt"),
+        )
+        self._events.forward = broker.put
+        return broker
+
+    async def _start_catalog(self, stack: contextlib.AsyncExitStack) -> tuple[ConsulAdapter, Issuer]:
+        config = self._config
+        if config.consul is not None:
+            consul = ConsulAdapter(config.consul.url, token=token(config.consul), tls=client_tls(config.consul))
+            return consul, ConsulIssuer(consul)
+        listen = config.catalog.listen
+        self._catalog = Catalog(
+            database=config.data / "catalog.db",
+            socket=config.catalog_socket,
+            listen=host_port(listen) if listen else None,
+            tls=ssl_context(self._files, server=True) if listen else None,
+            cluster=config.cluster,
+            datacenter=_DATACENTER,
+            log=Log("catalog"),
+        )
+        await self._catalog.start()
+        stack.push_async_callback(self._catalog.stop)
+        self.listening["catalog_socket"] = str(config.catalog_socket)
+        return ConsulAdapter(f"unix:{config.catalog_socket}"), EmbeddedIssuer(self._catalog.ca, _DATACENTER)
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
+        config, parts = self._config, self._parts
+        operator = OperatorService(parts, consul=config.consul.url if config.consul else "embedded")
+        fleet = FleetService(parts, heartbeat_interval_s=Policy().heartbeat_interval_s)
+        join = JoinService(cluster=config.cluster, ca=self._ca, tokens=self._tokens, refused=parts.refused)
+
+        def register_members(server: grpc.aio.Server) -> None:
+            operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
+            fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
+
+        members, anybody = (server_credentials(self._files, client_certificate=each) for each in (True, False))
+        for key, listener in (
+            (
+                "operator_socket",
+                socket_listener(
+                    config.operator_socket,
+                    lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server),
+                ),
+            ),
+            ("listen", tls_listener("listen", config.listen, members, register_members)),
+            (
+                "join_listen",
+                tls_listener(
+                    "join_listen",
+                    config.join_listen,
+                    anybody,
+                    lambda server: fleet_pb2_grpc.add_JoinServiceServicer_to_server(join, server),
+                ),
+            ),
+        ):
+            self.listening[key] = await stack.enter_async_context(listener)
+        if config.metrics_listen is not None:
+            collector = ControllerCollector(
+                parts, catalog_requests=self._catalog.requests if self._catalog else {}, broker=self._broker
+            )
+            at = await stack.enter_async_context(http_listener(config.metrics_listen, collector, self._targets))
+            self.listening["metrics_listen"] = at
+
+    def _targets(self) -> tuple[TargetGroup, ...]:
+        host, port = host_port(self.listening["metrics_listen"])
+        if host in _WILDCARDS and self._config.addresses:
+            host = self._config.addresses[0]
+        return target_groups(self._config.cluster, f"{host}:{port}", views.node_states(self._engine.state))
+
+
+def _issue(ca: FleetCa, config: Config) -> TlsFiles:
+    """The controller's own certificate, and those that it makes for others on its host."""
+    ca.issue_operator("cli")
+    ca.issue_reader("prometheus")
+    if config.mqtt is not None:
+        ca.issue_broker([config.mqtt.host])
+    listened = {host_port(text)[0] for text in (config.listen, config.join_listen)} - _WILDCARDS
+    return ca.issue_server([*config.addresses, *sorted(listened), "localhost", "127.0.0.1"])
