@@ -61,6 +61,7 @@ class AdsServer:
         self._socket, self._identify, self._refused = socket, identify, refused
         self._server: grpc.aio.Server | None = None
         self.tokens_refused = 0
+        self.resources_sent = 0
 
     async def start(self) -> None:
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", _REQUEST_BYTES_MAX)])
@@ -107,13 +108,23 @@ class _Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: igno
         client.connected(stream)
         try:
             async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(_write(client, stream, context), name=f"ads-writer-{client.alloc}")
+                writer = tasks.create_task(self._write(client, stream, context), name=f"ads-writer-{client.alloc}")
                 _receive(client, stream, first)
                 async for message in requests:
                     _receive(client, stream, message)
                 writer.cancel()
         finally:
             client.disconnected(stream)
+
+    async def _write(self, client: Client, stream: Stream, context: Any) -> None:
+        while True:
+            await stream.changed.wait()
+            stream.changed.clear()
+            if not client.complete:
+                continue
+            for response in stream.subscription.responses(client.versions):
+                self._server.resources_sent += len(response.changed)
+                await context.write(_message(client, response))
 
 
 class _AccessLogs(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  # untyped
@@ -152,16 +163,6 @@ def _receive(client: Client, stream: Stream, message: discovery_pb2.DeltaDiscove
         )
     stream.changed.set()
     client.answered(rejection)
-
-
-async def _write(client: Client, stream: Stream, context: Any) -> None:
-    while True:
-        await stream.changed.wait()
-        stream.changed.clear()
-        if not client.complete:
-            continue
-        for response in stream.subscription.responses(client.versions):
-            await context.write(_message(client, response))
 
 
 def _message(client: Client, response: Response) -> discovery_pb2.DeltaDiscoveryResponse:

@@ -247,7 +247,8 @@ def _retries(retry_on: str, marker: Config) -> Config:
         "num_retries": 3,
         "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.1s"},
         "retry_host_predicate": [{"name": "previous_hosts", "typed_config": {"@type": previous}}],
-        "host_selection_retry_max_attempts": "5",
+        # A dead workload's sidecar answers at once, so least request favours it, 3 to 1 of two: ask until another.
+        "host_selection_retry_max_attempts": "30",
     }
 
 

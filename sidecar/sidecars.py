@@ -74,6 +74,10 @@ class Sidecars:
     def tokens_refused(self) -> int:
         return self._server.tokens_refused
 
+    @property
+    def resources_sent(self) -> int:
+        return self._server.resources_sent
+
     async def add(self, spec: SidecarSpec) -> SidecarFiles:
         """Also adopts: the same spec after an agent's restart keeps the running Envoy's token and configuration.
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -50,6 +51,7 @@ class Mesh:
         self.intentions: dict[ServiceName, tuple[Intention, ...]] = {}
         self.envoys: dict[AllocId, asyncio.subprocess.Process] = {}
         self.sidecars = Sidecars(run_directory=self.directory / "run", now_s=time.time)
+        self.thief_port = 0  # where a caller without an intention calls, in tests that have one
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -96,29 +98,13 @@ class Mesh:
         roots = TrustRoots(datacenter="dc1", trust_domain=TRUST_DOMAIN, certificates_pem=tuple(self.roots))
         self.sidecars.set_view(MeshView(services=dict(self.services), intentions=dict(self.intentions), roots=roots))
 
-    def spec(
-        self,
-        alloc: str,
-        service: str,
-        *,
-        protocol: Protocol = Protocol.TCP,
-        workload_port: int | None = None,
-        upstreams: tuple[SidecarUpstream, ...] = (),
-    ) -> SidecarSpec:
+    def spec(self, alloc: AllocId, *services: SidecarService) -> SidecarSpec:
         return SidecarSpec(
-            alloc=AllocId(alloc),
+            alloc=alloc,
             node=NODE,
             uid=200_000 + secrets.randbelow(60_000_000),
             local_address=self.address(),
-            services=(
-                SidecarService(
-                    service=ServiceName(service),
-                    public_port=PUBLIC_PORT,
-                    workload_port=workload_port,
-                    protocol=protocol,
-                    upstreams=upstreams,
-                ),
-            ),
+            services=services,
         )
 
     async def launch(self, spec: SidecarSpec) -> SidecarFiles:
@@ -151,6 +137,28 @@ class Mesh:
         """The sidecar's access log so far."""
         lines = self.log_file(alloc).read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def served(name: str, port: int, protocol: Protocol = Protocol.TCP) -> SidecarService:
+    """A service whose workload listens on `port`."""
+    return SidecarService(service=ServiceName(name), public_port=PUBLIC_PORT, workload_port=port, protocol=protocol)
+
+
+def calling(name: str, *upstreams: tuple[str, int | None]) -> SidecarService:
+    """A service that only calls. Sidecars share the machine's loopback here: one caller has an upstream's virtual
+    address, others say a port."""
+    return SidecarService(
+        service=ServiceName(name),
+        public_port=PUBLIC_PORT,
+        upstreams=tuple(SidecarUpstream(service=ServiceName(to), local_port=port) for to, port in upstreams),
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def endpoint(spec: SidecarSpec) -> Endpoint:
