@@ -1,0 +1,59 @@
+"""The agent's one loop: events in, `step`, commands out. Decides nothing and does nothing itself.
+
+Task: the loop. Queue: events, EVENTS_MAX; when it is full whoever has one to tell waits.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from agent.core.commands import Command
+from agent.core.events import Event, Tick
+from agent.core.state import State, next_deadline_s
+from agent.core.step import all_reports, step
+from outrider.clock import monotonic_s
+from outrider.model.allocation import AllocReport, Generation
+
+EVENTS_MAX = 4096
+
+
+class Engine:
+    def __init__(self, *, execute: Callable[[Command], None], rng: random.Random) -> None:
+        """`execute` begins a command and returns at once; its outcome comes back through `tell`."""
+        self._execute = execute
+        self._rng = rng
+        self._state = State(allocs={}, strays={})
+        self._queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
+
+    @property
+    def acknowledged(self) -> Generation:
+        return self._state.acknowledged
+
+    def reports(self) -> tuple[AllocReport, ...]:
+        return all_reports(self._state)
+
+    async def tell(self, event: Event) -> None:
+        await self._queue.put(event)
+
+    def begin(self, event: Event) -> None:
+        """The first event, before the loop runs and before the controller is greeted."""
+        self._take(event)
+
+    async def run(self) -> None:
+        while True:
+            self._take(await self._next())
+
+    def _take(self, event: Event) -> None:
+        for command in step(self._state, event, monotonic_s(), self._rng):
+            self._execute(command)
+
+    async def _next(self) -> Event:
+        """What was told; a Tick once one is due, however much is told meanwhile."""
+        remaining_s = next_deadline_s(self._state) - monotonic_s()
+        if remaining_s <= 0:
+            return Tick()
+        try:
+            async with asyncio.timeout(None if remaining_s == float("inf") else remaining_s):
+                return await self._queue.get()
+        except TimeoutError:
+            return Tick()
