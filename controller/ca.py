@@ -110,7 +110,8 @@ class FleetCa:
         )
         _write(files.ca, self.pem, 0o644)
         _write(files.key, _key_pem(key), 0o600)
-        _write(files.certificate, pem, 0o644)
+        # A server shows the CA too: a node that joins knows its fingerprint before it has the certificate.
+        _write(files.certificate, pem + self.pem if server else pem, 0o644)
         return files
 
     def _sign(

@@ -1,4 +1,4 @@
-"""How the controller proves itself to a real Consul: token and certificates from the files that its configuration names."""
+"""How the controller proves itself to a real Consul: token and certificates, from the files that `consul:` names."""
 
 import ssl
 

@@ -1,0 +1,113 @@
+"""A job is checked again wherever it comes in: each mistake is named by where it stands."""
+
+import msgspec
+import pytest
+
+from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
+from outrider.model.job import (
+    Check,
+    CheckKind,
+    Driver,
+    File,
+    Group,
+    Image,
+    ImageKind,
+    Job,
+    JobType,
+    Network,
+    Port,
+    Resources,
+    RestartPolicy,
+    Service,
+    Task,
+    UpdatePolicy,
+    Upstream,
+)
+from outrider.validate import FILES_BYTES_MAX, problems
+
+TASK = Task(name=TaskName("server"), command=("sleep", "1"))
+HTTP = Port(name=PortName("http"))
+GROUP = Group(
+    name=GroupName("web"),
+    tasks=(TASK,),
+    network=Network(ports=(HTTP,)),
+    services=(
+        Service(
+            name=ServiceName("web"),
+            port=PortName("http"),
+            check=Check(kind=CheckKind.HTTP, path="/healthz"),
+            upstreams=(Upstream(service=ServiceName("api"), port=9001),),
+            allow=(ServiceName("*"),),
+        ),
+    ),
+)
+JOB = Job(name=JobName("shop"), groups=(GROUP,))
+
+
+def _with(value: msgspec.Struct, **changes: object) -> Job:
+    """JOB with `value`, which stands in it, changed."""
+    changed = msgspec.structs.replace(value, **changes)
+    match changed:
+        case Job():
+            return changed
+        case Group():
+            return msgspec.structs.replace(JOB, groups=(changed,))
+        case Task():
+            return _with(GROUP, tasks=(changed,))
+        case Service():
+            return _with(GROUP, services=(changed,))
+    raise AssertionError(value)
+
+
+def test_a_good_job_has_no_problem() -> None:
+    assert problems(JOB) == ()
+
+
+@pytest.mark.parametrize(
+    ("job", "where"),
+    [
+        (_with(JOB, name="Shop"), "job"),
+        (_with(JOB, priority=0), "priority"),
+        (_with(JOB, groups=()), "groups"),
+        (_with(JOB, groups=(GROUP, GROUP)), "groups.web"),
+        (_with(_with(GROUP, count=2), type=JobType.SYSTEM), "groups.web.count"),
+        (_with(GROUP, count=-1), "groups.web.count"),
+        (_with(GROUP, tasks=()), "groups.web.tasks"),
+        (_with(GROUP, update=UpdatePolicy(max_parallel=0)), "groups.web.update.max_parallel"),
+        (_with(GROUP, update=UpdatePolicy(min_healthy_s=9e9)), "groups.web.update.min_healthy"),
+        (_with(GROUP, restart=RestartPolicy(delay_s=float("nan"))), "groups.web.restart.delay"),
+        (_with(GROUP, network=Network(ports=(HTTP, HTTP))), "groups.web.network.ports.http"),
+        (_with(GROUP, network=Network(ports=(HTTP,), egress=("::/0",))), "groups.web.network.egress[0]"),
+        (
+            _with(GROUP, network=Network(ports=(Port(name=PortName("http"), to=15001),))),
+            "groups.web.network.ports.http",
+        ),
+        (_with(GROUP, network=Network(ports=(Port(name=PortName("http"), static=70000),))), "groups.web.network.ports"),
+        (_with(TASK, name="sidecar"), "groups.web.tasks.sidecar"),
+        (_with(TASK, command=()), "groups.web.tasks.server.command"),
+        (_with(TASK, command=("a\0b",)), "groups.web.tasks.server.command[0]"),
+        (_with(TASK, driver=Driver.VM), "groups.web.tasks.server.image"),
+        (_with(TASK, image=Image(kind=ImageKind.OCI)), "groups.web.tasks.server.image"),
+        (_with(TASK, files=(File(path="../x", content=b""),)), "groups.web.tasks.server.files.../x"),
+        (_with(TASK, files=(File(path="/x", content=b""),)), "groups.web.tasks.server.files./x"),
+        (_with(TASK, files=(File(path="x", content=b"", mode=0o4755),)), "groups.web.tasks.server.files.x"),
+        (_with(TASK, files=(File(path="x", content=bytes(FILES_BYTES_MAX + 1)),)), "groups.web.tasks.server.files"),
+        (_with(TASK, env={"A=B": ""}), "groups.web.tasks.server.env.A=B"),
+        (_with(TASK, resources=Resources(cpu_millis=0)), "groups.web.tasks.server.resources.cpu"),
+        (_with(TASK, resources=Resources(cpu_max_millis=50)), "groups.web.tasks.server.resources.cpu_max"),
+        (_with(TASK, kill_signal="SIGNOPE"), "groups.web.tasks.server.kill_signal"),
+        (_with(GROUP.services[0], port="grpc"), "groups.web.services[0].port"),
+        (_with(GROUP.services[0], port=None), "groups.web.services[0].allow"),
+        (_with(GROUP.services[0], allow=("A B",)), "groups.web.services[0].allow[0]"),
+        (_with(GROUP.services[0], check=Check(kind=CheckKind.HTTP, path="x")), "groups.web.services[0].check"),
+        (_with(GROUP.services[0], check=Check(kind=CheckKind.COMMAND)), "groups.web.services[0].check"),
+        (
+            _with(GROUP.services[0], upstreams=(Upstream(service=ServiceName("api"), port=8080),)),
+            "groups.web.services[0].upstreams[0].port",
+        ),
+        (_with(GROUP, services=(GROUP.services[0],) * 2), "groups.web.services.web"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_named_where_it_stands(job: Job, where: str) -> None:
+    assert any(problem.where.startswith(where) for problem in problems(job)), problems(job)
