@@ -18,7 +18,7 @@ from controller.core.groups import FamilyKey, GroupEntry
 from controller.core.kinds import Kind
 from controller.core.records import Record, RolloutEnded
 from controller.core.schedule import suits
-from controller.core.state import JobEntry, State
+from controller.core.state import State
 from controller.core.submit import added
 from controller.core.table import Bools, Ints
 from controller.core.volatile import Backoff

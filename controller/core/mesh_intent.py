@@ -66,7 +66,7 @@ def registration(state: State, node: NodeId) -> NodeRegistration:
         # Gone is not suspect: with its agent gone a node keeps its endpoints (DESIGN, decision 5).
         passing=link.status in (NodeStatus.READY, NodeStatus.GONE)
         or (link.status is NodeStatus.SUSPECT and bool(state.live.braked)),
-        output=link.reason or link.status,
+        output=link.reason or link.status.value,
         services=tuple(services),
     )
 

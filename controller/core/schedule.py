@@ -93,7 +93,11 @@ def place(
     room = _room(snapshot, group)
     for _, passed in filters:
         room = np.where(passed, room, 0)
-    refs = _best(snapshot, group, room, have, seed) if count == 1 else _spread(snapshot, group, room, have, count=count, seed=seed)
+    refs = (
+        _best(snapshot, group, room, have, seed)
+        if count == 1
+        else _spread(snapshot, group, room, have, count=count, seed=seed)
+    )
     ports = snapshot.take(refs, group)
     reason = ""
     if len(refs) < count:

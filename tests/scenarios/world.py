@@ -5,6 +5,7 @@ journal or an agent to be slow switches `journal_works` or the agent's `obedient
 """
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,8 +32,8 @@ from controller.core.events import (
     JobSubmitted,
     RequestId,
     SessionId,
-    Ticket,
     Tick,
+    Ticket,
 )
 from controller.core.policy import Policy
 from controller.core.records import Record
@@ -169,13 +170,16 @@ class World:
         self.replies: dict[RequestId, Reply] = {}
         self.events: list[FleetEvent] = []
         self.withdraw_acknowledged = True
+        self._queue: deque[Event] = deque()
         self._sessions = 0
         self._requests = 0
-        self.state = State.empty(self.policy)
+        self.restarts = -1
         self.begin()
 
     def begin(self) -> None:
         """A controller starts on the journal as it is."""
+        self.restarts += 1
+        self._queue.clear()
         self.state = State.empty(self.policy)
         self.waiting.clear()
         for record in self.journal:
@@ -186,13 +190,21 @@ class World:
         for agent in self.agents.values():
             agent.session = None
 
-    def send(self, event: Event) -> tuple[Command, ...]:
-        """One step, then all that follows from it."""
-        commands = step(self.state, event, self.now_s, self.rng)
-        self.commands.extend(commands)
-        for command in commands:
-            self._execute(command)
-        return commands
+    def send(self, event: Event) -> None:
+        """One step, then all that follows from it: events queue as they do at the engine."""
+        self._queue.append(event)
+        if len(self._queue) > 1:
+            return  # whoever sent the first is at it
+        while self._queue:
+            commands = step(self.state, self._queue[0], self.now_s, self.rng)
+            self.after_step()
+            self.commands.extend(commands)
+            for command in commands:
+                self._execute(command)
+            self._queue.popleft()
+
+    def after_step(self) -> None:
+        """For tests that look at every state."""
 
     def _execute(self, command: Command) -> None:
         match command:
@@ -278,16 +290,20 @@ class World:
         self.agents[NodeId(name)].silent = True
 
     def submit(self, wanted: Job) -> Reply:
-        self._requests += 1
-        request = RequestId(self._requests)
-        self.send(JobSubmitted(request=request, job=wanted))
-        return self.replies[request]
+        return self.replies[self.request(wanted)]
 
     def stop(self, name: str) -> Reply:
-        self._requests += 1
+        return self.replies[self.request(JobName(name))]
+
+    def request(self, wanted: Job | JobName) -> RequestId:
+        """A job to submit, or the name of one to stop; the reply comes when the journal works."""
         request = RequestId(self._requests)
-        self.send(JobStopRequested(request=request, job=JobName(name)))
-        return self.replies[request]
+        self._requests += 1
+        if isinstance(wanted, Job):
+            self.send(JobSubmitted(request=request, job=wanted))
+        else:
+            self.send(JobStopRequested(request=request, job=wanted))
+        return request
 
     def fail(self, alloc: AllocId, message: str = "exit code 1") -> None:
         """The agent gives the allocation up."""
