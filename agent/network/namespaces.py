@@ -35,6 +35,7 @@ _MNT_DETACH = 2
 _INNER_LINK = "eth0"
 _OUTER_PREFIX = "or"
 _SPEC_SUFFIX = ".json"
+_UNFINISHED_SUFFIX = ".making"
 _ISOLATED = "isolated"
 # Inside an allocation. IPv6 is off whole; a workload without capabilities may still serve on port 80.
 _INNER_SETTINGS = {
@@ -74,7 +75,7 @@ class AllocationNetworks:
         await self._in_thread(lambda: self._delete(alloc))
 
     async def list(self) -> tuple[AllocationNetwork, ...]:
-        """What is there, half-made ones included, in order of id."""
+        """What is there and whole, in order of id. What a killed agent left half made is for `reap` and `create`."""
         return await self._in_thread(self._list)
 
     async def reap(self, known: Collection[AllocId]) -> tuple[AllocId, ...]:
@@ -103,8 +104,8 @@ class AllocationNetworks:
         node = self._node_table()
         self._delete_whole(spec.alloc)
         path = self._path(spec.alloc)
-        # Written first: whatever happens from here on, `list` finds it and `delete` knows what to undo.
-        self._write(spec)
+        # Written first: whatever happens from here on, `reap` finds it and `delete` knows what to undo.
+        self._unfinished_path(spec.alloc).write_bytes(msgspec.json.encode(spec))
         try:
             with self._new_namespace(path):
                 self._furnish(spec)
@@ -115,6 +116,7 @@ class AllocationNetworks:
                 outside.set_up(outer)
                 outside.add_link_route(outer, spec.local_address)
             self._add_elements(node, spec)
+            self._unfinished_path(spec.alloc).replace(self._spec_path(spec.alloc))
         except HostError:
             self._delete_whole(spec.alloc)
             raise
@@ -123,8 +125,7 @@ class AllocationNetworks:
     def _isolated(self) -> str:
         path = self._directory / _ISOLATED
         self._directory.mkdir(parents=True, exist_ok=True)
-        # On a file system of its own where it is mounted, and not a file that a killed agent left before.
-        if not path.exists() or path.stat().st_dev == self._directory.stat().st_dev:
+        if not self._is_mounted(path):
             with self._new_namespace(path):
                 pass
         return str(path)
@@ -146,14 +147,15 @@ class AllocationNetworks:
 
     def _delete(self, alloc: AllocId) -> None:
         """All but the link, which goes with the namespace: to wait for it costs 40 ms, all else half of one."""
-        spec_path, path = self._spec_path(alloc), self._path(alloc)
-        if spec_path.exists():
-            spec = msgspec.json.decode(spec_path.read_bytes(), type=NetworkSpec)
-            self._delete_elements(spec)
-            with RouteSocket() as outside:
-                outside.delete_route(spec.local_address)
-        _unmount(path)
-        spec_path.unlink(missing_ok=True)
+        for spec_path in (self._unfinished_path(alloc), self._spec_path(alloc)):
+            spec = _read_spec(spec_path)
+            if spec is not None:
+                self._delete_elements(spec)
+                with RouteSocket() as outside:
+                    outside.delete_route(spec.local_address)
+        _unmount(self._path(alloc))
+        self._unfinished_path(alloc).unlink(missing_ok=True)
+        self._spec_path(alloc).unlink(missing_ok=True)
 
     def _delete_whole(self, alloc: AllocId) -> None:
         self._delete(alloc)
@@ -181,17 +183,13 @@ class AllocationNetworks:
         )
 
     def _specs(self) -> tuple[NetworkSpec, ...]:
-        paths = sorted(self._directory.glob(f"*{_SPEC_SUFFIX}"))
-        return tuple(msgspec.json.decode(path.read_bytes(), type=NetworkSpec) for path in paths)
-
-    def _write(self, spec: NetworkSpec) -> None:
-        path = self._spec_path(spec.alloc)
-        unfinished = path.with_suffix(".new")
-        unfinished.write_bytes(msgspec.json.encode(spec))
-        unfinished.replace(path)  # a reader after kill -9 finds the whole of it or nothing
+        specs = (_read_spec(path) for path in sorted(self._directory.glob(f"*{_SPEC_SUFFIX}")))
+        return tuple(spec for spec in specs if spec is not None and self._is_mounted(self._path(spec.alloc)))
 
     def _reap(self, known: frozenset[AllocId]) -> tuple[AllocId, ...]:
-        gone = tuple(network.alloc for network in self._list() if network.alloc not in known)
+        suffixes = (_SPEC_SUFFIX, _UNFINISHED_SUFFIX)
+        there = {AllocId(path.stem) for suffix in suffixes for path in self._directory.glob(f"*{suffix}")}
+        gone = tuple(sorted(there - known))
         for alloc in gone:
             self._delete_whole(alloc)
         if not known:
@@ -244,11 +242,25 @@ class AllocationNetworks:
             _call("return to the node's namespace", _libc.setns(self._home, _CLONE_NEWNET))
             os.close(inside)
 
+    def _is_mounted(self, path: Path) -> bool:
+        return path.exists() and path.stat().st_dev != self._directory.stat().st_dev
+
     def _path(self, alloc: AllocId) -> Path:
         return self._directory / alloc
 
     def _spec_path(self, alloc: AllocId) -> Path:
         return self._directory / (alloc + _SPEC_SUFFIX)
+
+    def _unfinished_path(self, alloc: AllocId) -> Path:
+        return self._directory / (alloc + _UNFINISHED_SUFFIX)
+
+
+def _read_spec(path: Path) -> NetworkSpec | None:
+    """None where there is none, or none that was written whole: nothing else was made then."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=NetworkSpec)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
 
 
 def _outer_link(alloc: AllocId) -> str:

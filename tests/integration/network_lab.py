@@ -52,7 +52,7 @@ _CALLER = """
 import json, socket, sys
 def attempt(kind, address, port):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    kinds = {"tcp": (socket.SOCK_STREAM, 0), "udp": (socket.SOCK_DGRAM, 0),
+    kinds = {"tcp": (socket.SOCK_STREAM, 0), "big": (socket.SOCK_STREAM, 0), "udp": (socket.SOCK_DGRAM, 0),
              "ping": (socket.SOCK_DGRAM, socket.IPPROTO_ICMP), "raw": (socket.SOCK_RAW, socket.IPPROTO_ICMP),
              "packet": (socket.SOCK_RAW, 0)}
     if kind == "packet":
@@ -61,7 +61,9 @@ def attempt(kind, address, port):
         with socket.socket(family, *kinds[kind]) as opened:
             opened.settimeout(0.3)
             opened.connect((address, port))
-            if kind != "tcp":
+            if kind == "big":
+                opened.sendall(bytes(20_000))
+            elif kind != "tcp":
                 opened.send(b"\\x08\\x00\\xf7\\xff\\x00\\x00\\x00\\x00")
             return opened.recv(1000).decode("latin-1")
     except TimeoutError:

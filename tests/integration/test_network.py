@@ -268,17 +268,33 @@ async def test_the_next_agent_finds_networks_and_mends_flushed_rules(
     await later.close()
 
 
-async def test_what_a_killed_agent_left_half_made_is_found_and_made_whole(
-    node: Lab, networks: AllocationNetworks, tmp_path: Path
+@pytest.mark.parametrize("written", [1.0, 0.5, 0.0])
+async def test_what_a_killed_agent_left_half_made_is_never_adopted(
+    node: Lab, networks: AllocationNetworks, tmp_path: Path, written: float
 ) -> None:
     a = await networks.create(spec(A))
-    Path(a.namespace).with_suffix(".json").rename(tmp_path / "kept")
-    await networks.delete(A)
-    (tmp_path / "kept").rename(Path(a.namespace).with_suffix(".json"))  # as if killed right after it was written
+    finished = Path(a.namespace).with_suffix(".json")
+    half = finished.read_bytes()[: int(finished.stat().st_size * written)]
+    finished.unlink()
+    Path(a.namespace).with_suffix(".making").write_bytes(half)
+    if written < 1:  # killed while it wrote: nothing else was made yet
+        node.run(f"umount {a.namespace}")
+        node.run("nft delete table ip outrider_7")
+    later = AllocationNetworks(run_directory=tmp_path, node_address=NODE, block=BLOCK)
 
-    assert [network.alloc for network in await networks.list()] == [A]
-    assert await networks.create(spec(A)) == a
+    assert await later.list() == ()
+    assert await later.reap({B}) == (A,)
+    assert await later.create(spec(A)) == a
     assert arrived(node.from_inside(a.namespace, SIDECAR, ("tcp", OTHER_HOST, SERVER_PORT))[0])
+    await later.close()
+
+
+async def test_a_path_of_a_smaller_mtu_is_learnt(node: Lab, networks: AllocationNetworks) -> None:
+    a = await networks.create(spec(A))
+    node.run("ip link set up0 mtu 1300")
+    node.from_inside(a.namespace, SIDECAR, ("big", OTHER_HOST, SERVER_PORT))
+
+    assert "mtu 1300" in node.run(" ".join((*inside(a.namespace, 0), "ip route get", OTHER_HOST)))
 
 
 async def test_a_port_that_another_allocation_holds_is_refused_and_stays_with_it(
