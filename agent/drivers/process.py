@@ -1,0 +1,148 @@
+"""A process task as a sandbox: its root, what is mounted, its limits, its command with the names filled in.
+
+Pure: owns the translation alone; `task_directory` writes files, `agent.sandbox` runs the result.
+"""
+
+import re
+from collections.abc import Mapping
+
+from agent.sandbox.spec import (
+    INNER_USER,
+    DirectoryRoot,
+    HostRoot,
+    Limits,
+    Mount,
+    Root,
+    SandboxSpec,
+    StartError,
+    Tmpfs,
+)
+from outrider.errors import InputError
+from outrider.ids import AllocId, NodeId, TaskName
+from outrider.model.allocation import Assignment
+from outrider.model.job import Image, ImageKind, Task, Value, inner_ports
+
+TASK_DIRECTORY = "/task"  # inside; writable, of limited size, kept over restarts of the task
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_HOSTNAME_CHARS_MAX = 63
+_PRIVATE = "/tmp"  # noqa: S108 - the target inside, a private one
+# `${name}`; a dollar before it keeps it as it is, for shells: `$${HOME}` is `${HOME}`.
+_REFERENCE = re.compile(r"(\$?)\$\{([^}]*)\}")
+
+
+class Place(Value, frozen=True, kw_only=True):
+    """Where on this host the agent puts a task."""
+
+    node: NodeId
+    uid_first: int
+    network_namespace: str
+    directory: str  # the sandbox's own
+    task_directory: str  # as `task_directory.prepare` made it
+    resolv_conf: str = ""  # a file that says where the mesh's names are answered; "" is none
+    mounts: tuple[Mount, ...] = ()  # what else the agent provides, such as the namespace's own /sys
+
+
+def sandbox_id(alloc: AllocId, task: TaskName) -> str:
+    return f"{alloc}.{task}"
+
+
+def sandbox_spec(assignment: Assignment, task: Task, place: Place) -> SandboxSpec:
+    """The sandbox that runs `task`.
+
+    Raises InputError where the command or the environment names something unknown, StartError where this agent cannot
+    run such an image.
+    """
+    names = references(assignment, task, place.node)
+    where = f"job {assignment.job}, task {task.name}"
+    if not task.command:
+        raise InputError(f"{where}: no command; give one as a list, such as command: [python3, app.py]")
+    mounts = [Mount(source=place.task_directory, target=TASK_DIRECTORY, read_only=False), *place.mounts]
+    if place.resolv_conf:
+        mounts.append(Mount(source=place.resolv_conf, target="/etc/resolv.conf"))
+    resources = task.resources
+    return SandboxSpec(
+        id=sandbox_id(assignment.alloc, task.name),
+        argv=tuple(interpolate(part, names, f"{where}, command") for part in task.command),
+        env=environment(assignment, task, place.node, names, where),
+        cwd=TASK_DIRECTORY,
+        root=_root(task.image, where),
+        mounts=tuple(mounts),
+        tmpfs=(Tmpfs(target=_PRIVATE, size_bytes=resources.disk_bytes),),
+        network_namespace=place.network_namespace,
+        uid_first=place.uid_first,
+        user=INNER_USER,
+        hostname=f"{assignment.group.name}-{assignment.index}"[-_HOSTNAME_CHARS_MAX:].lstrip("-"),
+        limits=Limits(
+            cpu_millis=resources.cpu_millis,
+            cpu_max_millis=resources.cpu_max_millis,
+            memory_bytes=resources.memory_bytes,
+            pids_max=resources.pids_max,
+        ),
+        directory=place.directory,
+    )
+
+
+def references(assignment: Assignment, task: Task, node: NodeId) -> dict[str, str]:
+    """What `${...}` may name in a command and in the environment."""
+    ports = inner_ports(assignment.group.network)
+    return {
+        "task.dir": TASK_DIRECTORY,
+        "alloc.id": assignment.alloc,
+        "alloc.index": str(assignment.index),
+        "node.id": node,
+        "job": assignment.job,
+        "group": assignment.group.name,
+        "task": task.name,
+        **{f"port.{name}": str(number) for name, number in ports.items()},
+    }
+
+
+def environment(
+    assignment: Assignment, task: Task, node: NodeId, names: Mapping[str, str], where: str
+) -> dict[str, str]:
+    """The workload's environment; what the job sets goes before what the agent would set."""
+    ports = inner_ports(assignment.group.network)
+    given = {name: interpolate(value, names, f"{where}, env {name}") for name, value in task.env.items()}
+    return {
+        "PATH": _PATH,
+        "HOME": TASK_DIRECTORY,
+        "LANG": "C.UTF-8",
+        "OUTRIDER_ALLOC_ID": assignment.alloc,
+        "OUTRIDER_ALLOC_INDEX": str(assignment.index),
+        "OUTRIDER_JOB": assignment.job,
+        "OUTRIDER_GROUP": assignment.group.name,
+        "OUTRIDER_TASK": task.name,
+        "OUTRIDER_NODE": node,
+        **{f"PORT_{name.upper().replace('-', '_')}": str(number) for name, number in ports.items()},
+        **given,
+    }
+
+
+def interpolate(text: str, names: Mapping[str, str], where: str) -> str:
+    """`text` with each `${name}` replaced. Raises InputError naming what is unknown, and what is known."""
+
+    def value(match: re.Match[str]) -> str:
+        dollar, name = match.groups()
+        if dollar:
+            return match.group(0)[1:]
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise InputError(
+                f"{where}: ${{{name}}} is unknown; known are {known} (write $${{{name}}} to keep it as it is)"
+            )
+        return names[name]
+
+    return _REFERENCE.sub(value, text)
+
+
+def _root(image: Image, where: str) -> Root:
+    match image.kind:
+        case ImageKind.HOST:
+            return HostRoot()
+        case ImageKind.DIR:
+            return DirectoryRoot(path=image.reference)
+        case ImageKind.OCI | ImageKind.OCI_LAYOUT | ImageKind.DISK:
+            raise StartError(
+                f"{where}: this agent runs no image {image.kind.value}:{image.reference} as a process; use host or dir:PATH"
+            )

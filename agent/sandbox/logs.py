@@ -1,0 +1,176 @@
+"""Reads what a sandbox wrote: the last lines, or all from there on, across the turns of its log.
+
+Owns no file: `rotation` turns them, conmon writes them, as lines of "TIME STREAM TAG TEXT" with the tag P for a piece of a
+line and F for its end (the format of Kubernetes' CRI). A reader holds one block in memory, however long the log.
+"""
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+from agent.sandbox.conmon import Directory
+from outrider.model.job import Value
+
+_BLOCK_BYTES = 65_536
+_POLL_S = 0.05
+_TAIL_BYTES_MAX = 16_384
+
+
+class LogPiece(Value, frozen=True, kw_only=True):
+    """A line, or a piece of a long one."""
+
+    at: str  # RFC 3339, the node's clock
+    stream: str  # "stdout" or "stderr"
+    data: bytes  # with its newline where the line ends here
+
+
+def parse(line: bytes) -> LogPiece | None:
+    """One line of the file, without its newline; None for one that was cut when the log was."""
+    parts = line.split(b" ", 3)
+    if len(parts) != 4 or parts[2] not in (b"F", b"P") or parts[1] not in (b"stdout", b"stderr"):
+        return None
+    at, stream, tag, text = parts
+    data = text + b"\n" if tag == b"F" else text
+    return LogPiece(at=at.decode(errors="replace"), stream=stream.decode(), data=data)
+
+
+async def read(
+    directory: str,
+    *,
+    lines: int | None = None,
+    stream: str | None = None,
+    following: Callable[[], bool] | None = None,
+) -> AsyncIterator[LogPiece]:
+    """The last `lines` lines (None: all there is), then what follows for as long as `following()` is true.
+
+    `stream` keeps one of the two. A reader slower than two turns of the log misses what was turned away meanwhile.
+    """
+    where = Directory(directory)
+    pieces = _Files(where)
+    try:
+        if lines is not None:
+            pieces.skip_to(_start_of_last(where, lines, stream))
+        while True:
+            # Asked before reading: what was written until then is then read before the end.
+            more = following is not None and following()
+            for piece in pieces.available():
+                if stream is None or piece.stream == stream:
+                    yield piece
+            if pieces.turned():
+                continue
+            if not more:
+                return
+            await asyncio.sleep(_POLL_S)
+    finally:
+        pieces.close()
+
+
+def last_lines(directory: str, count: int) -> str:
+    """The last `count` lines of both streams as text, for a person who asks why it failed; cut to 16 KiB."""
+    where = Directory(directory)
+    pieces = _Files(where)
+    try:
+        pieces.skip_to(_start_of_last(where, count, None))
+        tail = b""
+        for piece in pieces.all():
+            tail = (tail + piece.data)[-_TAIL_BYTES_MAX:]
+    finally:
+        pieces.close()
+    return tail.decode(errors="replace")
+
+
+class _Files:
+    """The log's files as one sequence of pieces."""
+
+    def __init__(self, where: Directory) -> None:
+        self._where = where
+        self._descriptor: int | None = None
+        self._rest = b""
+        self._last = False  # whether the file at hand was seen to be turned: once more to its end, then the next
+
+    def skip_to(self, position: tuple[bool, int] | None) -> None:
+        """To (whether in `log`, offset), as `_start_of_last` has it."""
+        if position is None:
+            return
+        in_newest, offset = position
+        self._open(self._where.log if in_newest else self._where.log_older)
+        if self._descriptor is not None:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+
+    def available(self) -> Iterator[LogPiece]:
+        """What the file at hand has beyond what was read."""
+        if self._descriptor is None:
+            self._open(self._where.log_older)
+        if self._descriptor is None:
+            self._open(self._where.log)
+        if self._descriptor is None:
+            return
+        while block := os.read(self._descriptor, _BLOCK_BYTES):
+            *whole, self._rest = (self._rest + block).split(b"\n")
+            yield from (piece for line in whole if (piece := parse(line)) is not None)
+
+    def all(self) -> Iterator[LogPiece]:
+        while True:
+            yield from self.available()
+            if not self.turned():
+                return
+
+    def turned(self) -> bool:
+        """Whether there is more at once: conmon has gone on to another file."""
+        if self._descriptor is None:
+            return False
+        own = _inode(self._descriptor)
+        if _inode(self._where.log) in (own, None):
+            return False
+        if not self._last:
+            self._last = True  # it may have been written to between our last read and its turn
+            return True
+        older = _inode(self._where.log_older)
+        self._open(self._where.log if older in (own, None) else self._where.log_older)
+        return True
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self, path: Path) -> None:
+        self.close()
+        self._rest, self._last = b"", False
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._descriptor = None
+
+
+def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[bool, int] | None:
+    """Where the last `count` lines begin: (whether in `log`, offset). None: at the very beginning."""
+    starts: deque[tuple[bool, int]] = deque(maxlen=count + 1)
+    complete = True
+    for in_newest, path in ((False, where.log_older), (True, where.log)):
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue
+        with file:
+            offset = 0
+            for line in file:
+                piece = parse(line.rstrip(b"\n"))
+                if piece is not None and stream in (None, piece.stream):
+                    if complete:
+                        starts.append((in_newest, offset))
+                    complete = piece.data.endswith(b"\n")
+                offset += len(line)
+            end = (in_newest, offset)
+    if count == 0:
+        return end if starts or where.log.exists() else None
+    return starts[1] if len(starts) > count else None
+
+
+def _inode(file: int | Path) -> int | None:
+    try:
+        return os.stat(file).st_ino
+    except FileNotFoundError:
+        return None
