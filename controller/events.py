@@ -30,7 +30,7 @@ KEEPALIVE_S = 5
 _EVERY_NODE = NodeId("+")
 
 
-class PresenceMessage(Value, frozen=True, kw_only=True):
+class PresenceMessage(Value, frozen=True, kw_only=True, omit_defaults=False):
     """The payload of a `status` topic. Retained; `gone` is the last will."""
 
     status: str  # "online" or "gone"

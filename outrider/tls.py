@@ -20,7 +20,9 @@ from outrider.model.job import Value
 # A DNS name in every controller's certificate: whoever trusts the fleet's CA need not know the controller's addresses.
 CONTROLLER_NAME = "controller.outrider"
 
-_IDENTITY = re.compile(r"^outrider://(?P<cluster>[^/]+)/(?:(?P<kind>node|operator|reader)/(?P<name>[^/\s]+)|controller)\Z")
+_IDENTITY = re.compile(
+    r"^outrider://(?P<cluster>[^/]+)/(?:(?P<kind>node|operator|reader)/(?P<name>[^/\s]+)|controller)\Z"
+)
 
 
 class IdentityKind(StrEnum):
