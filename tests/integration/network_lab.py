@@ -85,10 +85,10 @@ class Lab:
         _run(f"ip link add up0 type veth peer name eth0 netns {host.pid}")
         _run(f"ip addr add {NODE}/24 dev up0")
         _run("ip link set up0 up")
-        self._other_host = ("nsenter", f"--net=/proc/{host.pid}/ns/net")
+        self.other_host = ("nsenter", f"--net=/proc/{host.pid}/ns/net")
         for command in ("ip link set lo up", f"ip addr add {OTHER_HOST}/24 dev eth0", "ip link set eth0 up"):
-            _run(" ".join((*self._other_host, command)))
-        self._serve(self._other_host, (OTHER_HOST, SERVER_PORT))
+            _run(" ".join((*self.other_host, command)))
+        self._serve(self.other_host, (OTHER_HOST, SERVER_PORT))
         self._serve((), (NODE, SERVER_PORT))
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Lab:
         self._serve(inside(namespace, uid), *listeners)
 
     def from_other_host(self, *attempts: tuple[str, str, int]) -> list[str]:
-        return _call(self._other_host, attempts)
+        return _call(self.other_host, attempts)
 
     def from_node(self, *attempts: tuple[str, str, int]) -> list[str]:
         return _call((), attempts)

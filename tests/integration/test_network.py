@@ -182,6 +182,19 @@ async def test_a_sidecar_reaches_its_workload_and_other_hosts_by_tcp_alone(
     assert not arrived(private)  # another allocation's workload, however published
 
 
+async def test_the_node_lets_through_to_mesh_ports_alone_whatever_a_namespaces_own_rules_say(
+    node: Lab, networks: AllocationNetworks
+) -> None:
+    a, b = await two(node, networks)
+    for each in (a, b):
+        node.run(" ".join((*inside(each.namespace, 0), "nft flush ruleset")))
+    node.run(f"{' '.join(node.other_host)} ip route add {b.local_address} via {NODE}")
+
+    attempts = (("tcp", b.local_address, 15100), ("tcp", b.local_address, 8080), ("udp", b.local_address, 8080))
+    assert [arrived(outcome) for outcome in node.from_inside(a.namespace, WORKLOAD, *attempts)] == [True, False, False]
+    assert [arrived(outcome) for outcome in node.from_other_host(*attempts)] == [True, False, False]
+
+
 async def test_egress_opens_its_networks_to_the_workload_and_never_other_allocations(
     node: Lab, networks: AllocationNetworks
 ) -> None:
