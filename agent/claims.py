@@ -1,9 +1,9 @@
 """Claims of what is host-wide: uid blocks, address blocks, port blocks (DESIGN, decision 14).
 
 Owns `/run/outrider/claims`: one file for each number that is taken, tagged with its owner and locked (flock) as long
-as the owner's agent lives. Two fleets on one host never take the same number; who starts again gets its own back. Never frees
-what its owner may still use: a number whose agent is away stays taken until its data directory is gone or the host was
-booted anew.
+as the owner's agent lives. Two fleets on one host never take the same number; who starts again gets its own back. Never
+frees what its owner may still use: a number whose agent is away stays taken until its data directory is gone or the
+host was booted anew.
 """
 
 import fcntl

@@ -1,15 +1,15 @@
 """A mount namespace of the agent's own on hosts whose control groups are hybrid (DESIGN, decision 9).
 
-crun refuses such hosts ("hybrid mode not supported") while the v2 tree is mounted beside the v1 ones. So the agent's first
-act is to re-execute itself in a namespace without that mount, where conmon, crun and every later agent live too. Never
-touches the machine's own mounts; does nothing on v1 and v2 hosts.
+crun refuses such hosts ("hybrid mode not supported") while the v2 tree is mounted beside the v1 ones. So the agent's
+first act is to re-execute itself in a namespace without that mount, where conmon, crun and every later agent live too.
+Never touches the machine's own mounts; does nothing on v1 and v2 hosts.
 
 Owns `RUN/namespace`: a mount point with private propagation (a namespace cannot be pinned below a shared one) and in it
 `mnt`, the pinned namespace. Each run directory has its own, so that agents of several fleets do not meet.
 
-What propagates: the namespace is a slave of the host's, so mounts made later on the host under a shared mount point appear
-inside (systemd makes / shared); where the host's are private, as in many containers, they do not. Mounts made inside
-never reach the host. So whatever this agent mounts (the namespaces of its allocations, task directories) it must mount
+What propagates: the namespace is a slave of the host's, so mounts made later on the host under a shared mount point
+appear inside (systemd makes / shared); where the host's are private, as in many containers, they do not. Mounts made
+inside never reach the host. So whatever this agent mounts (the namespaces of its allocations, task directories) it must mount
 and use inside, and a namespace that somebody else makes for it must be entered before `enter`, or exist when the
 namespace is first made, or be reached as /proc/PID/ns/net. Files and sockets under /run are the same on both sides.
 """
@@ -42,7 +42,7 @@ def enter(run_directory: Path, argv: Sequence[str]) -> None:
     pin = _found_or_made(run_directory)
     environment = {**os.environ, _MARKER: str(pin.stat().st_ino)}
     nsenter = program("nsenter")
-    os.execve(nsenter, [nsenter, f"--mount={pin}", f"--wd={Path.cwd()}", "--", *argv], environment)
+    os.execve(nsenter, [nsenter, f"--mount={pin}", f"--wd={Path.cwd()}", "--", *argv], environment)  # noqa: S606 - no shell wanted
 
 
 def remove(run_directory: Path) -> None:

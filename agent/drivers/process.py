@@ -128,9 +128,7 @@ def interpolate(text: str, names: Mapping[str, str], where: str) -> str:
             return match.group(0)[1:]
         if name not in names:
             known = ", ".join(sorted(names))
-            raise InputError(
-                f"{where}: ${{{name}}} is unknown; known are {known} (write $${{{name}}} to keep it as it is)"
-            )
+            raise InputError(f"{where}: ${{{name}}} is unknown; known are {known} ($${{{name}}} stays as it is)")
         return names[name]
 
     return _REFERENCE.sub(value, text)
@@ -143,6 +141,5 @@ def _root(image: Image, where: str) -> Root:
         case ImageKind.DIR:
             return DirectoryRoot(path=image.reference)
         case ImageKind.OCI | ImageKind.OCI_LAYOUT | ImageKind.DISK:
-            raise StartError(
-                f"{where}: this agent runs no image {image.kind.value}:{image.reference} as a process; use host or dir:PATH"
-            )
+            given = f"{image.kind.value}:{image.reference}"
+            raise StartError(f"{where}: this agent runs no image {given} as a process; use host or dir:PATH")

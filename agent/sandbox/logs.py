@@ -1,7 +1,7 @@
 """Reads what a sandbox wrote: the last lines, or all from there on, across the turns of its log.
 
-Owns no file: `rotation` turns them, conmon writes them, as lines of "TIME STREAM TAG TEXT" with the tag P for a piece of a
-line and F for its end (the format of Kubernetes' CRI). A reader holds one block in memory, however long the log.
+Owns no file: `rotation` turns them, conmon writes them, as lines of "TIME STREAM TAG TEXT" with the tag P for a piece of
+a line and F for its end (the format of Kubernetes' CRI). A reader holds one block in memory, however long the log.
 """
 
 import asyncio
@@ -90,14 +90,16 @@ class _Files:
         self._rest = b""
         self._last = False  # whether the file at hand was seen to be turned: once more to its end, then the next
 
-    def skip_to(self, position: tuple[bool, int] | None) -> None:
-        """To (whether in `log`, offset), as `_start_of_last` has it."""
+    def skip_to(self, position: tuple[int, int] | None) -> None:
+        """To (inode, offset), as `_start_of_last` has it: the file may have been turned since."""
         if position is None:
             return
-        in_newest, offset = position
-        self._open(self._where.log if in_newest else self._where.log_older)
-        if self._descriptor is not None:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
+        for path in (self._where.log, self._where.log_older):
+            self._open(path)
+            if self._descriptor is not None and os.fstat(self._descriptor).st_ino == position[0]:
+                os.lseek(self._descriptor, position[1], os.SEEK_SET)
+                return
+        self.close()
 
     def available(self) -> Iterator[LogPiece]:
         """What the file at hand has beyond what was read."""
@@ -121,7 +123,7 @@ class _Files:
         """Whether there is more at once: conmon has gone on to another file."""
         if self._descriptor is None:
             return False
-        own = _inode(self._descriptor)
+        own = os.fstat(self._descriptor).st_ino
         if _inode(self._where.log) in (own, None):
             return False
         if not self._last:
@@ -145,32 +147,36 @@ class _Files:
             self._descriptor = None
 
 
-def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[bool, int] | None:
-    """Where the last `count` lines begin: (whether in `log`, offset). None: at the very beginning."""
-    starts: deque[tuple[bool, int]] = deque(maxlen=count + 1)
+def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[int, int] | None:
+    """Where the last `count` lines begin: (inode, offset). None: at the very beginning."""
+    starts: deque[tuple[int, int]] = deque(maxlen=count)
+    wanted = (stream or "").encode()
+    seen = 0
+    end: tuple[int, int] | None = None
     complete = True
-    for in_newest, path in ((False, where.log_older), (True, where.log)):
+    for path in (where.log_older, where.log):
         try:
             file = path.open("rb")
         except FileNotFoundError:
             continue
         with file:
-            offset = 0
+            offset, inode = 0, os.fstat(file.fileno()).st_ino
             for line in file:
-                piece = parse(line.rstrip(b"\n"))
-                if piece is not None and stream in (None, piece.stream):
+                fields = line.split(b" ", 3)  # as `parse` has it, at a third of the cost: this reads all there is
+                if len(fields) == 4 and wanted in (b"", fields[1]):
                     if complete:
-                        starts.append((in_newest, offset))
-                    complete = piece.data.endswith(b"\n")
+                        starts.append((inode, offset))
+                        seen += 1
+                    complete = fields[2] == b"F"
                 offset += len(line)
-            end = (in_newest, offset)
+            end = (inode, offset)
     if count == 0:
-        return end if starts or where.log.exists() else None
-    return starts[1] if len(starts) > count else None
+        return end
+    return starts[0] if seen > count else None
 
 
-def _inode(file: int | Path) -> int | None:
+def _inode(path: Path) -> int | None:
     try:
-        return os.stat(file).st_ino
+        return path.stat().st_ino
     except FileNotFoundError:
         return None

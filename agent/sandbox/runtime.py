@@ -1,8 +1,8 @@
 """Starts, watches, signals and removes sandboxes: crun under conmon.
 
-Owns everything of a sandbox but its network namespace and the sources of its mounts: bundle, cgroup, container, monitor,
-logs' bounds. Keeps no state in memory that the run directory does not have: a restarted agent carries on with what runs.
-Starts no task of its own; a call for one sandbox must not overlap with another `start` or `delete` of the same.
+Owns everything of a sandbox but its network namespace and the sources of its mounts: bundle, cgroup, container,
+monitor, logs' bounds. Keeps no state in memory that the run directory does not have: a restarted agent carries on with
+what runs. Starts no task of its own; a call for one sandbox must not overlap with another `start` or `delete` of the same.
 """
 
 import hashlib
@@ -191,8 +191,15 @@ class SandboxRuntime:
         rows: int = 24,
         columns: int = 80,
     ) -> ExecProcess:
-        """Start a program in a running sandbox, as the workload's own user and within all its limits."""
+        """Start a program in a running sandbox, as the workload's own user and within all its limits.
+
+        Raises StartError where the sandbox has no such program, HostError where it does not run.
+        """
         record = self._known(sandbox)
+        if process.started_ticks_of(record.pid) != record.started_ticks:
+            raise HostError(sandbox, step="it has ended: nothing can be started in it")
+        if not executable.find(record.pid, argv[0], record.env.get("PATH", ""), record.cwd):
+            raise StartError(f"command {argv[0]!r} is not an executable file in {sandbox}")
         terminal = {"TERM": "xterm-256color"} if tty else {}
         values = oci.process(argv, {**record.env, **terminal, **(env or {})}, record.cwd, record.user, tty=tty)
         try:
