@@ -166,7 +166,7 @@ def _job_changed(state: State, job: JobName) -> None:
 def _follow_registration(state: State, record: NodeRegistered, now_s: float, *, known: bool) -> None:
     ref = state.nodes.reference[record.node.id]
     if not known:
-        liveness.add_link(state, ref, now_s, "its agent has not connected yet")
+        liveness.watch(state, ref, now_s, "its agent has not connected yet")
         notices.of_node(state, Kind.NODE_JOINED, ref, record.node.address)
     state.live.mesh_nodes[ref] = None
     joining = state.live.joining.pop(record.node.id, None)

@@ -34,16 +34,18 @@ def begin(state: State, now_s: float) -> None:
     """The first step after replay: nobody is connected, and everybody has the whole grace to come back."""
     state.live.started_at_s = now_s
     for ref in range(len(state.nodes)):
-        add_link(state, ref, now_s, "the controller started and the agent has not come back yet")
+        watch(state, ref, now_s, "the controller started and the agent has not come back yet")
         state.live.mesh_nodes[ref] = None
     state.live.mesh_intentions = True
     state.live.dirty_jobs.update(dict.fromkeys(state.jobs))
 
 
-def add_link(state: State, ref: int, now_s: float, reason: str) -> None:
+def watch(state: State, ref: int, now_s: float, reason: str) -> None:
+    """From here on the node has its grace to connect; one that was down stays so until it does."""
     down = bool(state.nodes.down[ref])
-    status = NodeStatus.DOWN if down else NodeStatus.GONE
-    state.live.links.append(NodeLink(since_s=now_s, status=status, reason=reason))
+    link = state.live.links[ref]
+    link.status = NodeStatus.DOWN if down else NodeStatus.GONE
+    link.since_s, link.reason = now_s, reason
     if len(state.live.heartbeat_s) <= ref:
         more = np.full(len(state.live.heartbeat_s), np.inf)
         state.live.heartbeat_s = np.concatenate([state.live.heartbeat_s, more])

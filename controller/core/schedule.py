@@ -93,11 +93,8 @@ def place(
     room = _room(snapshot, group)
     for _, passed in filters:
         room = np.where(passed, room, 0)
-    refs = (
-        _best(snapshot, group, room, have, seed)
-        if count == 1
-        else _spread(snapshot, group, room, have, count=count, seed=seed)
-    )
+    choose = _best if count == 1 else _spread
+    refs = choose(snapshot, group, room, have, count=count, seed=seed)
     ports = snapshot.take(refs, group)
     reason = ""
     if len(refs) < count:
@@ -151,7 +148,8 @@ def _ties(size: int, seed: int) -> npt.NDArray[np.uint64]:
     return (np.arange(size, dtype=np.uint64) ^ np.uint64(seed)) * _TIE_SPREAD
 
 
-def _best(snapshot: Snapshot, group: GroupEntry, room: Ints, have: Ints, seed: int) -> Ints:
+def _best(snapshot: Snapshot, group: GroupEntry, room: Ints, have: Ints, *, count: int, seed: int) -> Ints:
+    assert count == 1, "more at once is for _spread"
     candidates = np.flatnonzero(room > 0)
     if not len(candidates):
         return candidates

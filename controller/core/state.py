@@ -28,7 +28,7 @@ from controller.core.records import (
     VirtualAddressAssigned,
 )
 from controller.core.table import AllocTable, Ints, Shorts
-from controller.core.volatile import Volatile
+from controller.core.volatile import NodeLink, Volatile
 from outrider.ids import AllocId, JobName, ServiceName, alloc_id, alloc_serial
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.fleet import RolloutState
@@ -116,7 +116,8 @@ class State:
                 self.epoch, self.salt = record.epoch, record.salt
                 self.generation = Generation(record.epoch, 0)
             case NodeRegistered():
-                self.nodes.register(record.node)
+                if self.nodes.register(record.node) == len(self.live.links):
+                    self.live.links.append(NodeLink())
             case NodeDowned():
                 self.nodes.down[self.nodes.reference[record.node]] = True
             case JobVersionAdded() | JobVersionsDropped() | JobStopped() | RolloutEnded():

@@ -58,7 +58,7 @@ class Timers:
 class NodeLink:
     """What the controller has with one node at the moment."""
 
-    since_s: float
+    since_s: float = 0.0
     status: NodeStatus = NodeStatus.GONE
     reason: str = ""
     session: SessionId | None = None

@@ -135,7 +135,8 @@ class SqliteJournal:
             raise JournalError(f"{self._path}: a SQLite file, but no journal of a controller; name another path")
         if row[0] > FORMAT:
             raise JournalError(
-                f"{self._path}: format {row[0]}, and this controller knows {FORMAT}; start the newer Outrider that wrote it"
+                f"{self._path}: format {row[0]}, and this controller knows {FORMAT}; "
+                "start the newer Outrider that wrote it"
             )
 
     def _opened(self) -> sqlite3.Connection:

@@ -136,7 +136,7 @@ class Agent:
     node: Node
     session: SessionId | None = None
     running: dict[AllocId, Assignment] = field(default_factory=dict)
-    acknowledged: Generation = Generation()
+    acknowledged: Generation = field(default_factory=Generation)
     obedient: bool = True
     healthy: bool = True
     silent: bool = False
