@@ -10,12 +10,10 @@ from typing import Final
 
 import numpy as np
 
-from controller.core import notices
 from controller.core import table as columns
 from controller.core.check import check
 from controller.core.draft import Draft
 from controller.core.groups import FamilyKey, GroupEntry
-from controller.core.kinds import Kind
 from controller.core.records import Record, RolloutEnded
 from controller.core.schedule import suits
 from controller.core.state import State
@@ -236,11 +234,10 @@ def _judge(state: State, job: JobName, progress: Progress, now_s: float) -> list
         return []
     if end not in TRANSITIONS[entry.rollout]:
         return []
-    records: list[Record] = [RolloutEnded(job=job, version=entry.latest, state=end, reason=reason)]
+    way_back: tuple[Record, ...] = ()
     if end is RolloutState.FAILED and progress.auto_revert and entry.good_version:
         good = entry.versions[entry.good_version].job
         if good != entry.job:
-            records.extend(added(state, good, entry.latest + 1, now_s))
-            text = f"version {entry.latest} failed; version {entry.latest + 1} is version {entry.good_version} again"
-            notices.of_job(state, Kind.ROLLOUT_REVERTED, job, text)
-    return records
+            way_back = added(state, good, entry.latest + 1, now_s)
+            reason += f"; version {entry.latest + 1} is version {entry.good_version} again"
+    return [RolloutEnded(job=job, version=entry.latest, state=end, reason=reason), *way_back]

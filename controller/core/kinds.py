@@ -29,4 +29,3 @@ class Kind(StrEnum):
     ROLLOUT_SUCCESSFUL = "rollout.successful"
     ROLLOUT_FAILED = "rollout.failed"
     ROLLOUT_STOPPED = "rollout.stopped"
-    ROLLOUT_REVERTED = "rollout.reverted"

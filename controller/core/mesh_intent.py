@@ -34,6 +34,9 @@ class NodeRegistration(Value, frozen=True, kw_only=True):
     address: str
     passing: bool  # the node's one check: the switch for node loss
     output: str
+    # The agent was not heard since the controller started: that its services pass is assumed, and what the catalog
+    # says of their health and local addresses is newer knowledge than this.
+    assumed: bool = False
     services: tuple[ServiceRegistration, ...] = ()
 
 
@@ -59,7 +62,7 @@ def registration(state: State, node: NodeId) -> NodeRegistration:
     services: list[ServiceRegistration] = []
     for serial, row in _serving(state, ref):
         if state.table.desired[row] == columns.RUN:  # what is told to stop leaves first (DESIGN, decision 7)
-            services.extend(_service_registrations(state, serial, row))
+            services.extend(_service_registrations(state, serial, row, seen=link.seen))
     return NodeRegistration(
         node=node,
         address=state.nodes.nodes[ref].address,
@@ -67,6 +70,7 @@ def registration(state: State, node: NodeId) -> NodeRegistration:
         passing=link.status in (NodeStatus.READY, NodeStatus.GONE)
         or (link.status is NodeStatus.SUSPECT and bool(state.live.braked)),
         output=link.reason or link.status.value,
+        assumed=not link.seen,
         services=tuple(services),
     )
 
@@ -124,7 +128,7 @@ def _serving(state: State, ref: int) -> Iterator[tuple[int, int]]:
         yield serial, row
 
 
-def _service_registrations(state: State, serial: int, row: int) -> Iterator[ServiceRegistration]:
+def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -> Iterator[ServiceRegistration]:
     group = state.group_of(row)
     report = state.live.reports.get(serial)
     ports = dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=True))
@@ -132,7 +136,7 @@ def _service_registrations(state: State, serial: int, row: int) -> Iterator[Serv
     running = report is not None and report.status is AllocStatus.RUNNING
     for position, service in enumerate(group.group.services):
         check = checks.get(service.name)
-        passing = running and (check is None or check.passing)
+        passing = not seen or (running and (check is None or check.passing))
         yield ServiceRegistration(
             alloc=state.alloc_id(serial),
             service=service.name,

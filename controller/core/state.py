@@ -76,6 +76,8 @@ class State:
     @property
     def next_deadline_s(self) -> float | None:
         """When the edge must send a Tick, unless another event comes first."""
+        if self.live.started_at_s is None:
+            return 0.0  # the first step tells the mesh of what was replayed, and starts everybody's grace
         return self.live.timers.next_s
 
     def next_epoch(self, salt: int) -> EpochBegun:

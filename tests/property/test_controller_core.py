@@ -1,5 +1,7 @@
 """Whatever happens, in whatever order: after every step the controller's core keeps its promises."""
 
+import itertools
+
 import msgspec
 import numpy as np
 from hypothesis import HealthCheck, given, settings
@@ -81,7 +83,7 @@ def check_generations(world: World) -> None:
             assert command.generation > newest.get(command.node, Generation())
             newest[command.node] = command.generation
     tickets = [command.ticket for command in world.commands if isinstance(command, Append)]
-    restarts = sum(later <= earlier for earlier, later in zip(tickets, tickets[1:], strict=False))
+    restarts = sum(later <= earlier for earlier, later in itertools.pairwise(tickets))
     assert restarts <= world.restarts
 
 

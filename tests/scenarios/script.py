@@ -1,0 +1,189 @@
+"""Golden scenario scripts: what happens (`> ...`), then what the controller's core made of it.
+
+A script is a story: prose after `#`, actions after `>`, and below each action the trace that it caused, with the time
+since the beginning. `python -m tests.scenarios` writes the traces anew; a change of them is reviewed as a diff.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from controller.core import mesh_intent, views
+from controller.core.commands import (
+    CloseSession,
+    Command,
+    ProbeNode,
+    Publish,
+    Reply,
+    SendAssignments,
+    SyncMesh,
+    WithdrawEndpoints,
+)
+from controller.core.events import LastWillSeen
+from outrider.ids import AllocId, JobName, NodeId
+from outrider.model.allocation import Allocation, AllocStatus
+from outrider.model.job import JobType, Protocol, UpdatePolicy
+from tests.scenarios.world import START_S, World, group, job, node, service
+
+HERE = Path(__file__).parent
+
+
+def scripts() -> list[Path]:
+    return sorted(HERE.glob("*.txt"))
+
+
+def played(text: str) -> str:
+    """The script with the traces that the core gives now."""
+    stage = Stage()
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("> "):
+            lines.append(line)
+            lines.extend(stage.act(line[2:]))
+        elif line.startswith("#") or not line.strip():
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+class TracedWorld(World):
+    def __init__(self) -> None:
+        self.trace: list[str] = []
+        self.names: dict[AllocId, str] = {}
+        super().__init__()
+
+    def _execute(self, command: Command) -> None:
+        for line in self._told(command):
+            self.trace.append(f"  {self.now_s - START_S:6.1f}  {line}")
+        super()._execute(command)
+
+    def _told(self, command: Command) -> Iterator[str]:
+        match command:
+            case Publish(event=event):
+                subject = self.name(AllocId(event.alloc)) if event.alloc else event.job
+                where = f" on {event.node}" if event.node and subject else event.node
+                yield f"{event.kind} {subject}{where}" + (f": {event.message}" if event.message else "")
+            case Reply():
+                what = f"version {command.version}, {'changed' if command.changed else 'nothing changed'}"
+                yield f"reply: {command.code + ': ' + command.message if command.code else what}"
+                yield from (f"warning: {warning}" for warning in command.warnings)
+            case SendAssignments():
+                parts = [f"{one.desired} {self.name(one.alloc)}" for one in command.assignments]
+                parts += [f"forget {self.name(alloc)}" for alloc in command.removed]
+                how = "everything" if command.full else "change"
+                yield f"to {command.node} ({how} {command.generation.epoch}.{command.generation.counter}): " + (
+                    ", ".join(parts) or "nothing"
+                )
+            case SyncMesh():
+                for name in command.nodes:
+                    yield self._registered(name)
+            case WithdrawEndpoints():
+                yield f"withdraw {', '.join(map(self.name, command.allocs))}"
+            case ProbeNode():
+                yield f"probe {command.node}"
+            case CloseSession():
+                yield f"close session of {command.node}: {command.reason}"
+            case _:
+                pass  # the journal's part shows in what follows from it
+
+    def _registered(self, name: NodeId) -> str:
+        wanted = mesh_intent.registration(self.state, name)
+        shown = [
+            f"{self.name(one.alloc)} {one.service}:{one.port} {'passing' if one.passing else 'critical'}"
+            for one in wanted.services
+        ]
+        return f"mesh: {name} {'passing' if wanted.passing else 'critical'}" + "".join(f", {one}" for one in shown)
+
+    def name(self, alloc: AllocId) -> str:
+        """shop.web[0]v1, and where there was one like it before, shop.web[0]v1'2."""
+        if alloc not in self.names:
+            found = views.allocation(self.state, alloc)
+            plain = f"{found.job}.{found.group}[{found.index}]v{found.job_version}" if found else str(alloc)
+            copies = sum(known.split("'")[0] == plain for known in self.names.values())
+            self.names[alloc] = f"{plain}'{copies + 1}" if copies else plain
+        return self.names[alloc]
+
+
+class Stage:
+    """Knows the verbs of a script."""
+
+    def __init__(self) -> None:
+        self.world = TracedWorld()
+
+    def act(self, line: str) -> list[str]:
+        verb, *words = line.split()
+        plain = [word for word in words if "=" not in word]
+        options = dict(word.split("=", 1) for word in words if "=" in word)
+        self.world.trace = []
+        self._verbs()[verb](plain, options)
+        return self.world.trace
+
+    def _verbs(self) -> dict[str, Callable[[list[str], dict[str, str]], None]]:
+        world = self.world
+        return {
+            "join": lambda names, options: world.join(
+                *(node(name, memory_mib=int(options.get("memory", "8192"))) for name in names)
+            ),
+            "leave": lambda names, _: [world.leave(name) for name in names] and None,
+            "silence": lambda names, _: [world.silence(name) for name in names] and None,
+            "hear": lambda names, _: [self._hear(name) for name in names] and None,
+            "will": lambda names, _: world.send(LastWillSeen(node=NodeId(names[0]))),
+            "wait": lambda words, _: world.wait(float(words[0])),
+            "submit": self._submit,
+            "stop": lambda names, _: world.stop(names[0]) and None,
+            "fail": lambda names, options: world.fail(self._alloc(names[0]), options.get("why", "exit-code-1")),
+            "finish": lambda names, _: world.finish(self._alloc(names[0])),
+            "agents": self._agents,
+            "sidecars": lambda words, _: setattr(world, "withdraw_acknowledged", words == ["acknowledge"]),
+            "restart": lambda _words, _: self._restart(),
+            "show": lambda names, _: self._show(names[0]),
+        }
+
+    def _submit(self, words: list[str], options: dict[str, str]) -> None:
+        """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T max_parallel=N ..."""
+        name, group_name = words[0].split(".")
+        services = []
+        if "service" in options:
+            upstreams = [options["upstream"]] if "upstream" in options else []
+            protocol = Protocol(options.get("protocol", "tcp"))
+            services = [service(options["service"], upstreams=upstreams, protocol=protocol)]
+        wanted = group(
+            group_name,
+            int(options.get("count", "1")),
+            services=services,
+            memory_mib=int(options.get("memory", "64")),
+            command=options.get("command", "serve"),
+            update=UpdatePolicy(
+                max_parallel=int(options.get("max_parallel", "1")),
+                healthy_deadline_s=float(options.get("healthy_deadline", "120")),
+                auto_revert=options.get("auto_revert") == "true",
+            ),
+        )
+        self.world.submit(job(name, wanted, type=JobType(options.get("type", "service"))))
+
+    def _restart(self) -> None:
+        self.world.begin()
+        self.world.wait(0)
+
+    def _hear(self, name: str) -> None:
+        self.world.agents[NodeId(name)].silent = False
+
+    def _agents(self, words: list[str], _options: dict[str, str]) -> None:
+        """agents sick|well|slow|quick: whether what they start becomes healthy, and whether they start it at all."""
+        for agent in self.world.agents.values():
+            agent.healthy = words[0] != "sick"
+            agent.obedient = words[0] != "slow"
+
+    def _alloc(self, name: str) -> AllocId:
+        return next(alloc for alloc, known in self.world.names.items() if known == name)
+
+    def _show(self, name: str) -> None:
+        status = views.job_status(self.world.state, JobName(name))
+        assert status is not None, name
+        reason = f": {status.rollout_reason}" if status.rollout_reason else ""
+        self.world.trace.append(f"  rollout {status.rollout}{reason}")
+        self.world.trace.extend(f"  warning: {warning}" for warning in status.warnings)
+        self.world.trace.extend(f"  {self._line(one)}" for one in status.allocations)
+
+    def _line(self, one: Allocation) -> str:
+        health = " healthy" if one.healthy else " not healthy" if one.status is AllocStatus.RUNNING else ""
+        where = f" on {one.node}" if one.node else ""
+        return f"{self.world.name(one.id)} {one.status}{health}{where}" + (f": {one.reason}" if one.reason else "")
