@@ -1,32 +1,64 @@
 """The DNS responder as it runs: a process of its own, asked by real resolvers inside real allocations."""
 
 import asyncio
+import os
 import resource
+import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from dnslib import RCODE, DNSRecord
 
-from agent.network.dns.resolver import Resolver, resolv_conf
+from agent.network.dns.resolver import Resolver, open_dns_sockets, resolv_conf
+from agent.network.dns.sandbox import RESPONDER_ID, responder_socket, responder_spec
 from agent.network.namespaces import AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
+from agent.sandbox.cgroup import Cgroups
+from agent.sandbox.runtime import SandboxRuntime
+from agent.sandbox.spec import INNER_USER
 from outrider.errors import InputError, PeerError
 from outrider.ids import AllocId
+from outrider.log import Log
 from outrider.model.job import MIB
 from tests.integration.network_lab import NODE, Lab, inside, lab
+from tests.integration.sandboxes import private_mounts
 
 pytestmark = pytest.mark.host
 
 BLOCK = 8
 A, B = AllocId("0a0a0a0a0a"), AllocId("0b0b0b0b0b")
-WORKLOAD = 600_000
+WORKLOAD, RESPONDER_UID = 600_000, 70_000_000
 DNS = ("198.18.0.1", 53)
 ADDRESS = "198.18.1.7"
+
+
+def spec(alloc: AllocId, address: str | None) -> NetworkSpec:
+    assert address is not None
+    return NetworkSpec(
+        alloc=alloc,
+        local_address=address,
+        host_side_address=gateway_address(BLOCK),
+        sidecar_uid=500_000,
+        workload_uids=(WORKLOAD, 65_536),
+        dns_uid=RESPONDER_UID + INNER_USER,
+    )
+
+
+def wait_until_listening(path: Path) -> None:
+    deadline_s = time.monotonic() + 10
+    while not listens(path):
+        assert time.monotonic() < deadline_s, "the responder did not start"
+        time.sleep(0.005)
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as attempt:
+        return attempt.connect_ex(str(path)) == 0
 
 
 class Responder:
@@ -37,10 +69,7 @@ class Responder:
     def start(self) -> None:
         """Returns once it listens."""
         self.process = subprocess.Popen([sys.executable, "-m", "agent.network.dns", "--socket", str(self.path)])
-        deadline_s = time.monotonic() + 10
-        while not self._listens():
-            assert time.monotonic() < deadline_s, "the responder did not start"
-            time.sleep(0.005)
+        wait_until_listening(self.path)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -56,10 +85,6 @@ class Responder:
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
-    def _listens(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as attempt:
-            return attempt.connect_ex(str(self.path)) == 0
-
 
 @pytest.fixture
 def node() -> Iterator[Lab]:
@@ -71,19 +96,9 @@ def node() -> Iterator[Lab]:
 async def networks(node: Lab, tmp_path: Path) -> AsyncIterator[AllocationNetworks]:
     assert node.run("nft list ruleset") == ""
     made = AllocationNetworks(run_directory=tmp_path, node_address=NODE, block=BLOCK)
-    address: str | None = None
-    for alloc in (A, B):
-        address = next_address(BLOCK, (), address)
-        assert address is not None
-        await made.create(
-            NetworkSpec(
-                alloc=alloc,
-                local_address=address,
-                host_side_address=gateway_address(BLOCK),
-                sidecar_uid=500_000,
-                workload_uids=(WORKLOAD, 65_536),
-            )
-        )
+    first = next_address(BLOCK, ())
+    await made.create(spec(A, first))
+    await made.create(spec(B, next_address(BLOCK, (), first)))
     yield made
     await made.reap(())
     await made.close()
@@ -101,7 +116,7 @@ async def test_programs_inside_find_names_of_the_mesh_and_learn_at_once_what_doe
     networks: AllocationNetworks, responder: Responder, tmp_path: Path
 ) -> None:
     resolver = Resolver(socket=responder.path)
-    await resolver.sync({A: {"api": ADDRESS}, B: {}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}, B: {}}, networks)
 
     began_s = time.monotonic()
     assert await getent(networks, A, tmp_path, "api.mesh") == {ADDRESS}
@@ -113,7 +128,7 @@ async def test_programs_inside_find_names_of_the_mesh_and_learn_at_once_what_doe
 
 async def test_tables_are_replaced_whole(networks: AllocationNetworks, responder: Responder) -> None:
     resolver = Resolver(socket=responder.path)
-    await resolver.sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}}, networks)
     await resolver.set_names(A, {"web": "198.18.1.8"})
 
     assert await ask(networks, A, "web.mesh") == "198.18.1.8"
@@ -123,12 +138,12 @@ async def test_tables_are_replaced_whole(networks: AllocationNetworks, responder
 async def test_the_responder_outlives_agents_and_the_next_one_takes_it_over(
     networks: AllocationNetworks, responder: Responder
 ) -> None:
-    await Resolver(socket=responder.path).sync({A: {"api": ADDRESS}, B: {}}, networks.open_socket)
+    await share(Resolver(socket=responder.path), {A: {"api": ADDRESS}, B: {}}, networks)
     assert await ask(networks, A, "api.mesh") == ADDRESS
 
     later = Resolver(socket=responder.path)
     assert await later.held() == {A, B}
-    await later.sync({A: {"web": ADDRESS}}, networks.open_socket)
+    await share(later, {A: {"web": ADDRESS}}, networks)
     assert await later.held() == {A}
     assert await ask(networks, A, "web.mesh") == ADDRESS
     with pytest.raises(ConnectionRefusedError):
@@ -139,7 +154,7 @@ async def test_a_responder_that_starts_again_is_given_all_again(
     networks: AllocationNetworks, responder: Responder
 ) -> None:
     resolver = Resolver(socket=responder.path)
-    await resolver.sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}}, networks)
     assert await ask(networks, A, "api.mesh", tcp=True) == ADDRESS
     responder.kill()
     with pytest.raises(PeerError, match=r"dns\.sock"):
@@ -148,7 +163,7 @@ async def test_a_responder_that_starts_again_is_given_all_again(
     with pytest.raises(PeerError, match="not attached"):
         await resolver.set_names(A, {})
 
-    await resolver.sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}}, networks)
     assert await ask(networks, A, "api.mesh") == ADDRESS
     assert await ask(networks, A, "api.mesh", tcp=True) == ADDRESS
 
@@ -157,7 +172,7 @@ async def test_a_detached_allocations_sockets_are_let_go(networks: AllocationNet
     resolver = Resolver(socket=responder.path)
     await resolver.held()
     before = responder.open_files()
-    await resolver.sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}}, networks)
     with stream(networks, A) as client:
         client.sendall(b"\0")  # a connection amid a question
         await resolver.detach(A)
@@ -171,7 +186,7 @@ async def test_noise_is_dropped_and_neither_it_nor_slow_clients_keep_others_wait
     networks: AllocationNetworks, responder: Responder
 ) -> None:
     resolver = Resolver(socket=responder.path)
-    await resolver.sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}}, networks)
     slow = [stream(networks, A) for _ in range(20)]  # more than it keeps for one allocation
     slow[0].sendall(b"\x10\x00")  # says 4,096 bytes, sends none
     with networks.open_socket(A, socket.SOCK_DGRAM) as noisy:
@@ -188,7 +203,7 @@ async def test_what_the_agent_says_wrongly_is_an_error_and_changes_nothing(
     networks: AllocationNetworks, responder: Responder
 ) -> None:
     resolver = Resolver(socket=responder.path)
-    await resolver.sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(resolver, {A: {"api": ADDRESS}}, networks)
 
     with pytest.raises(InputError, match="do not fit"):
         await resolver.set_names(A, {f"{number:063}": ADDRESS for number in range(3000)})
@@ -206,9 +221,56 @@ async def test_a_responder_that_does_not_answer_is_late_not_waited_for(tmp_path:
 
 
 async def test_the_responder_is_small(networks: AllocationNetworks, responder: Responder) -> None:
-    await Resolver(socket=responder.path).sync({A: {"api": ADDRESS}}, networks.open_socket)
+    await share(Resolver(socket=responder.path), {A: {"api": ADDRESS}}, networks)
 
     assert responder.resident_bytes() < 24 * MIB
+
+
+async def test_it_runs_in_a_sandbox_that_holds_nothing_but_itself(tmp_path: Path) -> None:
+    cgroup = f"outrider-test-{secrets.token_hex(4)}"
+    with private_mounts(), lab():
+        made = AllocationNetworks(run_directory=tmp_path, node_address=NODE, block=BLOCK)
+        runtime = SandboxRuntime(run_directory=tmp_path / "run", cgroup=cgroup, log=Log("test"))
+        try:
+            await made.create(spec(A, next_address(BLOCK, ())))
+            sandbox = responder_spec(
+                directory=directory(tmp_path / "sandbox", 0),
+                socket_directory=directory(tmp_path / "dns", RESPONDER_UID + INNER_USER),
+                network_namespace=await made.isolated(),
+                uid_first=RESPONDER_UID,
+            )
+            status = await runtime.start(sandbox)
+            resolver = Resolver(socket=responder_socket(tmp_path / "dns"))
+            wait_until_listening(responder_socket(tmp_path / "dns"))
+            await share(resolver, {A: {"api": ADDRESS}}, made)
+
+            assert await ask(made, A, "api.mesh") == ADDRESS
+            assert await ask(made, A, "api.mesh", tcp=True) == ADDRESS
+            root = Path(f"/proc/{status.pid}/root")
+            assert not (root / "home").exists()
+            assert sorted(path.name for path in (root / "opt/outrider").iterdir()) == ["agent", "dnslib"]
+        finally:
+            await runtime.delete(RESPONDER_ID)
+            Cgroups().remove(cgroup)
+            await made.reap(())
+            await made.close()
+
+
+async def share(resolver: Resolver, wanted: Mapping[AllocId, Mapping[str, str]], networks: AllocationNetworks) -> None:
+    """Have exactly `wanted` answered."""
+    held = await resolver.held()
+    for alloc in held - wanted.keys():
+        await resolver.detach(alloc)
+    for alloc, names in wanted.items():
+        if alloc not in held:
+            await resolver.attach(alloc, *open_dns_sockets(alloc, networks.open_socket))
+        await resolver.set_names(alloc, names)
+
+
+def directory(path: Path, owner: int) -> Path:
+    path.mkdir(mode=0o700)
+    os.chown(path, owner, owner)
+    return path
 
 
 async def getent(networks: AllocationNetworks, alloc: AllocId, directory: Path, name: str) -> set[str]:

@@ -28,7 +28,11 @@ class Resolver:
         self._turn = asyncio.Lock()
 
     async def attach(self, alloc: AllocId, udp: socket.socket, tcp: socket.socket) -> None:
-        """Have these answered; both are closed here, whatever happens. Earlier ones of `alloc` are let go."""
+        """Have these answered; both are closed here, whatever happens. Earlier ones of `alloc` are let go.
+
+        Its table is empty until `set_names`. An allocation that the responder holds already needs no new sockets, and
+        their address is taken while it does: see `held`, after the agent or the responder started again.
+        """
         with udp, tcp:
             await self._ask(Request(do=Do.ATTACH, alloc=alloc), (udp, tcp))
 
@@ -44,16 +48,6 @@ class Resolver:
     async def held(self) -> frozenset[AllocId]:
         """The allocations that the responder answers for."""
         return frozenset(AllocId(alloc) for alloc in (await self._ask(Request(do=Do.HELD))).held)
-
-    async def sync(self, wanted: Mapping[AllocId, Mapping[str, str]], open_socket: OpenSocket) -> None:
-        """Make the responder hold exactly `wanted`: after the agent or the responder restarted."""
-        held = await self.held()
-        for alloc in held - wanted.keys():
-            await self.detach(alloc)
-        for alloc, names in wanted.items():
-            if alloc not in held:
-                await self.attach(alloc, *open_dns_sockets(alloc, open_socket))
-            await self.set_names(alloc, names)
 
     async def _ask(self, request: Request, sockets: Sequence[socket.socket] = ()) -> Reply:
         data = encode(request)
