@@ -135,6 +135,10 @@ class Sidecars:
             return self._unsettled()
         return ()
 
+    def rejected(self, alloc: AllocId) -> str:
+        """What Envoy refused of its newest configuration, and why; "" where it took all."""
+        return self._sidecars[alloc].rejected()
+
     async def drain(self, alloc: AllocId) -> None:
         """Inbound health fails, inbound listeners drain (GOAWAY, no new connections); outbound stays.
 
@@ -206,7 +210,7 @@ class _Sidecar:
         self.stream: Stream | None = None
         self._progress = progress
         self._missing: tuple[str, ...] = ()
-        self._rejection: Rejection | None = None
+        self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
         self._seen: tuple[object, ...] = ()
         self._services: dict[ServiceName, MeshService] = {}
 
@@ -239,17 +243,27 @@ class _Sidecar:
 
     def answered(self, rejection: Rejection | None) -> None:
         if rejection is not None:
-            self._rejection = rejection
+            versions = {name: self.versions.get(rejection.kind, {}).get(name, "") for name in rejection.names}
+            self._rejection = (rejection, versions)
         self._progress.beat()
 
     def settled(self) -> bool:
         return self.complete and self.stream is not None and self.stream.subscription.settled(self.versions)
 
+    def rejected(self) -> str:
+        if self._rejection is None:
+            return ""
+        rejection, versions = self._rejection
+        now = self.versions.get(rejection.kind, {})
+        if all(now.get(name, "") != version for name, version in versions.items()):
+            return ""  # all of it has been replaced since
+        return f"{', '.join(rejection.names)}: {rejection.error}"
+
     def why_not(self) -> str:
         if self._missing:
             return f"the controller has not sent {', '.join(self._missing)}"
-        if self._rejection is not None:
-            return f"Envoy refused {', '.join(self._rejection.names)}: {self._rejection.error}"
+        if rejected := self.rejected():
+            return f"Envoy refused {rejected}"
         if self.stream is None:
             return "its Envoy has not connected; see `outrider alloc logs ALLOC sidecar`"
         return "its Envoy has not opened all listeners; see `outrider alloc logs ALLOC sidecar`"

@@ -11,6 +11,7 @@ from outrider.model.job import Value
 from sidecar.core.resources import Kind
 
 WILDCARD = "*"
+_LOST = ""  # no version of anything: whatever there is differs from it, and what is gone is told
 _WILDCARD_KINDS = (Kind.CLUSTER, Kind.LISTENER)
 Versions = Mapping[Kind, Mapping[str, str]]  # by kind and name: a hash of the content
 
@@ -73,8 +74,8 @@ class Subscription:
             if name != WILDCARD:
                 stream.names.add(name)
                 # Who asks again has lost it: Envoy does so when it replaces a cluster.
-                if name not in request.versions:
-                    stream.sent.pop(name, None)
+                if name in stream.sent and name not in request.versions:
+                    stream.sent[name] = _LOST
         for name in request.unsubscribe:
             if name == WILDCARD:
                 stream.wildcard = False
@@ -112,11 +113,6 @@ class Subscription:
             and self._difference(kind, available) == ((), ())
             for kind, stream in self._streams.items()
         )
-
-    def has(self, kind: Kind, name: str) -> bool:
-        """Whether the sidecar acknowledged some version of the resource on this stream, or brought it along."""
-        stream = self._streams[kind]
-        return name in stream.sent and (stream.under_way is None or name not in stream.under_way.changed)
 
     def _answer(self, stream: _Stream, request: Request) -> Rejection | None:
         response = stream.under_way

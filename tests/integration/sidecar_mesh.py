@@ -65,7 +65,7 @@ class Mesh:
         await self._stack.aclose()
         shutil.rmtree(self.directory)
 
-    async def restart_agent(self, specs: tuple[SidecarSpec, ...]) -> None:
+    async def restart_agent(self, *specs: SidecarSpec) -> None:
         """A new Sidecars over the same directory, as after the agent's restart; leaves and view come again."""
         await self._stack.aclose()
         self.sidecars = Sidecars(run_directory=self.directory / "run", now_s=time.time)

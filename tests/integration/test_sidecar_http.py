@@ -21,6 +21,7 @@ _WORKLOAD = """
 import http.server
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one segment per answer, or delayed acknowledgements set the pace
     def do_GET(self):
         self.rfile.read(int(self.headers.get("content-length", 0)))
         self.send_response(200)
