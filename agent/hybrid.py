@@ -9,9 +9,9 @@ Owns `RUN/namespace`: a mount point with private propagation (a namespace cannot
 
 What propagates: the namespace is a slave of the host's, so mounts made later on the host under a shared mount point
 appear inside (systemd makes / shared); where the host's are private, as in many containers, they do not. Mounts made
-inside never reach the host. So whatever this agent mounts (the namespaces of its allocations, task directories) it must mount
-and use inside, and a namespace that somebody else makes for it must be entered before `enter`, or exist when the
-namespace is first made, or be reached as /proc/PID/ns/net. Files and sockets under /run are the same on both sides.
+inside never reach the host. So whatever this agent mounts (the namespaces of its allocations, task directories) it must
+mount and use inside, and a namespace that somebody else makes for it must be entered before `enter`, or exist when this
+one is first made, or be reached as /proc/PID/ns/net. Files and sockets under /run are the same on both sides.
 """
 
 import fcntl

@@ -1,7 +1,7 @@
 """Reads what a sandbox wrote: the last lines, or all from there on, across the turns of its log.
 
-Owns no file: `rotation` turns them, conmon writes them, as lines of "TIME STREAM TAG TEXT" with the tag P for a piece of
-a line and F for its end (the format of Kubernetes' CRI). A reader holds one block in memory, however long the log.
+Owns no file: `rotation` turns them, conmon writes them, as lines of "TIME STREAM TAG TEXT" with the tag P for a piece
+of a line and F for its end (the format of Kubernetes' CRI). A reader holds one block in memory, however long the log.
 """
 
 import asyncio

@@ -2,7 +2,7 @@
 
 Owns everything of a sandbox but its network namespace and the sources of its mounts: bundle, cgroup, container,
 monitor, logs' bounds. Keeps no state in memory that the run directory does not have: a restarted agent carries on with
-what runs. Starts no task of its own; a call for one sandbox must not overlap with another `start` or `delete` of the same.
+what runs. Starts no task of its own; a call for one sandbox must not overlap with another `start` or `delete` of it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from agent.sandbox import conmon, executable, execution, oci, process, rootfs, s
 from agent.sandbox.cgroup import Cgroups
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.records import Records
-from agent.sandbox.rotation import Rotation, conmon_bytes
+from agent.sandbox.rotation import Rotation, conmon_bytes, turn_if_due
 from agent.sandbox.spec import (
     DirectoryRoot,
     Exit,
@@ -91,6 +91,7 @@ class SandboxRuntime:
     def _prepare(self, spec: SandboxSpec, directory: conmon.Directory) -> None:
         directory.exits.mkdir(parents=True, exist_ok=True)
         (directory.exits / spec.id).unlink(missing_ok=True)
+        turn_if_due(directory, spec.log_bytes_max)
         rootfs.remove(directory.bundle)
         rootfs.prepare(spec, directory.bundle)
         config = oci.config(
