@@ -1,0 +1,239 @@
+"""Writes the catalog: what it has becomes what it should have (anti-entropy). Only while this controller leads.
+
+Owns what is wanted, what is known, and the order of transactions; `Mesh` runs it and owns the tasks. Level-triggered:
+setting the wanted state is cheap and final, however often Consul fails meanwhile.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller.mesh.consul_adapter import ConsulAdapter
+from controller.mesh.intentions import plan_owned
+from controller.mesh.known import Known, registers
+from controller.mesh.leader import Leadership
+from controller.mesh.registrations import (
+    CLUSTER_META,
+    NodeRecord,
+    batches,
+    consul_node,
+    found_record,
+    operations,
+    wanted_record,
+)
+from controller.mesh.shapes import HealthRow, Txn
+from outrider.errors import PeerError
+from outrider.ids import NodeId, ServiceName
+from outrider.log import Log
+
+SWEEP_S = 30.0  # how often everything is compared, beside what the watches show
+_RETRY_S = 5.0  # after Consul refused one node's registration
+_READS_AT_ONCE = 8
+
+
+class Writer:
+    """`changed` is called when what the catalog is known to have has changed."""
+
+    def __init__(self, consul: ConsulAdapter, cluster: str, log: Log) -> None:
+        self._consul, self._cluster, self._log = consul, cluster, log
+        self.leadership = Leadership(consul, cluster, log)
+        self.wake = asyncio.Event()
+        self.changed: Callable[[], None] = lambda: None
+        self._registrations: dict[str, NodeRegistration] = {}  # by Consul's node name
+        self._addresses: Mapping[ServiceName, str] = {}
+        self._owned: tuple[OwnedIntention, ...] | None = None  # None: nobody has said yet
+        self._owned_dirty = False
+        self._known = Known(cluster)
+        self._dirty: set[str] = set()
+        self._suspect: set[str] = set()  # to be read again before they are compared
+        self._writing: dict[str, NodeRecord | None] = {}
+        self._retry_at_s: dict[str, float] = {}
+        self._sweep_at_s = 0.0
+
+    def set_node(self, registration: NodeRegistration) -> None:
+        name = consul_node(self._cluster, registration.node)
+        if self._registrations.get(name) != registration:
+            self._registrations[name] = registration
+            self._touch(name)
+
+    def remove_node(self, node: NodeId) -> None:
+        name = consul_node(self._cluster, node)
+        if self._registrations.pop(name, None) is not None:
+            self._touch(name)
+
+    def set_addresses(self, addresses: Mapping[ServiceName, str]) -> None:
+        """Where upstreams are found inside: the catalog shows it."""
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._dirty.update(self._registrations)
+            self.wake.set()
+
+    def set_intentions(self, owned: tuple[OwnedIntention, ...]) -> None:
+        if owned != self._owned:
+            self._owned = owned
+            self.check_intentions()
+
+    def check_intentions(self) -> None:
+        """Somebody changed an intention: perhaps one that a job owns."""
+        self._owned_dirty = True
+        self.wake.set()
+
+    def saw(self, service: ServiceName, rows: Iterable[HealthRow]) -> None:
+        """A watch shows this: nodes that look otherwise than they were written are read again."""
+        if not self.leadership.held:
+            return
+        # What is being written shows before it is known to be written.
+        drifted = self._known.drifted(service, rows) - self._dirty - self._writing.keys()
+        if drifted:
+            self._suspect |= drifted
+            self.wake.set()
+
+    def having(self, allocs: frozenset[str]) -> frozenset[str]:
+        """The nodes, by Consul's names, where `allocs` are or are about to be registered."""
+        writing = {name for name, record in self._writing.items() if registers(record, allocs)}
+        return self._known.having(allocs) | writing
+
+    def registered(self, names: Iterable[str], allocs: frozenset[str]) -> bool:
+        """Whether one of `allocs` is still registered on one of the nodes `names`."""
+        return any(
+            registers(self._known.get(name), allocs) or registers(self._writing.get(name), allocs) for name in names
+        )
+
+    def begin(self) -> None:
+        """This controller has just come to lead: nothing is known."""
+        self._known.clear()
+        self._suspect.clear()
+        self._retry_at_s.clear()
+        self._dirty.update(self._registrations)
+        self._sweep_at_s = 0.0
+        self._owned_dirty = True
+
+    async def wait(self) -> None:
+        """Until there is something to write, or the time for a sweep has come."""
+        until_s = min((self._sweep_at_s, *self._retry_at_s.values()))
+        try:
+            async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
+                await self.wake.wait()
+        except TimeoutError:
+            return
+
+    async def write(self) -> None:
+        """Once all that is due. Raises PeerError where Consul is away or the lock is lost: nothing is forgotten."""
+        self.wake.clear()
+        now_s = time.monotonic()
+        if self._sweep_at_s <= now_s:
+            await self._read(await self._all_names())
+            self._sweep_at_s = now_s + SWEEP_S
+            self._owned_dirty = True
+        for name in [name for name, at_s in self._retry_at_s.items() if at_s <= now_s]:
+            del self._retry_at_s[name]
+            self._suspect.add(name)
+        if self._suspect:
+            await self._read(self._suspect)
+        await self._write_nodes(sorted(self._dirty - self._retry_at_s.keys()))
+        if self._owned_dirty and self._owned is not None:
+            self._owned_dirty = False
+            await self._write_intentions(self._owned)
+
+    def _touch(self, name: str) -> None:
+        self._dirty.add(name)
+        self._retry_at_s.pop(name, None)  # it says something new: worth another try at once
+        self.wake.set()
+
+    def _wanted(self, name: str) -> NodeRecord | None:
+        registration = self._registrations.get(name)
+        return wanted_record(registration, self._cluster, self._addresses) if registration is not None else None
+
+    async def _all_names(self) -> set[str]:
+        """Of this cluster: what Consul has, what is wanted, and what was there. What nobody wants is a ghost."""
+        found = await self._consul.nodes((CLUSTER_META, self._cluster))
+        return {node.node for node in found} | self._registrations.keys() | self._known.names()
+
+    async def _read(self, names: Iterable[str]) -> None:
+        gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def read(name: str) -> None:
+            async with gate:
+                services, checks = await self._consul.node(name)
+            record = found_record(services, checks) if services is not None else None
+            self._known.put(name, record)
+            if operations(record, self._wanted(name)):
+                self._log.info("catalog differs", node=name)
+                self._dirty.add(name)
+            self._suspect.discard(name)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in sorted(names):
+                    group.create_task(read(name), name=f"mesh-read-{name}")
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        self.changed()
+
+    async def _write_nodes(self, names: list[str]) -> None:
+        """All in as few transactions as Consul allows; where one is refused, its nodes one by one."""
+        wanted = {name: self._wanted(name) for name in names}
+        steps = [(name, step) for name in names for step in operations(self._known.get(name), wanted[name])]
+        self._dirty.difference_update(names)
+        self._writing = wanted
+        refused: set[str] = set()
+        position = 0
+        try:
+            for batch in batches(step for _, step in steps):
+                involved = {name for name, _ in steps[position : position + len(batch)]}
+                position += len(batch)
+                if involved & refused:
+                    refused |= involved
+                elif why := await self._transact(batch):
+                    self._log.warning("catalog refused", nodes=sorted(involved), why=why)
+                    refused |= involved
+        except PeerError:
+            # Which of them were written, nobody knows.
+            self._dirty.update(names)
+            self._suspect.update(names)
+            raise
+        finally:
+            self._writing = {}
+        for name in names:
+            if name not in refused:
+                self._known.put(name, wanted[name])
+        self.changed()
+        await self._settle(refused, alone=len(names) == 1)
+
+    async def _settle(self, refused: set[str], *, alone: bool) -> None:
+        if not refused:
+            return
+        await self._read(refused)
+        self._dirty |= refused
+        if alone:
+            # It is this node that Consul does not like: the others must not wait for it.
+            self._retry_at_s.update(dict.fromkeys(refused, time.monotonic() + _RETRY_S))
+            return
+        for name in sorted(refused):
+            await self._write_nodes([name])
+
+    async def _transact(self, steps: list[Txn]) -> str:
+        """ "" or why Consul refused it. Raises PeerError where the lock is lost."""
+        answer = await self._consul.transact([self.leadership.guard(), *steps])
+        if not answer.errors:
+            return ""
+        if any(error.op_index == 0 for error in answer.errors):
+            self.leadership.lost()
+            raise PeerError("the leader lock is lost")
+        return "; ".join(error.what for error in answer.errors)
+
+    async def _write_intentions(self, owned: tuple[OwnedIntention, ...]) -> None:
+        try:
+            _, found = await self._consul.watch_intentions(0)
+            plan = plan_owned(owned, found, self._cluster)
+            steps = (
+                *((self._consul.delete_intention, one) for one in plan.delete),
+                *((self._consul.update_intention, one) for one in plan.update),
+                *((self._consul.create_intention, one) for one in plan.create),
+            )
+            for write, one in steps:
+                await write(one)
+        except BaseException:
+            self._owned_dirty = True
+            raise
