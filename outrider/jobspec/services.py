@@ -2,7 +2,7 @@
 
 from outrider.ids import PortName, ServiceName
 from outrider.jobspec.document import Node, Scalar
-from outrider.jobspec.fields import Faults, Fields, Path, listed, suggestion
+from outrider.jobspec.fields import Faults, Fields, Path, listed, suggestion, text_of
 from outrider.jobspec.units import duration_s
 from outrider.model.job import Check, CheckKind, Network, Protocol, Service, Upstream
 
@@ -26,28 +26,29 @@ def _service(node: Node, path: Path, network: Network, faults: Faults) -> Servic
     port = PortName(fields.text("port", "")) or None
     if port is not None and port not in ports:
         fields.fault("port", f"the group has no port {port!r}; {suggestion(port, ports)}")
-        port = None
     upstreams = fields.node("upstreams")
     return Service(
         name=ServiceName(fields.text("name", "")),
         port=port,
         protocol=fields.choice("protocol", Protocol, Protocol.TCP),
         check=_check(fields, faults),
-        upstreams=tuple(_upstream(item, at, faults) for at, item in listed(upstreams, (*path, "upstreams"), faults))
-        if upstreams is not None
-        else (),
+        upstreams=_upstreams(upstreams, (*path, "upstreams"), faults) if upstreams is not None else (),
         allow=tuple(ServiceName(caller) for caller in fields.texts("allow")),
     )
 
 
+def _upstreams(node: Node, path: Path, faults: Faults) -> tuple[Upstream, ...]:
+    found = (_upstream(item, at, faults) for at, item in listed(node, path, faults))
+    return tuple(upstream for upstream in found if upstream.service)
+
+
 def _upstream(node: Node, path: Path, faults: Faults) -> Upstream:
     if isinstance(node, Scalar):
-        return Upstream(service=ServiceName(node.text))
+        return Upstream(service=ServiceName(text_of(node, path, faults) or ""))
     fields = Fields(node, path, faults, ("service", "port"))
     fields.required("service", "api")
-    return Upstream(
-        service=ServiceName(fields.text("service", "")), port=fields.integer("port", 0) if "port" in fields else None
-    )
+    service = ServiceName(fields.text("service", ""))
+    return Upstream(service=service, port=fields.integer("port", 0) if "port" in fields else None)
 
 
 def _check(service: Fields, faults: Faults) -> Check | None:

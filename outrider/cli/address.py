@@ -1,0 +1,46 @@
+"""Finds the fleet to talk to. Owns the rules of `--address`; opens no channel."""
+
+import os
+from pathlib import Path
+
+from outrider.errors import InputError, PeerError
+from outrider.model.job import Value
+from outrider.tls import TlsFiles
+
+RUN_DIRECTORY = Path("/run/outrider")
+_SOCKET = "operator.sock"
+
+
+class Address(Value, frozen=True, kw_only=True):
+    target: str  # as gRPC takes it
+    tls: TlsFiles | None = None  # None: a unix socket, whose mode says who may open it
+
+
+def find() -> Address:
+    """The fleet that OUTRIDER_ADDRESS names, else the one dev fleet that runs here. Raises InputError, PeerError."""
+    named = os.environ.get("OUTRIDER_ADDRESS", "")
+    if named.startswith("unix:"):
+        if not Path(named.removeprefix("unix:")).is_socket():
+            raise PeerError(f"{named}: no such socket; is the fleet running? `outrider dev status` tells")
+        return Address(target=named)
+    if named:
+        return Address(target=named, tls=_tls())
+    found = sorted(path for path in RUN_DIRECTORY.glob(f"*/{_SOCKET}") if path.is_socket())
+    if not found:
+        raise PeerError(
+            "no fleet runs on this machine and none is named; start one with `outrider dev`, "
+            "or say where it is: `outrider --address HOST:PORT ...`"
+        )
+    if len(found) > 1:
+        choices = "\n".join(f"  outrider --address unix:{path} ..." for path in found)
+        raise InputError(f"{len(found)} fleets run here; say which:\n{choices}")
+    return Address(target=f"unix:{found[0]}")
+
+
+def _tls() -> TlsFiles:
+    names = ("OUTRIDER_CA", "OUTRIDER_CERT", "OUTRIDER_KEY")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise InputError(f"{', '.join(missing)}: not set; an address over the network needs an operator's certificate")
+    ca, certificate, key = (Path(os.environ[name]) for name in names)
+    return TlsFiles(ca=ca, certificate=certificate, key=key)

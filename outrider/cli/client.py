@@ -1,0 +1,107 @@
+"""A connection to a fleet's OperatorService, with deadlines, and errors as people and scripts need them."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from outrider.cli.address import Address, find
+from outrider.errors import InputError, OutriderError, PeerError, RefusedError
+from outrider.tls import CONTROLLER_NAME, TlsFiles
+from outrider.v1.operator_pb2_grpc import OperatorServiceStub
+
+CALL_TIMEOUT_S = 30.0
+STREAM_TIMEOUT_S = 7 * 24 * 3600.0  # a person watches; keepalive notices a peer that is away
+_CODE_METADATA = "outrider-code"
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.max_receive_message_length", -1),
+)
+
+M = TypeVar("M", bound=Message)
+
+
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
+class Fleet:
+    """The fleet's operations. Use `connect()`."""
+
+    def __init__(self, address: Address, channel: grpc.Channel) -> None:
+        self.address = address
+        self.stub = OperatorServiceStub(channel)
+
+    def call(self, method: Callable[..., M], request: Message, timeout_s: float = CALL_TIMEOUT_S) -> M:
+        """One answer. Raises PeerError, RefusedError or InputError."""
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._meaning(error) from error
+
+    def stream(
+        self,
+        method: Callable[..., Iterable[M]],
+        request: Message | Iterator[Message],
+        timeout_s: float = STREAM_TIMEOUT_S,
+    ) -> Iterator[M]:
+        """Answers until the fleet ends them, or the caller closes the iterator. Raises as `call` does."""
+        call = method(request, timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise self._meaning(error) from error
+        finally:
+            cast("_Cancellable", call).cancel()
+
+    def _meaning(self, error: grpc.RpcError) -> OutriderError:
+        call = cast("grpc.Call", cast("object", error))  # what a call raises is the call
+        details = call.details() or ""
+        stable = {item[0]: item[1] for item in call.trailing_metadata() or ()}.get(_CODE_METADATA, "")
+        code = stable.decode() if isinstance(stable, bytes) else stable
+        match call.code():
+            case grpc.StatusCode.UNAVAILABLE if not code:
+                hint = "is the controller running, and the certificate this fleet's?"
+                return PeerError(f"{self.address.target}: no answer ({_short(details)}); {hint}")
+            case grpc.StatusCode.UNAVAILABLE:
+                return PeerError(details)
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return PeerError(f"{self.address.target}: no answer in time; `outrider node ls` shows who is away")
+            case _ if code == "bad-input":
+                return InputError(details)
+            case status:
+                return RefusedError(code or status.name.lower().replace("_", "-"), details)
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[Fleet]:
+    """The fleet that the user means."""
+    address = find()
+    with open_channel(address) as channel:
+        yield Fleet(address, channel)
+
+
+def open_channel(address: Address) -> grpc.Channel:
+    if address.tls is None:
+        return grpc.insecure_channel(address.target, options=_OPTIONS)
+    files = address.tls
+    credentials = grpc.ssl_channel_credentials(_read(files, "ca"), _read(files, "key"), _read(files, "certificate"))
+    # The fleet's CA signs no other with this name: whoever trusts it need not know the controller's addresses.
+    options = (*_OPTIONS, ("grpc.ssl_target_name_override", CONTROLLER_NAME))
+    return grpc.secure_channel(address.target, credentials, options=options)
+
+
+def _read(files: TlsFiles, part: str) -> bytes:
+    path = getattr(files, part)
+    try:
+        return bytes(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _short(details: str) -> str:
+    """gRPC's long story, its last and most telling part."""
+    return details.rsplit(": ", 1)[-1][:200]

@@ -1,0 +1,1 @@
+"""A fleet on this machine: a control namespace with controller, broker and Prometheus, one more for each node."""

@@ -1,0 +1,126 @@
+"""`outrider job`: validate, run, see and stop jobs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="A job file.")]
+
+
+@app.command()
+def validate(file: JobFile) -> None:
+    """Whether FILE is a good job; nothing is sent."""
+    from outrider.jobspec.reader import read_job
+
+    job = read_job(file)
+    copies = sum(group.count for group in job.groups)
+    print(f"{file}: job {job.name} is good: {len(job.groups)} groups, {copies} allocations")
+
+
+@app.command()
+def run(
+    file: JobFile,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait until it runs.")] = False,
+    json: Json = False,
+) -> None:
+    """Run the job in FILE, or change it to what FILE says, and wait until that is so. Exit 1: it failed."""
+    from outrider import codec
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.cli.rollout import wait
+    from outrider.jobspec.reader import read_job
+    from outrider.v1 import job_pb2, operator_pb2
+
+    job = read_job(file)
+    with connect() as fleet:
+        request = operator_pb2.SubmitJobRequest(job=codec.to_wire(job, job_pb2.Job))
+        answer = fleet.call(fleet.stub.SubmitJob, request)
+        for warning in answer.warnings:
+            output.say(f"warning: {warning}")
+        if not json:
+            news = "submitted" if answer.changed else "the fleet has exactly this already"
+            print(f"job {job.name}, version {answer.version}: {news}", flush=True)
+        status = None if detach else wait(fleet, job.name, answer.version)
+    if json:
+        output.print_json({"job": job.name, "version": answer.version, "changed": answer.changed, "status": status})
+
+
+@app.command()
+def ls(json: Json = False) -> None:
+    """All jobs, in one line each."""
+    from outrider import codec
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.model.fleet import JobSummary
+    from outrider.v1 import operator_pb2
+
+    with connect() as fleet:
+        found = fleet.call(fleet.stub.ListJobs, operator_pb2.ListJobsRequest()).jobs
+    jobs = [codec.from_wire(job, JobSummary) for job in found]
+    if json:
+        output.print_json(jobs)
+        return
+    output.print_table(
+        ("JOB", "TYPE", "VERSION", "WANTED", "RUNNING", "HEALTHY", "PENDING", "FAILED", "AGE"),
+        (
+            (
+                job.name,
+                job.type,
+                f"{job.version} (stopped)" if job.stopped else str(job.version),
+                *(str(count) for count in (job.wanted, job.running, job.healthy, job.pending, job.failed)),
+                output.age(job.submitted_at_s),
+            )
+            for job in jobs
+        ),
+    )
+
+
+@app.command()
+def status(job: str, json: Json = False) -> None:
+    """One job: its allocations, how its rollout went, and what it still lacks."""
+    from outrider import codec
+    from outrider.cli import output
+    from outrider.cli.allocations import print_allocations
+    from outrider.cli.client import connect
+    from outrider.model.fleet import JobStatus
+    from outrider.v1 import operator_pb2
+
+    with connect() as fleet:
+        answer = codec.from_wire(fleet.call(fleet.stub.GetJob, operator_pb2.GetJobRequest(job=job)), JobStatus)
+    if json:
+        output.print_json(answer)
+        return
+    version = answer.job
+    output.print_fields(
+        (
+            ("job", version.job.name),
+            ("type", version.job.type),
+            ("version", f"{version.version}, {output.age(version.submitted_at_s)} old"),
+            ("stopped", "yes" if version.stopped else ""),
+            ("rollout", answer.rollout),
+            ("reason", answer.rollout_reason),
+        )
+    )
+    for warning in answer.warnings:
+        print(f"warning: {warning}")
+    print()
+    print_allocations(answer.allocations)
+
+
+@app.command()
+def stop(
+    job: str, detach: Annotated[bool, typer.Option("--detach", help="Do not wait until nothing of it runs.")] = False
+) -> None:
+    """Stop a job and wait until nothing of it runs."""
+    from outrider.cli.client import connect
+    from outrider.cli.rollout import wait_stopped
+    from outrider.v1 import operator_pb2
+
+    with connect() as fleet:
+        fleet.call(fleet.stub.StopJob, operator_pb2.StopJobRequest(job=job))
+        if not detach:
+            wait_stopped(fleet, job)
+    print(f"job {job}: {'stopping' if detach else 'stopped'}")

@@ -1,0 +1,140 @@
+"""Waits for a job and shows how it gets on: a live table on a terminal, a line for each change elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from outrider import codec
+from outrider.cli import output
+from outrider.cli.client import Fleet
+from outrider.errors import PeerError, RefusedError
+from outrider.model.allocation import TERMINAL, Allocation, AllocStatus
+from outrider.model.fleet import JobStatus, RolloutState
+from outrider.v1 import operator_pb2
+
+_FAILURES_SHOWN_MAX = 5
+
+
+def wait(fleet: Fleet, job: str, version: int) -> JobStatus:
+    """Until the rollout of `version` has ended. Raises RefusedError where it failed, with who and why."""
+    with _progress() as show:
+        for status in _statuses(fleet, job):
+            if status.job.version < version:
+                continue
+            show(status)
+            if status.job.version > version:
+                raise RefusedError("superseded", f"job {job}: version {status.job.version} has taken over")
+            if status.rollout is not RolloutState.RUNNING:
+                break
+    match status.rollout:
+        case RolloutState.SUCCESSFUL:
+            output.say(f"job {job}, version {version}: runs as it should")
+            return status
+        case RolloutState.STOPPED:
+            raise RefusedError("stopped", f"job {job}: was stopped meanwhile")
+        case _:
+            raise RefusedError("rollout-failed", _failure(status))
+
+
+def wait_stopped(fleet: Fleet, job: str) -> None:
+    """Until nothing of `job` runs."""
+    with _progress() as show:
+        for status in _statuses(fleet, job):
+            show(status)
+            if all(allocation.status in TERMINAL for allocation in status.allocations):
+                return
+
+
+def _statuses(fleet: Fleet, job: str) -> Iterator[JobStatus]:
+    for message in fleet.stream(fleet.stub.WatchJob, operator_pb2.GetJobRequest(job=job)):
+        yield codec.from_wire(message, JobStatus)
+    raise PeerError(f"job {job}: the fleet stopped telling of it; `outrider job status {job}` shows how it is")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[JobStatus], None]]:
+    if sys.stderr.isatty():
+        with _live() as show:
+            yield show
+        return
+    told: dict[str, str] = {}
+
+    def show_changes(status: JobStatus) -> None:
+        for allocation in status.allocations:
+            line = _line(allocation)
+            if told.get(allocation.id) != line:
+                told[allocation.id] = line
+                output.say(line)
+
+    yield show_changes
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[Callable[[JobStatus], None]]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    with Live(console=Console(stderr=True), refresh_per_second=10) as live:
+
+        def show(status: JobStatus) -> None:
+            table = Table(box=None, pad_edge=False)
+            for header in ("ALLOCATION", "NODE", "ID", "STATUS", "HEALTHY", "WHY"):
+                table.add_column(header)
+            for allocation in status.allocations:
+                colour = "red" if allocation.status in {AllocStatus.FAILED, AllocStatus.LOST} else "green"
+                healthy = "yes" if allocation.healthy else "no"
+                table.add_row(
+                    _name(allocation),
+                    allocation.node or "-",
+                    allocation.id,
+                    allocation.status,
+                    healthy,
+                    reason(allocation),
+                    style=colour if allocation.healthy or colour == "red" else "yellow",
+                )
+            live.update(table)
+
+        yield show
+
+
+def reason(allocation: Allocation) -> str:
+    """Why it is as it is, in one line; "" where all is well."""
+    report = allocation.report
+    words = [allocation.reason]
+    if report is not None:
+        words.append(report.message)
+        words.extend(f"{task.name}: {task.message}" for task in report.tasks if task.message)
+        if allocation.status is AllocStatus.RUNNING and not allocation.healthy:
+            words.extend(f"check of {check.service}: {check.output}" for check in report.checks if not check.passing)
+    return " ".join("; ".join(dict.fromkeys(word for word in words if word)).split())
+
+
+def _failure(status: JobStatus) -> str:
+    job = status.job.job.name
+    lines = [f"job {job}, version {status.job.version}: {status.rollout_reason or 'the rollout failed'}"]
+    bad = [each for each in status.allocations if each.job_version == status.job.version and not _well(each)]
+    for allocation in bad[:_FAILURES_SHOWN_MAX]:
+        lines.append(f"  {_line(allocation)}")
+        tail = allocation.report.log_tail if allocation.report else ""
+        lines.extend(f"    | {line}" for line in tail.splitlines())
+    if len(bad) > _FAILURES_SHOWN_MAX:
+        lines.append(f"  and {len(bad) - _FAILURES_SHOWN_MAX} more; `outrider job status {job}` shows all")
+    elif bad:
+        lines.append(f"  `outrider alloc logs {bad[0].id}` shows all that it said")
+    return "\n".join(lines)
+
+
+def _well(allocation: Allocation) -> bool:
+    return allocation.healthy or allocation.status is AllocStatus.COMPLETE
+
+
+def _line(allocation: Allocation) -> str:
+    where = f"on {allocation.node}" if allocation.node else "nowhere yet"
+    state = f"{allocation.status}, healthy" if allocation.healthy else str(allocation.status)
+    why = reason(allocation)
+    return f"{_name(allocation)} {allocation.id} {where}: {state}{why and f' ({why})'}"
+
+
+def _name(allocation: Allocation) -> str:
+    return f"{allocation.group}[{allocation.index}]"

@@ -1,0 +1,177 @@
+"""Logs and exec: bytes between the terminal and an allocation.
+
+Threads: one that reads standard input while a command runs; one for each allocation whose logs are followed.
+"""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import sys
+import termios
+import threading
+import tty as terminal
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+from outrider import codec
+from outrider.cli import output
+from outrider.cli.client import Fleet
+from outrider.errors import OutriderError, PeerError, RefusedError
+from outrider.model.allocation import TERMINAL, Allocation
+from outrider.v1 import fleet_pb2, operator_pb2
+
+_CHUNK_BYTES = 32 * 1024
+_FRAMES_MAX = 16  # typed ahead; then the terminal, or the pipe, waits
+_EXEC_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+def logs_request(
+    alloc: str, *, task: str, follow: bool, tail_lines: int, stdout: bool, stderr: bool
+) -> fleet_pb2.LogsRequest:
+    stream = fleet_pb2.LOG_STREAM_UNSPECIFIED
+    if stdout != stderr:
+        stream = fleet_pb2.LOG_STREAM_STDOUT if stdout else fleet_pb2.LOG_STREAM_STDERR
+    return fleet_pb2.LogsRequest(alloc=alloc, task=task, stream=stream, tail_lines=tail_lines, follow=follow)
+
+
+def copy_logs(fleet: Fleet, request: fleet_pb2.LogsRequest) -> None:
+    """All that `request` asks for, to standard output and standard error."""
+    for frame in fleet.stream(fleet.stub.Logs, request):
+        _copy(frame)
+
+
+def copy_job_logs(fleet: Fleet, job: str, request: fleet_pb2.LogsRequest) -> None:
+    """The same of each allocation of `job`, its lines marked; with `follow`, of those to come too, until Ctrl-C."""
+    if not request.follow:
+        listed = fleet.call(fleet.stub.ListAllocations, operator_pb2.ListAllocationsRequest(job=job, terminal=True))
+        if not listed.allocations:
+            fleet.call(fleet.stub.GetJob, operator_pb2.GetJobRequest(job=job))  # says so where there is no such job
+        for message in listed.allocations:
+            if message.HasField("node"):
+                _copy_marked(fleet, codec.from_wire(message, Allocation), request)
+        return
+    followed: set[str] = set()
+    for status in fleet.stream(fleet.stub.WatchJob, operator_pb2.GetJobRequest(job=job)):
+        for message in status.allocations:
+            allocation = codec.from_wire(message, Allocation)
+            begun = allocation.report is not None and bool(allocation.report.tasks)
+            if begun and allocation.id not in followed:
+                followed.add(allocation.id)
+                threading.Thread(
+                    target=_copy_marked, args=(fleet, allocation, request), name=f"logs-{allocation.id}", daemon=True
+                ).start()
+
+
+def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty: bool | None) -> int:
+    """Runs `command` in `target` and gives its exit code. Raises RefusedError where it could not be run."""
+    with_tty = tty if tty is not None else sys.stdin.isatty() and sys.stdout.isatty()
+    size = shutil.get_terminal_size()
+    start = fleet_pb2.ExecRequest(
+        alloc=_allocation(fleet, target),
+        task=task,
+        command=command,
+        tty=with_tty,
+        rows=size.lines,
+        columns=size.columns,
+    )
+    frames: queue.Queue[operator_pb2.ExecFrame | None] = queue.Queue(_FRAMES_MAX)
+    frames.put(operator_pb2.ExecFrame(start=start))
+    reader = threading.Thread(target=_read_stdin, args=(frames,), name="exec-stdin", daemon=True)
+    with _raw_terminal(frames) if with_tty else contextlib.nullcontext():
+        reader.start()
+        for frame in fleet.stream(fleet.stub.Exec, iter(frames.get, None), _EXEC_TIMEOUT_S):
+            if frame.HasField("end"):
+                if frame.end.error:
+                    raise RefusedError("exec-failed", f"{' '.join(command)}: {frame.end.error}")
+                return frame.end.exit_code
+            _copy(frame)
+    raise PeerError(f"{target}: broke off before the command ended")
+
+
+def _allocation(fleet: Fleet, target: str) -> str:
+    """The one running allocation whose id begins with `target`, else the first that runs of the job `target`."""
+    found = fleet.call(fleet.stub.ListAllocations, operator_pb2.ListAllocationsRequest()).allocations
+    if any(each.id.startswith(target) for each in found):
+        return target  # whether it is the only one is the fleet's to say
+    running = [each for each in (codec.from_wire(message, Allocation) for message in found) if each.job == target]
+    ready = sorted(
+        (each for each in running if each.node and each.status not in TERMINAL),
+        key=lambda each: (not each.healthy, each.group, each.index),
+    )
+    if not ready:
+        raise RefusedError("not-found", f"no allocation {target!r} runs, nor a job of that name; `outrider alloc ls`")
+    return ready[0].id
+
+
+def _copy(frame: fleet_pb2.TunnelFrame) -> None:
+    match frame.WhichOneof("frame"):
+        case "stdout":
+            _write(sys.stdout.buffer, frame.stdout)
+        case "stderr":
+            _write(sys.stderr.buffer, frame.stderr)
+        case "end" if frame.end.error:
+            raise RefusedError("logs-failed", frame.end.error)
+
+
+def _copy_marked(fleet: Fleet, allocation: Allocation, request: fleet_pb2.LogsRequest) -> None:
+    mark = f"{allocation.group}[{allocation.index}] ".encode()
+    own = fleet_pb2.LogsRequest()
+    own.CopyFrom(request)
+    own.alloc = allocation.id
+    rest = {"stdout": b"", "stderr": b""}
+    try:
+        for frame in fleet.stream(fleet.stub.Logs, own):
+            kind = frame.WhichOneof("frame")
+            if kind != "stdout" and kind != "stderr":  # noqa: PLR1714 - so that mypy follows
+                _copy(frame)
+                continue
+            text = rest[kind] + (frame.stdout if kind == "stdout" else frame.stderr)
+            whole, newline, rest[kind] = text.rpartition(b"\n")
+            _write_lines(kind, mark, whole + newline)
+        for name, text in rest.items():
+            _write_lines(name, mark, text + b"\n" if text else b"")
+    except OutriderError as error:
+        # One allocation's logs may be gone with its node: say so, and go on with the others.
+        output.say(f"{mark.decode()}{error}")
+
+
+def _write_lines(kind: str, mark: bytes, text: bytes) -> None:
+    marked = b"".join(mark + line for line in text.splitlines(keepends=True))
+    if marked:
+        _write(sys.stdout.buffer if kind == "stdout" else sys.stderr.buffer, marked)
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+
+
+def _read_stdin(frames: "queue.Queue[operator_pb2.ExecFrame | None]") -> None:
+    while data := os.read(sys.stdin.fileno(), _CHUNK_BYTES):
+        frames.put(operator_pb2.ExecFrame(stdin=data))
+    frames.put(operator_pb2.ExecFrame(stdin_closed=True))
+
+
+@contextlib.contextmanager
+def _raw_terminal(frames: "queue.Queue[operator_pb2.ExecFrame | None]") -> Iterator[None]:
+    """Keys go to the command as they are, Ctrl-C too; the window's size follows."""
+
+    def resize(_number: int, _frame: object) -> None:
+        size = shutil.get_terminal_size()
+        told = fleet_pb2.TerminalSize(rows=size.lines, columns=size.columns)
+        with contextlib.suppress(queue.Full):  # the next change tells again
+            frames.put_nowait(operator_pb2.ExecFrame(resize=told))
+
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    resized = signal.signal(signal.SIGWINCH, resize)
+    terminal.setraw(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGWINCH, resized)
