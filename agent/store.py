@@ -18,7 +18,7 @@ import msgspec
 
 from agent.core.events import AllocRecord
 from outrider.errors import HostError
-from outrider.ids import AllocId
+from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Generation
 from outrider.model.job import Value
 
@@ -53,6 +53,14 @@ class Store:
 
     def allocation_directory(self, alloc: AllocId) -> Path:
         return self._allocations / alloc
+
+    def tasks(self, alloc: AllocId) -> tuple[TaskName, ...]:
+        """The tasks of a recorded allocation, ended or not; () where there is no record."""
+        try:
+            record = msgspec.json.decode((self.allocation_directory(alloc) / _STATE).read_bytes(), type=AllocRecord)
+        except (OSError, msgspec.DecodeError):
+            return ()
+        return tuple(task.name for task in record.assignment.group.tasks)
 
     def load(self) -> Loaded:
         damaged: list[Path] = []

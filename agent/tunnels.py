@@ -6,7 +6,7 @@ refused on the session's log. Nothing queues up: what is slow to take slows what
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Protocol
+from typing import Protocol, Self
 
 import grpc
 import grpc.aio
@@ -30,6 +30,8 @@ class Process(Protocol):
     def resize(self, rows: int, columns: int) -> None: ...
     def kill(self) -> None: ...
     async def wait(self) -> int: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc_info: object) -> None: ...
 
 
 class Sources(Protocol):
@@ -100,7 +102,7 @@ class Tunnels:
         return TunnelEnd()
 
     async def _exec(self, request: ExecRequest, stream: TunnelStream) -> TunnelEnd:
-        process = await self._sources.exec(
+        started = await self._sources.exec(
             AllocId(request.alloc),
             TaskName(request.task),
             tuple(request.command),
@@ -108,22 +110,12 @@ class Tunnels:
             rows=request.rows or 24,
             columns=request.columns or 80,
         )
-
-        async def forward() -> None:
+        async with started as process, asyncio.TaskGroup() as group:  # killed where the call breaks off
+            feeding = group.create_task(_feed(process, stream), name="tunnel-stdin")
             while (piece := await process.read()) is not None:
                 await _write(stream, _output(*piece))
-
-        code = -1
-        try:
-            async with asyncio.TaskGroup() as group:
-                giving = group.create_task(_feed(process, stream), name="tunnel-stdin")
-                await forward()
-                code = await process.wait()
-                giving.cancel()
-        finally:
-            if code < 0:
-                process.kill()
-                await process.wait()
+            code = await process.wait()
+            feeding.cancel()
         return TunnelEnd(exit_code=code)
 
 

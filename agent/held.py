@@ -1,0 +1,54 @@
+"""What the executor holds of each allocation while this agent lives: uids, namespace, and the tasks that watch it."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+
+from agent.core.events import TaskExit
+from agent.sandbox import logs
+from agent.sandbox.runtime import SandboxRuntime
+from agent.sandbox.spec import Exit
+from agent.uids import AllocUids
+from outrider.ids import AllocId, TaskName
+from outrider.model.allocation import Assignment
+
+SIDECAR = TaskName("sidecar")  # no task can be called so where there is one: `outrider alloc logs ALLOC sidecar`
+LOG_TAIL_LINES = 20
+
+
+class Held(msgspec.Struct, kw_only=True):
+    assignment: Assignment
+    uids: AllocUids
+    namespace: str = ""  # path of its network namespace
+    local_address: str = ""
+    sidecar_added: bool = False
+    watchers: dict[TaskName, asyncio.Task[None]] = {}  # of each task's run, and of SIDECAR
+
+
+def sandbox_directory(allocation: Path, task: TaskName) -> Path:
+    """Where a task's sandbox (or the sidecar's) has its bundle and its logs."""
+    return allocation / task
+
+
+async def task_exit(runtime: SandboxRuntime, sandbox: str, directory: Path) -> TaskExit:
+    """Waits until the sandbox has ended. Raises HostError where there is none."""
+    ended = await runtime.wait(sandbox)
+    tail = "" if ended.code == 0 else await asyncio.to_thread(logs.last_lines, str(directory), LOG_TAIL_LINES)
+    return _as_exit(ended, tail)
+
+
+def _as_exit(ended: Exit, tail: str) -> TaskExit:
+    return TaskExit(
+        code=ended.code,
+        signal=ended.signal,
+        oom_killed=ended.oom_killed,
+        finished_at_s=ended.finished_at_s,
+        log_tail=tail,
+    )
+
+
+def split(sandbox: str) -> tuple[AllocId, TaskName] | None:
+    """The allocation and the task that a sandbox's id names; None for the node's own."""
+    alloc, _, task = sandbox.partition(".")
+    return None if alloc == "node" or not task else (AllocId(alloc), TaskName(task))

@@ -1,0 +1,67 @@
+"""What operators may read and run on this node: logs, ended tasks' too, and programs beside a running task."""
+
+from collections.abc import AsyncIterator, Callable
+
+from agent.drivers.process import sandbox_id
+from agent.held import SIDECAR, Held, sandbox_directory
+from agent.sandbox import logs
+from agent.sandbox.execution import ExecProcess
+from agent.sandbox.runtime import SandboxRuntime
+from agent.store import Store
+from outrider.errors import RefusedError
+from outrider.ids import AllocId, TaskName
+
+
+class Sources:
+    """`running`: whether a sandbox runs now."""
+
+    def __init__(self, *, store: Store, runtime: SandboxRuntime, held: Callable[[], tuple[Held, ...]]) -> None:
+        self._store = store
+        self._runtime = runtime
+        self._held = held
+
+    async def exec(
+        self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
+    ) -> ExecProcess:
+        """Raises RefusedError where there is nothing to run it in, HostError where the host objects."""
+        task = self._task(alloc, task)
+        if task == SIDECAR:
+            raise RefusedError("denied", "nothing can be run in a sidecar: its namespace and its key are its own")
+        if not await self._runs(sandbox_id(alloc, task)):
+            raise RefusedError(
+                "not-running", f"{task} of {alloc} does not run; `outrider alloc status {alloc}` says why"
+            )
+        return await self._runtime.exec(sandbox_id(alloc, task), command, tty=tty, rows=rows, columns=columns)
+
+    async def logs(
+        self, alloc: AllocId, task: TaskName, *, streams: frozenset[str], tail_lines: int, follow: bool
+    ) -> AsyncIterator[tuple[str, bytes]]:
+        """Pieces as (stream, bytes); followed over restarts of the task, until the allocation has ended."""
+        task = self._task(alloc, task)
+        directory = sandbox_directory(self._store.allocation_directory(alloc), task)
+
+        def following() -> bool:
+            return follow and any(held.assignment.alloc == alloc for held in self._held())
+
+        async for piece in logs.read(
+            str(directory),
+            lines=None if tail_lines < 0 else tail_lines,
+            stream=next(iter(streams)) if len(streams) == 1 else None,
+            following=following,
+        ):
+            yield piece.stream, piece.data
+
+    def _task(self, alloc: AllocId, task: TaskName) -> TaskName:
+        """The one that is meant. Raises RefusedError where it cannot be known."""
+        known = self._store.tasks(alloc)
+        if not known:
+            raise RefusedError("not-found", f"allocation {alloc} is not on this node, or was forgotten")
+        if task in known or task == SIDECAR:
+            return task
+        if not task and len(known) == 1:
+            return known[0]
+        what = f"no task {task!r}" if task else "several tasks"
+        raise RefusedError("ambiguous", f"allocation {alloc} has {what}; say which: {', '.join(known)} or {SIDECAR}")
+
+    async def _runs(self, sandbox: str) -> bool:
+        return any(status.id == sandbox and status.running for status in await self._runtime.list())
