@@ -134,5 +134,5 @@ def _check_names(state: State, plan: Plan) -> None:
         if stopped:
             kept = kept[[serial not in stopped for serial in table.serial[kept].tolist()]]
         indices = np.concatenate([*new, table.index[kept].astype(np.int64)])
-        if len(np.unique(indices)) != len(indices):
+        if np.bincount(indices).max(initial=0) > 1:
             raise PlanError(f"plan {plan.generation}: two allocations of one index in {family}")

@@ -23,7 +23,6 @@ from controller.core.volatile import Backoff
 from outrider.ids import JobName
 from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType
-from outrider.model.node import NodeStatus
 
 JOB: Final = "job"  # the timer of a job that waits for time
 
@@ -93,34 +92,32 @@ def _decide_job(state: State, job: JobName, draft: Draft, now_s: float) -> Progr
 def _decide_group(state: State, key: int, draft: Draft, progress: Progress, now_s: float) -> None:
     group, table = state.groups[key], state.table
     entry = state.jobs[group.job]
-    everything = state.family_rows(group.family)
-    rows = _running(state, everything)
-    wanted = _wanted_indices(state, group, everything)
-    over = ~np.isin(table.index[rows], wanted) if group.type is not JobType.SYSTEM else np.zeros(len(rows), np.bool_)
-    draft.stop(rows[over], "scaled down")
-    rows = rows[~over]
+    rows = _running(state, state.family_rows(group.family))
+    wanted = _wanted(state, group)
+    if group.type is not JobType.SYSTEM:  # whose copies stay on a node that is away
+        over = table.index[rows] >= len(wanted)
+        draft.stop(rows[over], "scaled down")
+        rows = rows[~over]
     fresh = _made_like(state, rows, group)
-    stale_pending = rows[~fresh & (table.node[rows] < 0)]
-    draft.stop(stale_pending, f"replaced by version {entry.latest}")
-    stale, rows = rows[~fresh & (table.node[rows] >= 0)], rows[fresh]
-    taken = np.concatenate([table.index[stale], table.index[rows]])
-    missing = np.setdiff1d(wanted, taken, assume_unique=False)
-    missing = _not_held_back(state, group, missing, progress, now_s)
+    nowhere = table.node[rows] < 0
+    draft.stop(rows[~fresh & nowhere], f"replaced by version {entry.latest}")
+    stale, rows = rows[~fresh & ~nowhere], rows[fresh]
+    wanted[table.index[stale]] = False
+    wanted[table.index[rows]] = False
+    missing = _not_held_back(state, group, np.flatnonzero(wanted), progress, now_s)
     well = _well(state, group, rows, progress, now_s)
     _note_failure(state, group, rows[~well], progress, now_s)
-    if entry.rollout is not RolloutState.FAILED and not progress.failure:
+    if entry.rollout is not RolloutState.FAILED and not progress.failure and len(stale):
         budget = group.group.update.max_parallel - int((~well).sum()) - len(missing)
         if group.type is JobType.BATCH:
             budget = len(stale)  # nobody waits for its health
-        if budget > 0 and len(stale):
-            order = np.lexsort((table.index[stale], table.healthy[stale]))  # the sick first
-            replaced = stale[order[:budget]]
-            draft.stop(replaced, f"replaced by version {entry.latest}")
-            missing = np.union1d(missing, table.index[replaced])
-            stale = stale[order[budget:]]
+        order = np.lexsort((table.index[stale], table.healthy[stale]))  # the sick first
+        replaced, stale = stale[order[: max(0, budget)]], stale[order[max(0, budget) :]]
+        draft.stop(replaced, f"replaced by version {entry.latest}")
+        missing = np.union1d(missing, table.index[replaced])
     draft.place(key, missing, rows[table.node[rows] < 0], np.concatenate([stale, rows]))
-    finished = group.type is JobType.BATCH and not len(rows)
-    progress.done &= not len(missing) and not len(stale) and (bool(well.all()) or finished)
+    well_or_over = not len(rows) if group.type is JobType.BATCH else bool(well.all())
+    progress.done &= not len(missing) and not len(stale) and well_or_over
 
 
 def _running(state: State, rows: Ints) -> Ints:
@@ -130,32 +127,38 @@ def _running(state: State, rows: Ints) -> Ints:
     return running
 
 
-def _wanted_indices(state: State, group: GroupEntry, rows: Ints) -> Ints:
-    table = state.table
+def _wanted(state: State, group: GroupEntry) -> Bools:
+    """Which indices there should be an allocation for. A system job's index is the reference of its node."""
     if group.type is JobType.SYSTEM:
-        ready = np.fromiter((link.status is NodeStatus.READY for link in state.live.links), np.bool_, len(state.nodes))
-        return np.flatnonzero(ready & suits(state.nodes, group))
-    wanted = np.arange(group.group.count)
+        return state.ready_nodes & suits(state.nodes, group)
+    wanted = np.ones(group.group.count, np.bool_)
     if group.type is JobType.BATCH:
         # What ended by itself is done; what was lost with its node is wanted again.
-        status = table.status[rows]
-        ended = rows[(status == columns.COMPLETE) | (status == columns.FAILED)]
-        done = ended[_of_version(state, ended, group)]
-        wanted = np.setdiff1d(wanted, table.index[done])
+        done = state.table.index[_ended(state, group, (columns.COMPLETE, columns.FAILED))]
+        wanted[done[done < len(wanted)]] = False
     return wanted
 
 
 def _made_like(state: State, rows: Ints, group: GroupEntry) -> Bools:
     """Whose content is that of `group`: a count or a manner of updating that changed restarts nothing."""
-    keys = state.table.group[rows]
-    same = [key for key in np.unique(keys).tolist() if state.groups[key].spec == group.spec]
-    made: Bools = np.isin(keys, same)
+    keys = (
+        state.group_keys[group.job, version, at]
+        for version, added_then in state.jobs[group.job].versions.items()
+        for at in range(len(added_then.job.groups))
+    )
+    same = [key for key in keys if state.groups[key].family == group.family and state.groups[key].spec == group.spec]
+    made: Bools = np.isin(state.table.group[rows], same)
     return made
 
 
-def _of_version(state: State, rows: Ints, group: GroupEntry) -> Bools:
-    made: Bools = state.table.group[rows] == state.group_keys[group.job, group.version, group.position]
-    return made
+def _ended(state: State, group: GroupEntry, how: tuple[int, ...]) -> Ints:
+    """Allocations of this content that ended so since the newest version was submitted."""
+    table, entry = state.table, state.jobs[group.job]
+    rows = state.family_rows(group.family)
+    rows = rows[np.isin(table.status[rows], how)]
+    rows = rows[table.changed_s[rows] >= entry.versions[entry.latest].submitted_at_s]
+    ended: Ints = rows[_made_like(state, rows, group)]
+    return ended
 
 
 def _not_held_back(state: State, group: GroupEntry, missing: Ints, progress: Progress, now_s: float) -> Ints:
@@ -164,9 +167,8 @@ def _not_held_back(state: State, group: GroupEntry, missing: Ints, progress: Pro
     if backoff is None or backoff.until_s <= now_s or not len(missing):
         return missing
     table = state.table
-    rows = state.family_rows(group.family)
-    ended = rows[np.isin(table.status[rows], (columns.FAILED, columns.COMPLETE))]
-    failed = ended[(table.desired[ended] == columns.RUN) & _made_like(state, ended, group)]
+    ended = _ended(state, group, (columns.FAILED, columns.COMPLETE))
+    failed = ended[table.desired[ended] == columns.RUN]
     held = np.isin(missing, table.index[failed])
     if held.any():
         progress.wake_s = min(progress.wake_s, backoff.until_s)
@@ -192,8 +194,7 @@ def _note_failure(state: State, group: GroupEntry, sick: Ints, progress: Progres
     if entry.rollout is not RolloutState.RUNNING:
         return
     table, update = state.table, group.group.update
-    rows = state.family_rows(group.family)
-    failed = rows[(table.status[rows] == columns.FAILED) & _of_version(state, rows, group)]
+    failed = _ended(state, group, (columns.FAILED,))
     reason = ""
     if len(failed):
         serial = int(table.serial[failed[-1]])

@@ -100,7 +100,7 @@ class Draft:
 
     def _nodes(self) -> Snapshot:
         if self._snapshot is None:
-            self._snapshot = Snapshot(self._state.nodes, [link.status for link in self._state.live.links])
+            self._snapshot = Snapshot(self._state.nodes, self._state.ready_nodes)
         return self._snapshot
 
     def _add_late(self, pending: Ints, nodes: Shorts, ports: Shorts) -> None:

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from controller.core import table as columns
-from controller.core.groups import GroupEntry
-from controller.core.state import State, services_of
+from controller.core.state import State
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.allocation import AllocStatus
 from outrider.model.job import Protocol, Value
@@ -94,9 +93,8 @@ def virtual_indices(state: State) -> Mapping[ServiceName, int]:
 
 def virtual_services(state: State) -> Mapping[ServiceName, tuple[int, Protocol]]:
     """Index and protocol. A name that no job provides may be one from outside: TCP."""
-    provided = services_of(state)
     return {
-        name: (index, _protocol(provided[name], name) if name in provided else Protocol.TCP)
+        name: (index, next(iter(state.providers.get(name, {}).values()), Protocol.TCP))
         for name, index in state.virtual.items()
     }
 
@@ -149,7 +147,3 @@ def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -
             passing=passing,
             output=check.output if check is not None else "" if passing else "not running yet",
         )
-
-
-def _protocol(group: GroupEntry, name: ServiceName) -> Protocol:
-    return next(service.protocol for service in group.group.services if service.name == name)

@@ -13,7 +13,6 @@ from controller.core.groups import GroupEntry
 from controller.core.nodes import NodeTable
 from controller.core.table import Bools, Ints
 from outrider.model.job import MIB, Value
-from outrider.model.node import NodeStatus
 
 _TIE_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying is a bijection
 _GIB = 1024 * MIB
@@ -30,11 +29,11 @@ class Placement(Value, frozen=True, kw_only=True):
 class Snapshot:
     """What one plan may still give away."""
 
-    def __init__(self, nodes: NodeTable, statuses: list[NodeStatus]) -> None:
+    def __init__(self, nodes: NodeTable, ready: Bools) -> None:
         size = len(nodes)
         self.nodes = nodes
         self.size = size
-        self.ready: Bools = np.fromiter((status is NodeStatus.READY for status in statuses), np.bool_, size)
+        self.ready = ready
         self.cpu_free: Ints = nodes.cpu_free[:size].copy()
         self.memory_free: Ints = nodes.memory_free[:size].copy()
         self.disk_free: Ints = nodes.disk_free[:size].copy()

@@ -3,7 +3,7 @@
 The durable part changes by `apply` alone. `live` is the volatile part: rebuilt from the agents after a restart.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -27,12 +27,12 @@ from controller.core.records import (
     RolloutEnded,
     VirtualAddressAssigned,
 )
-from controller.core.table import AllocTable, Ints, Shorts
+from controller.core.table import AllocTable, Bools, Ints, Shorts
 from controller.core.volatile import NodeLink, Volatile
 from outrider.ids import AllocId, JobName, ServiceName, alloc_id, alloc_serial
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.fleet import RolloutState
-from outrider.model.job import Job, JobType
+from outrider.model.job import Job, JobType, Protocol
 
 
 @dataclass(slots=True)
@@ -63,6 +63,8 @@ class State:
         self.table = AllocTable()
         self.families: dict[FamilyKey, Ints] = {}  # serials of all that is not forgotten, ascending
         self.system_jobs: dict[JobName, None] = {}  # that are not stopped
+        # Who provides a service: jobs that are not stopped, in their newest version.
+        self.providers: dict[ServiceName, dict[JobName, Protocol]] = {}
         self.virtual: dict[ServiceName, int] = {}
         self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
         self.reasons: dict[int, str] = {}  # by serial: why it was stopped, or ended
@@ -83,6 +85,11 @@ class State:
     def next_epoch(self, salt: int) -> EpochBegun:
         """What to append and apply after replay, before the first event. `salt` counts in the first epoch only."""
         return EpochBegun(epoch=self.epoch + 1, salt=self.salt if self.epoch else salt)
+
+    @property
+    def ready_nodes(self) -> Bools:
+        """By reference: exactly the ready ones are watched for heartbeats."""
+        return np.isfinite(self.live.heartbeat_s[: len(self.nodes)])
 
     def alloc_id(self, serial: int) -> AllocId:
         return alloc_id(serial, self.salt)
@@ -171,6 +178,7 @@ class State:
     def _add_version(self, added: JobVersionAdded) -> None:
         job = added.job
         entry = self.jobs.setdefault(job.name, JobEntry())
+        self._withdraw_provider(job.name)
         entry.versions[added.version] = added
         entry.latest = added.version
         entry.stopped = False
@@ -182,7 +190,11 @@ class State:
             key = len(self.group_keys)
             self.group_keys[job.name, added.version, position] = key
             self.groups[key] = group
-            self._forget(group.family)
+            for service in group.group.services:
+                if service.port is not None:
+                    self.providers.setdefault(service.name, {})[job.name] = service.protocol
+        for wanted in job.groups:
+            self._forget((job.name, wanted.name))
 
     def _drop_versions(self, record: JobVersionsDropped) -> None:
         entry = self.jobs[record.job]
@@ -196,8 +208,18 @@ class State:
         entry = self.jobs[record.job]
         entry.stopped = True
         self.system_jobs.pop(record.job, None)
+        self._withdraw_provider(record.job)
         if entry.rollout is RolloutState.RUNNING:
             entry.rollout = RolloutState.STOPPED
+
+    def _withdraw_provider(self, job: JobName) -> None:
+        entry = self.jobs[job]
+        for group in entry.job.groups if entry.versions else ():
+            for service in group.services:
+                providers = self.providers.get(service.name, {})
+                providers.pop(job, None)
+                if not providers:
+                    self.providers.pop(service.name, None)
 
     def _end_rollout(self, record: RolloutEnded) -> None:
         entry = self.jobs[record.job]
@@ -283,16 +305,15 @@ class State:
                 self.nodes.serving[ref].discard(serial)
 
     def _forget(self, family: FamilyKey) -> None:
-        """Keep the newest few of those that ended. Of a batch job's current version all: they are its result."""
+        """Keep the newest few of those that ended. Of a batch job all since its submission: its result."""
         if len(self.families.get(family, ())) <= self.policy.ended_kept:
             return
         rows = self.family_rows(family)
         ended = rows[self.table.status[rows] != columns.LIVE]
         entry = self.jobs[family[0]]
         if entry.job.type is JobType.BATCH and not entry.stopped:
-            current = [self.group_keys[family[0], entry.latest, at] for at in range(len(entry.job.groups))
-                       if (family[0], entry.latest, at) in self.group_keys]  # fmt: skip
-            ended = ended[~np.isin(self.table.group[ended], current)]
+            submitted_s = entry.versions[entry.latest].submitted_at_s
+            ended = ended[self.table.changed_s[ended] < submitted_s]
         excess = len(ended) - self.policy.ended_kept
         if excess <= 0:
             return
@@ -345,13 +366,3 @@ class State:
                      for serial in self.table.serial[live].tolist()]  # fmt: skip
             packed = np.array(ports, np.int32).tobytes()
             self._place(key, self.table.serial[live], self.table.node[live], packed)
-
-
-def services_of(state: State) -> Mapping[ServiceName, GroupEntry]:
-    """Who provides what: of jobs that are not stopped, in their newest version."""
-    provided: dict[ServiceName, GroupEntry] = {}
-    for name, entry in state.jobs.items():
-        if not entry.stopped:
-            for key in state.current_groups(name):
-                provided.update(dict.fromkeys(state.groups[key].mesh_services, state.groups[key]))
-    return provided

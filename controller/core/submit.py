@@ -3,7 +3,7 @@
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
-from controller.core.state import JobEntry, State, services_of
+from controller.core.state import JobEntry, State
 from outrider.ids import JobName, ServiceName
 from outrider.model.job import Job, Protocol
 
@@ -54,15 +54,13 @@ def names_touched(state: State, job: Job) -> frozenset[str]:
 
 def job_warnings(state: State, job: Job) -> tuple[str, ...]:
     """Upstreams that nobody provides, this job included."""
-    provided = services_of(state).keys() | {
-        service.name for group in job.groups for service in group.services if service.port is not None
-    }
+    own = {service.name for group in job.groups for service in group.services if service.port is not None}
     return tuple(
         f"group {group.name}: service {service.name}: nobody provides its upstream {upstream.service!r} yet"
         for group in job.groups
         for service in group.services
         for upstream in service.upstreams
-        if upstream.service not in provided
+        if upstream.service not in state.providers and upstream.service not in own
     )
 
 
@@ -70,22 +68,18 @@ def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:
     if entry is not None and not entry.stopped and entry.job.type is not job.type:
         return f"job {job.name} is a {entry.job.type} job; stop it before it becomes a {job.type} job"
     own: dict[ServiceName, Protocol] = {}
-    others = {name: group for name, group in services_of(state).items() if group.job != job.name}
     for group in job.groups:
         for service in group.services:
             if service.port is None:
                 continue
             if own.setdefault(service.name, service.protocol) is not service.protocol:
                 return f"service {service.name}: two groups of the job give it different protocols"
-            other = others.get(service.name)
-            if other is None:
-                continue
-            protocol = next(one.protocol for one in other.group.services if one.name == service.name)
-            if protocol is not service.protocol:
-                return (
-                    f"service {service.name} speaks {protocol} in job {other.job} and {service.protocol} here; "
-                    "give one of them another name, or both the same protocol"
-                )
+            for other, protocol in state.providers.get(service.name, {}).items():
+                if other != job.name and protocol is not service.protocol:
+                    return (
+                        f"service {service.name} speaks {protocol} in job {other} and {service.protocol} here; "
+                        "give one of them another name, or both the same protocol"
+                    )
     return ""
 
 
