@@ -18,9 +18,7 @@ EVENTS_MAX = 4096
 
 
 class Engine:
-    def __init__(self, *, execute: Callable[[Command], None], rng: random.Random) -> None:
-        """`execute` begins a command and returns at once; its outcome comes back through `tell`."""
-        self._execute = execute
+    def __init__(self, *, rng: random.Random) -> None:
         self._rng = rng
         self._state = State(allocs={}, strays={})
         self._queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
@@ -35,8 +33,12 @@ class Engine:
     async def tell(self, event: Event) -> None:
         await self._queue.put(event)
 
-    def begin(self, event: Event) -> None:
-        """The first event, before the loop runs and before the controller is greeted."""
+    def begin(self, event: Event, *, execute: Callable[[Command], None]) -> None:
+        """The first event, before the loop runs and before the controller is greeted.
+
+        `execute` begins a command and returns at once; its outcome comes back through `tell`.
+        """
+        self._execute = execute
         self._take(event)
 
     async def run(self) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import assert_never
 
@@ -33,7 +33,7 @@ from agent.envoys import Envoys
 from agent.held import SIDECAR, Held, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
 from agent.names import Names
-from agent.network.namespaces import AllocationNetworks
+from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import INNER_USER, StartError
@@ -90,6 +90,7 @@ class Executor:
         self._tasks = tasks
         self._log = log
         self._held: dict[AllocId, Held] = {}
+        self._found: dict[AllocId, AllocationNetwork] = {}  # not taken over yet
         self._last_address: str | None = None
 
     def execute(self, command: c.Command) -> None:
@@ -104,7 +105,8 @@ class Executor:
             case c.StartTask():
                 self._watch(command.assignment.alloc, command.task.name, self._run_task(command))
             case c.AdoptTask():
-                self._watch(command.alloc, command.task, self._watch_task(command.alloc, command.task))
+                alloc = self._hold(command.assignment).assignment.alloc
+                self._watch(alloc, command.task, self._watch_task(alloc, command.task))
             case c.StartSidecar():
                 held = self._hold(command.assignment)
                 allocation = self._store.allocation_directory(command.assignment.alloc)
@@ -114,12 +116,9 @@ class Executor:
             case _:
                 self._begin(command)
 
-    def adopt_network(self, assignment: Assignment, namespace: str, local_address: str) -> None:
-        """Before the core is told: what is found is held as if it had been made now."""
-        held = self._hold(assignment)
-        held.namespace, held.local_address = namespace, local_address
-        self._leaves.acquire(assignment.alloc, _services(assignment), self._tasks)
-        self._names.adopt(assignment.alloc, _upstreams(assignment))
+    def found(self, networks: Mapping[AllocId, AllocationNetwork]) -> None:
+        """Before the core is told: what an earlier agent made is held once the core takes it over."""
+        self._found = dict(networks)
 
     def held(self) -> tuple[Held, ...]:
         return tuple(self._held.values())
@@ -153,6 +152,11 @@ class Executor:
             names = tuple(task.name for task in assignment.group.tasks)
             uids = self._uids.give(alloc, names, self._store.allocation_directory(alloc))
             held = self._held[alloc] = Held(assignment=assignment, uids=uids, watchers={})
+            network = self._found.pop(alloc, None)
+            if network is not None:
+                held.namespace, held.local_address = network.namespace, network.local_address
+                self._leaves.acquire(alloc, _services(assignment), self._tasks)
+                self._names.adopt(alloc, _upstreams(assignment))
         held.assignment = assignment
         return held
 
@@ -185,6 +189,7 @@ class Executor:
     def _network_spec(self, held: Held) -> NetworkSpec:
         assignment = held.assignment
         taken = {other.local_address for other in self._held.values()}
+        taken |= {network.local_address for network in self._found.values()}
         address = next_address(self._block, taken, self._last_address)
         if address is None:
             raise HostError("addresses", step="all 1,021 addresses of this node's block are in use")
@@ -211,7 +216,7 @@ class Executor:
 
     async def _run_task(self, command: c.StartTask) -> None:
         alloc, task = command.assignment.alloc, command.task
-        held = self._held[alloc]
+        held = self._hold(command.assignment)
         try:
             directory = self._tasks_directory / alloc / task.name
             uid_first = held.uids.task(task.name)
@@ -291,6 +296,7 @@ class Executor:
         self._leaves.release(alloc)
         self._uids.take_back(alloc, self._store.allocation_directory(alloc))
         self._held.pop(alloc, None)
+        self._found.pop(alloc, None)
         await self._tell(Cleaned(alloc=alloc))
 
     async def _run_check(self, command: c.RunCheck) -> None:

@@ -62,6 +62,10 @@ class Store:
             return ()
         return tuple(task.name for task in record.assignment.group.tasks)
 
+    def directories(self) -> dict[AllocId, Path]:
+        """Of all allocations there is anything of, recorded or not."""
+        return {AllocId(path.name): path for path in self._allocations.iterdir() if path.is_dir()}
+
     def load(self) -> Loaded:
         damaged: list[Path] = []
         agent = self._read(self._data / "agent.json", AgentRecord, damaged) or AgentRecord(node=self._node)

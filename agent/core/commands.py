@@ -56,7 +56,7 @@ class StartTask(Value, frozen=True, kw_only=True):
 class AdoptTask(Value, frozen=True, kw_only=True):
     """It runs already: watch it: `TaskExited`."""
 
-    alloc: AllocId
+    assignment: Assignment
     task: TaskName
 
 

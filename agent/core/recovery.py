@@ -82,7 +82,7 @@ def _resume_tasks(alloc: AllocState, found: Found, record: AllocRecord, turn: Tu
         if there is not None and there.exit is None:
             task.status = TaskStatus.RUNNING
             task.started_at_s = there.started_at_s or known.started_at_s
-            turn.emit(AdoptTask(alloc=alloc.id, task=name))
+            turn.emit(AdoptTask(assignment=alloc.assignment, task=name))
         elif known.ended is not None:
             task.exit, task.status = known.ended, TaskStatus.EXITED
         elif there is not None or known.started_at_s is not None:

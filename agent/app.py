@@ -1,0 +1,368 @@
+"""The agent's only wiring: configuration -> join -> claims -> parts -> what runs already -> run until SIGTERM.
+
+Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `kvm`, `mqtt`, and what these start, in one
+TaskGroup: when one fails, the agent ends with its error. The allocations run on in every case.
+"""
+
+import asyncio
+import contextlib
+import random
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import msgspec
+
+from agent import kvm
+from agent.claims import UID_BLOCKS, UID_RANGES, Claim, Owner, claim, uid_first
+from agent.config import Config
+from agent.core.commands import Report
+from agent.core.events import Assigned, Recovered, Saved
+from agent.discovery import Discovery
+from agent.drivers.process import sandbox_id
+from agent.engine import Engine
+from agent.envoys import Envoys, Files
+from agent.events import Broker
+from agent.executor import Executor
+from agent.fingerprint import fingerprint
+from agent.fleet import FleetSession, Greeting, Wish
+from agent.held import SIDECAR
+from agent.join import join
+from agent.leaves import Leaves
+from agent.mesh_relay import MeshRelay
+from agent.metrics import NodeFigures, Workload, http_listener
+from agent.names import Names
+from agent.network.dns.resolver import resolv_conf
+from agent.network.namespaces import AllocationNetworks
+from agent.network.plan import BLOCKS
+from agent.record_writer import RecordWriter
+from agent.sandbox.runtime import SandboxRuntime
+from agent.sources import Sources
+from agent.store import Loaded, Store
+from agent.tunnels import Tunnels
+from agent.uids import Uids
+from outrider import __version__
+from outrider.clock import wall_s
+from outrider.ids import AllocId, NodeId
+from outrider.log import Log
+from outrider.model.allocation import AllocReport, Assignment
+from outrider.model.job import inner_ports
+from outrider.model.mesh import PUBLIC_PORT, MeshUpdate, MeshView
+from outrider.model.node import Fingerprint, Node
+from outrider.tls import ssl_context
+from outrider.v1.fleet_pb2 import OpenTunnel
+from sidecar.core.intent import SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
+from sidecar.sidecars import Sidecars
+
+_KVM_DELAY_S = 5.0  # after joining: the first workloads start meanwhile
+
+
+async def run(config: Config) -> None:
+    """Until SIGTERM or SIGINT. Raises OutriderError, alone or in a group: the process ends with its exit code."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    log = Log("agent", node=config.node)
+    joining = asyncio.create_task(join(config, log), name="join")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait({joining, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not joining.done():
+        joining.cancel()
+        return
+    joining.result()
+    await _serve(config, stop, log)
+
+
+class _Stopped(Exception):  # noqa: N818 - no error: how the TaskGroup is told to end
+    """SIGTERM came."""
+
+
+async def _serve(config: Config, stop: asyncio.Event, log: Log) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        host = await stack.enter_async_context(open_host(config, log))
+        sidecars = await stack.enter_async_context(Sidecars(run_directory=config.run / "envoy", now_s=wall_s))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                agent = Agent(config, host, sidecars, tasks, log)
+                await agent.begin(stack)
+                await stop.wait()
+                log.info("stopping", allocations="run on")
+                raise _Stopped  # noqa: TRY301 - it is the group that must see it
+        except* _Stopped:
+            pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """This node's share of the machine: claimed numbers, and what works with them."""
+
+    block: int
+    store: Store
+    loaded: Loaded
+    uids: Uids
+    runtime: SandboxRuntime
+    networks: AllocationNetworks
+    claims: tuple[Claim, ...]
+
+
+@contextlib.asynccontextmanager
+async def open_host(config: Config, log: Log) -> AsyncIterator[Host]:
+    """Raises HostError where another agent of this node runs, or the directories cannot be used."""
+    store = Store(config.data, config.node)
+    config.run.mkdir(mode=0o711, parents=True, exist_ok=True)
+    owner = Owner(fleet=config.cluster, node=config.node, data_directory=str(config.data.absolute()))
+    with contextlib.ExitStack() as claims:
+        uid_block = claim("uids", UID_BLOCKS, owner=owner)
+        claims.callback(uid_block.close)
+        address_block = claim("addresses", BLOCKS, owner=owner)
+        claims.callback(address_block.close)
+        loaded = store.load()
+        for path in loaded.damaged:
+            log.error("record damaged", set_aside=str(path))
+        uids = Uids(first=uid_first(uid_block.number, 0), ranges=UID_RANGES)
+        uids.load(store.directories())
+        runtime = SandboxRuntime(
+            run_directory=config.run / "sandboxes",
+            cgroup=f"outrider/{config.cluster}/{config.node}",
+            log=Log("sandbox", node=config.node),
+        )
+        networks = AllocationNetworks(run_directory=config.run, node_address=config.address, block=address_block.number)
+        try:
+            yield Host(
+                block=address_block.number,
+                store=store,
+                loaded=loaded,
+                uids=uids,
+                runtime=runtime,
+                networks=networks,
+                claims=(uid_block, address_block),
+            )
+        finally:
+            await networks.close()
+
+
+class Agent:
+    """The parts, each made once. The core's listener, the controller's listener, and where metrics come from."""
+
+    def __init__(self, config: Config, host: Host, sidecars: Sidecars, tasks: asyncio.TaskGroup, log: Log) -> None:
+        rng = random.Random()  # noqa: S311 - jitter
+        self._config, self._host, self._sidecars, self._tasks, self._log = config, host, sidecars, tasks, log
+        self._library = _Library(sidecars, config.node_id)
+        self._fingerprint: Fingerprint | None = None
+        self._fleet = FleetSession(
+            controllers=config.controllers, tls=config.tls, listener=self, log=Log("fleet", node=config.node), rng=rng
+        )
+        self._broker = self._make_broker()
+        self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
+        self._engine = Engine(rng=rng)
+        self._writer = RecordWriter(
+            store=host.store,
+            saved=lambda alloc: self._engine.tell(Saved(alloc=alloc)),
+            acknowledged=self._fleet.applied,
+        )
+        self._names = Names(
+            runtime=host.runtime,
+            networks=host.networks,
+            run_directory=config.run,
+            directory=config.data / "dns",
+            uid_first=host.uids.responder,
+            log=log,
+        )
+        self._mesh = MeshRelay(
+            show=self._show, acknowledged=sidecars.acknowledged, applied=self._fleet.mesh_applied, log=log
+        )
+        self._executor = Executor(
+            node=config.node_id,
+            run_directory=config.run,
+            block=host.block,
+            store=host.store,
+            uids=host.uids,
+            runtime=host.runtime,
+            networks=host.networks,
+            names=self._names,
+            leaves=self._leaves,
+            envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
+            tell=self._engine.tell,
+            write=self._writer.put,
+            report=self._reported,
+            tasks=tasks,
+            log=log,
+        )
+        self._sources = Sources(store=host.store, runtime=host.runtime, held=self._executor.held)
+        self._tunnels = Tunnels(sources=self._sources, dial=self._fleet.open_tunnel, log=log)
+
+    async def begin(self, stack: contextlib.AsyncExitStack) -> None:
+        """What runs is taken over first; the controller hears of it in the first greeting."""
+        config = self._config
+        (config.run / "resolv.conf").write_text(resolv_conf())
+        self._fingerprint = await fingerprint(config, kvm="")
+        known = self._kvm_known()
+        self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known)
+        await self._take_over()
+        if config.metrics_listen is not None:
+            await stack.enter_async_context(http_listener(config.metrics_listen, self))
+        works = {
+            "engine": self._engine.run(),
+            "writer": self._writer.run(),
+            "fleet": self._fleet.run(),
+            "mesh": self._mesh.run(),
+            "names": self._names.run(),
+            "logs": self._host.runtime.rotate_logs(),
+            "refusals": self._forward_refusals(),
+        }
+        if self._broker is not None:
+            works["mqtt"] = self._broker.run()
+        if not known:
+            works["kvm"] = self._probe_kvm()
+        for name, work in works.items():
+            self._tasks.create_task(work, name=name)
+        self._log.info("ready", address=config.address, allocations=len(self._executor.held()))
+
+    # The controller's listener (agent.fleet.FleetListener).
+
+    def greeting(self) -> Greeting:
+        assert self._fingerprint is not None, "`begin` comes before any session"
+        node = Node(
+            id=self._config.node_id,
+            address=self._config.address,
+            fingerprint=self._fingerprint,
+            metrics_address=self._config.metrics_listen or "",
+            version=__version__,
+        )
+        return Greeting(node=node, acknowledged=self._engine.acknowledged, reports=self._engine.reports())
+
+    async def assigned(self, wish: Wish) -> None:
+        await self._engine.tell(
+            Assigned(generation=wish.generation, full=wish.full, assignments=wish.assignments, removed=wish.removed)
+        )
+
+    def mesh_changed(self, update: MeshUpdate) -> None:
+        self._mesh.take(update)
+
+    def tunnel_wanted(self, request: OpenTunnel) -> None:
+        self._tunnels.open(request, self._tasks)
+
+    # Where the metrics come from (agent.metrics.Figures).
+
+    def node(self) -> NodeFigures:
+        return NodeFigures(
+            cluster=self._config.cluster,
+            node=self._config.node,
+            connected=self._fleet.connected,
+            broker_connected=self._broker is not None and self._broker.connected,
+            broker_dropped=self._broker.dropped if self._broker is not None else 0,
+            refusals_dropped=self._sidecars.refusals_dropped,
+            leaf_expiries={str(service): at_s for service, at_s in self._leaves.expiries().items()},
+        )
+
+    def reports(self) -> tuple[AllocReport, ...]:
+        return self._engine.reports()
+
+    def workloads(self) -> tuple[Workload, ...]:
+        return tuple(
+            Workload(
+                job=held.assignment.job,
+                group=held.assignment.group.name,
+                alloc=held.assignment.alloc,
+                task=task,
+                usage=self._host.runtime.usage(sandbox_id(held.assignment.alloc, task)),
+            )
+            for held in self._executor.held()
+            for task in held.watchers
+        )
+
+    def sidecars(self) -> tuple[AllocId, ...]:
+        return tuple(held.assignment.alloc for held in self._executor.held() if SIDECAR in held.watchers)
+
+    async def sidecar(self, alloc: AllocId) -> SidecarStats:
+        return await self._sidecars.stats(alloc)
+
+    def _reported(self, command: Report) -> None:
+        self._fleet.report(command.report)
+        if self._broker is not None:
+            self._broker.put(command.report, command.job)
+
+    def _show(self, view: MeshView) -> None:
+        self._sidecars.set_view(view)
+        self._names.set_view(view)
+        self._leaves.set_roots(view.roots)
+
+    async def _take_over(self) -> None:
+        host = self._host
+        discovery = Discovery(store=host.store, runtime=host.runtime, networks=host.networks, log=self._log)
+        found = await discovery.find(host.loaded.records)
+        self._executor.found(discovery.networks)
+        recovered = Recovered(acknowledged=host.loaded.acknowledged, found=found)
+        self._engine.begin(recovered, execute=self._executor.execute)
+
+    def _make_broker(self) -> Broker | None:
+        config = self._config
+        if config.mqtt is None:
+            return None
+        tls = ssl_context(config.tls, server=False)
+        return Broker(config=config.mqtt, cluster=config.cluster, node=config.node_id, tls=tls, log=self._log)
+
+    async def _forward_refusals(self) -> None:
+        while True:
+            self._fleet.refused(await self._sidecars.refusals.get())
+
+    def _kvm_known(self) -> str:
+        assert self._fingerprint is not None, "taken before"
+        return kvm.known_verdict(self._config.data, self._fingerprint.runtimes.get("qemu-system-x86_64", ""))
+
+    async def _probe_kvm(self) -> None:
+        assert self._fingerprint is not None, "taken before"
+        await asyncio.sleep(_KVM_DELAY_S)
+        version = self._fingerprint.runtimes["qemu-system-x86_64"]
+        verdict = await kvm.probe(self._config.data, version)
+        self._log.info("kvm tested", verdict=verdict)
+        self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=verdict)
+        self._fleet.fingerprint_changed(self._fingerprint)
+
+
+class _Library:
+    """The sidecar library, as `agent.envoys` wants it."""
+
+    def __init__(self, sidecars: Sidecars, node: NodeId) -> None:
+        self._sidecars = sidecars
+        self._node = node
+
+    async def add(self, assignment: Assignment, *, uid: int, local_address: str) -> Files:
+        return await self._sidecars.add(sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address))
+
+    async def ready(self, alloc: AllocId, deadline_s: float) -> None:
+        await self._sidecars.ready(alloc, deadline_s)
+
+    async def drain(self, alloc: AllocId) -> None:
+        await self._sidecars.drain(alloc)
+
+    async def inbound_active(self, alloc: AllocId) -> int:
+        return sum(pair.connections_active for pair in (await self._sidecars.stats(alloc)).inbound)
+
+    async def remove(self, alloc: AllocId) -> None:
+        await self._sidecars.remove(alloc)
+
+
+def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_address: str) -> SidecarSpec:
+    """What the sidecar of `assignment` fronts and calls."""
+    ports = inner_ports(assignment.group.network)
+    return SidecarSpec(
+        alloc=assignment.alloc,
+        node=node,
+        uid=uid,
+        local_address=local_address,
+        services=tuple(
+            SidecarService(
+                service=service.name,
+                public_port=PUBLIC_PORT + index,
+                workload_port=ports[service.port] if service.port is not None else None,
+                protocol=service.protocol,
+                upstreams=tuple(
+                    SidecarUpstream(service=upstream.service, local_port=upstream.port)
+                    for upstream in service.upstreams
+                ),
+            )
+            for index, service in enumerate(assignment.group.services)
+        ),
+    )
