@@ -21,6 +21,7 @@ _COMMON: Config = {
 }
 _HTTP: Config = {
     "method": "%REQ(:METHOD)%",
+    "protocol": "%PROTOCOL%",
     "path": "%PATH(NQ:PATH):256%",
     "authority": "%REQ(:AUTHORITY):128%",
     "code": "%RESPONSE_CODE%",

@@ -97,6 +97,8 @@ def _listener(listener: InboundListener | OutboundListener, chain: Config, direc
         "address": {"socket_address": {"address": listener.address, "port_value": listener.port}},
         "filter_chains": [chain],
         "traffic_direction": direction,
+        # A drained sidecar's workload still calls out until it ends.
+        "drain_type": "DEFAULT" if direction == "INBOUND" else "MODIFY_ONLY",
         "enable_reuse_port": False,
         "stat_prefix": listener.name,
     }

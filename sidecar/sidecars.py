@@ -165,13 +165,18 @@ class Sidecars:
         return self._by_token.get(_digest(token))
 
     def _unsettled(self) -> tuple[AllocId, ...]:
-        return tuple(alloc for alloc, sidecar in self._sidecars.items() if sidecar.stream and not sidecar.settled())
+        # One that has nothing yet, or no Envoy, sends traffic nowhere.
+        connected = (each for each in self._sidecars.values() if each.complete and each.stream is not None)
+        return tuple(each.alloc for each in connected if not each.settled())
 
     def _observe_refusal(self, alloc: AllocId, source_spiffe: str, policy: str) -> None:
+        sidecar = self._sidecars.get(alloc)
+        if sidecar is None:
+            return  # removed since; its Envoy's last words
         rule, intention_id = refused_by(policy)
         refusal = ObservedRefusal(
             at_s=self._now_s(),
-            node=self._sidecars[alloc].spec.node,
+            node=sidecar.spec.node,
             alloc=alloc,
             source_spiffe=source_spiffe,
             rule=rule,

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 import aiohttp
+import grpc
 import pytest
 from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from outrider.ids import AllocId
 from outrider.model.job import Protocol
@@ -66,12 +68,10 @@ async def echo() -> AsyncIterator[Echo]:
     await runner.cleanup()
 
 
-async def _shop(mesh: Mesh, *ports: int) -> str:
+async def _shop(mesh: Mesh, *ports: int, protocol: Protocol = Protocol.HTTP) -> str:
     """web and thief -> api, as many as `ports`; ready. Returns the address at which web's workload calls api."""
-    apis = [
-        mesh.spec(alloc, served("api", port, Protocol.HTTP)) for alloc, port in zip((API, API_2), ports, strict=False)
-    ]
-    service = mesh.service("api", Protocol.HTTP, *(endpoint(api) for api in apis))
+    apis = [mesh.spec(alloc, served("api", port, protocol)) for alloc, port in zip((API, API_2), ports, strict=False)]
+    service = mesh.service("api", protocol, *(endpoint(api) for api in apis))
     mesh.intend("api", ("web", Action.ALLOW), ("*", Action.DENY))
     mesh.publish()
     mesh.thief_port = free_port()
@@ -93,6 +93,7 @@ async def test_both_access_logs_name_the_certificate_that_the_peer_proved(mesh: 
     assert (inbound["caller"], inbound["identity"], inbound["path"]) == (caller, api, "/cart")
     assert (outbound["callee"], outbound["identity"], outbound["code"]) == (api, caller, 200)
     assert inbound["request"] == outbound["request"]
+    assert (outbound["protocol"], inbound["protocol"]) == ("HTTP/1.1", "HTTP/2")
     stats = (await mesh.sidecars.stats(WEB)).outbound[0]
     assert (stats.source, stats.destination, stats.requests, stats.latency_count) == ("web", "api", (("2xx", 1),), 1)
     assert stats.bytes_sent > 0
@@ -128,6 +129,83 @@ async def test_a_503_of_the_workload_itself_is_not_retried_whatever_its_headers_
         echo.requests = 0
         assert (await get(url + "/?status=503", method=method))[0] == 503
         assert echo.requests == 1, method
+
+
+async def test_a_request_that_may_have_reached_the_workload_is_tried_again_only_where_that_is_safe(mesh: Mesh) -> None:
+    seen: Counter[str] = Counter()
+
+    async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen[(await reader.readuntil(b"\r\n\r\n")).split()[0].decode()] += 1
+        writer.close()
+
+    server = await asyncio.start_server(break_off, "127.0.0.1", 0)
+    url = await _shop(mesh, server.sockets[0].getsockname()[1])
+    for method in ("GET", "POST"):
+        status, text = await get(url, method=method)
+        assert (status, text) == (503, "outrider: the workload of service api broke off the request\n")
+    assert seen["POST"] == 1
+    assert seen["GET"] > 1
+    server.close()
+
+
+async def test_a_drained_sidecar_costs_no_failed_request(mesh: Mesh, echo: Echo) -> None:
+    url = await _shop(mesh, echo.port, echo.port)
+    answers: Counter[int] = Counter()
+    drained = asyncio.Event()
+
+    async def load(session: aiohttp.ClientSession) -> None:
+        while not drained.is_set():
+            async with session.get(url) as response:
+                answers[response.status] += 1
+
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as tasks:
+        for serial in range(4):
+            tasks.create_task(load(session), name=f"load-{serial}")
+        await until(lambda: answers.total() > 100)
+        await mesh.sidecars.drain(API)
+        drained_from = len(mesh.log(API_2))
+        await until(lambda: len(mesh.log(API_2)) > drained_from + 100)
+        await mesh.stop_envoy(API)
+        goal = answers.total() + 200
+        await until(lambda: answers.total() > goal)
+        drained.set()
+    assert set(answers) == {200}
+
+
+async def test_a_web_socket_passes_both_sidecars(mesh: Mesh) -> None:
+    async def chat(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for message in socket:
+            await socket.send_str(f"heard {message.data}")
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/", chat)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = await _shop(mesh, runner.addresses[0][1])
+    async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+        await socket.send_str("hello")
+        assert await socket.receive_str(timeout=5) == "heard hello"
+    await runner.cleanup()
+
+
+async def test_a_grpc_call_passes_both_sidecars_and_is_refused_as_one(mesh: Mesh) -> None:
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    url = await _shop(mesh, port, protocol=Protocol.GRPC)
+    async with grpc.aio.insecure_channel(url.removeprefix("http://")) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{mesh.thief_port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="svc/thief may not call service api") as refused:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    await server.stop(0)
 
 
 async def test_a_workload_killed_under_load_costs_no_failed_request(mesh: Mesh) -> None:
