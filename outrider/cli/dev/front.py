@@ -42,9 +42,7 @@ def start(name: str, node_count: int, *, detach: bool) -> None:
     try:
         _wait_ready(layout, supervisor)
     except BaseException:
-        _stop_supervisor(layout, supervisor.pid)
-        supervisor.wait()
-        removal.remove(layout)
+        _give_up(layout, supervisor)
         raise
     output.say(f"fleet {name} is ready: {node_count} nodes in {time.monotonic() - began_s:.1f} s")
     _tell_next(layout, detach=detach)
@@ -141,6 +139,15 @@ def _wait_ready(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
     raise HostError(f"fleet {layout.name}", step=f"wait until all {waited}\n{_last_words(layout)}")
 
 
+def _give_up(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
+    # A second Ctrl-C must not leave half a fleet behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    output.say("removing the fleet")
+    _stop_supervisor(layout, supervisor.pid)
+    supervisor.wait()
+    removal.remove(layout)
+
+
 def _tell_next(layout: Layout, *, detach: bool) -> None:
     lines = [
         "  outrider node ls                          its nodes",
@@ -160,11 +167,8 @@ def _attend(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
     try:
         supervisor.wait()
     except Interrupt:
-        output.say("removing the fleet")
-        _stop_supervisor(layout, supervisor.pid)
+        _give_up(layout, supervisor)
         raise
-    finally:
-        supervisor.wait()
     if find(layout.name) is not None:
         words = _last_words(layout)
         removal.remove(layout)

@@ -16,7 +16,6 @@ from outrider import log
 from outrider.cli.dev import namespaces, programs, removal
 from outrider.cli.dev.layout import CONTROL_ADDRESS, PROMETHEUS_PORT, Layout, find
 from outrider.errors import HostError, OutriderError
-from outrider.ids import NodeId
 from outrider.log import Log
 
 _POLL_S = 0.05
@@ -55,7 +54,7 @@ async def _run_all(layout: Layout) -> None:
             group.create_task(_keep(layout, "mosquitto", control, command), name="mosquitto")
         for node in layout.nodes:
             command = _python("agent", programs.write_agent(layout, node))
-            group.create_task(_keep(layout, node, layout.namespace(node), command, node), name=node)
+            group.create_task(_keep(layout, node, layout.namespace(node), command, layout.lost(node)), name=node)
         if shutil.which("prometheus"):
             command = _prometheus(layout, programs.write_prometheus(layout))
             group.create_task(_keep(layout, "prometheus", control, command), name="prometheus")
@@ -72,8 +71,8 @@ async def _controller_is_up(layout: Layout) -> None:
         raise HostError("controller", step=f"start within {_CONTROLLER_TIMEOUT_S:g} s", hint="see its log") from error
 
 
-async def _keep(layout: Layout, name: str, namespace: Path, command: Sequence[str], node: NodeId | None = None) -> None:
-    """Starts a program, and again when it ends, unless `dev kill` holds its node down."""
+async def _keep(layout: Layout, name: str, namespace: Path, command: Sequence[str], held: Path | None = None) -> None:
+    """Starts a program, and again when it ends, but not while `held` exists: `dev kill` keeps its node down."""
     # The program dies with its supervisor: there is nobody left to stop it.
     words = [*namespaces.inside(namespace), "setpriv", "--pdeathsig", "KILL", "--", *command]
     while True:
@@ -87,9 +86,8 @@ async def _keep(layout: Layout, name: str, namespace: Path, command: Sequence[st
             await _end(process)
         _log.warning("program ended, starting it again", program=name, exit_code=code)
         await asyncio.sleep(_RESTART_DELAY_S)
-        if node is not None:
-            lost = layout.lost(node)
-            await _until(lambda: not lost.exists())
+        if held is not None:
+            await _until(lambda: not held.exists())
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -1,0 +1,1 @@
+"""A small shop: web calls api, api counts in Redis. `python -m examples.shop` shows it at work."""
