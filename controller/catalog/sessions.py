@@ -23,7 +23,6 @@ class SessionRequest(msgspec.Struct, frozen=True, kw_only=True, rename="pascal")
     ttl: str = msgspec.field(default="", name="TTL")
     lock_delay: str | int | float = "15s"
     behavior: str = ""
-    checks: tuple[str, ...] | None = None
     node_checks: tuple[str, ...] | None = None
 
 
@@ -37,8 +36,7 @@ def create(store: Store, wanted: SessionRequest, *, session: str, own_node: str)
     node = wanted.node or own_node
     if node not in store.nodes:
         raise RefusedError("conflict", "Missing node registration")
-    checks = wanted.node_checks if wanted.node_checks is not None else wanted.checks
-    checks = ("serfHealth",) if checks is None else checks
+    checks = ("serfHealth",) if wanted.node_checks is None else wanted.node_checks
     for check in checks:
         found = store.checks_of(node).get(check)
         if found is None:
