@@ -29,6 +29,11 @@ _INTERRUPTED_FLAGS = ["UC", "UR", "LR", "URX", "UPE"]
 _IDEMPOTENT = "GET|HEAD|OPTIONS|PUT|DELETE|TRACE"
 
 
+# On public listeners, and so on what they accept: callers on a host that died must not hold connections for ever.
+# (level, name, value) of SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT.
+_ACCEPTED = ((1, 9, 1), (6, 4, 5), (6, 5, 1), (6, 6, 3), (6, 18, 10_000))
+
+
 def inbound_listener(listener: InboundListener) -> Config:
     http = is_http(listener.protocol)
     tls: Config = {
@@ -47,7 +52,10 @@ def inbound_listener(listener: InboundListener) -> Config:
         "transport_socket": {"name": "tls", "typed_config": tls},
         "filters": _inbound_http(listener) if http else _inbound_tcp(listener),
     }
-    return _listener(listener, chain, "INBOUND")
+    options = [
+        {"level": level, "name": name, "int_value": value, "state": "STATE_PREBIND"} for level, name, value in _ACCEPTED
+    ]
+    return {**_listener(listener, chain, "INBOUND"), "socket_options": options}
 
 
 def outbound_listener(listener: OutboundListener) -> Config:

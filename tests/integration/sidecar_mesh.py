@@ -112,6 +112,10 @@ class Mesh:
         files = await self.sidecars.add(spec)
         for service in spec.services:
             self.sidecars.set_leaf(self.authority.leaf(service.service))
+        await self.run_envoy(spec, files)
+        return files
+
+    async def run_envoy(self, spec: SidecarSpec, files: SidecarFiles) -> None:
         with self.log_file(spec.alloc).open("ab") as log:
             self.envoys[spec.alloc] = await asyncio.create_subprocess_exec(
                 *("unshare", "--mount", "--propagation", "private", "sh", "-ec", _ENTER, "sh"),
@@ -119,7 +123,6 @@ class Mesh:
                 stdout=log,
                 stderr=log,
             )
-        return files
 
     async def start(self, *specs: SidecarSpec) -> None:
         for spec in specs:

@@ -157,3 +157,16 @@ async def test_a_removed_sidecar_leaves_nothing_behind(mesh: Mesh, echo_port: in
     await mesh.sidecars.remove(DB)
     names = {path.name for kind in ("sidecars", "state") for path in (mesh.directory / "run" / kind).iterdir()}
     assert names == {WEB, f"{WEB}.json"}
+
+
+async def test_an_envoy_that_died_starts_again_with_the_same_identity(mesh: Mesh, echo_port: int) -> None:
+    db = mesh.spec(DB, served("db", echo_port))
+    mesh.service("db", Protocol.TCP, endpoint(db))
+    mesh.publish()
+    files = await mesh.launch(db)
+    await mesh.sidecars.ready(DB, 10)
+    sent = mesh.sidecars.resources_sent
+    await mesh.stop_envoy(DB)
+    await mesh.run_envoy(db, files)
+    await until(lambda: mesh.sidecars.resources_sent == 2 * sent)
+    await mesh.sidecars.ready(DB, 10)

@@ -1,6 +1,7 @@
 """HTTP between real Envoys: identities, refusals that name their intention, retries, what callers are told."""
 
 import asyncio
+import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -169,6 +170,29 @@ async def test_a_drained_sidecar_costs_no_failed_request(mesh: Mesh, echo: Echo)
         goal = answers.total() + 200
         await until(lambda: answers.total() > goal)
         drained.set()
+    assert set(answers) == {200}
+
+
+async def test_a_sidecar_that_freezes_costs_time_and_no_failed_request(mesh: Mesh, echo: Echo) -> None:
+    """As when its host stops: nothing answers, nothing is refused. Keepalive tells within three seconds."""
+    url = await _shop(mesh, echo.port, echo.port)
+    answers: Counter[int] = Counter()
+    done = asyncio.Event()
+
+    async def load(session: aiohttp.ClientSession) -> None:
+        while not done.is_set():
+            async with session.get(url) as response:
+                answers[response.status] += 1
+
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as tasks:
+        for serial in range(4):
+            tasks.create_task(load(session), name=f"load-{serial}")
+        await until(lambda: answers.total() > 100)
+        mesh.envoys[API].send_signal(signal.SIGSTOP)
+        await until(lambda: [line for line in mesh.log(WEB) if line["attempts"] > 1])
+        goal = answers.total() + 200
+        await until(lambda: answers.total() > goal)
+        done.set()
     assert set(answers) == {200}
 
 
