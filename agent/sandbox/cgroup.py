@@ -6,6 +6,7 @@ hosts one tree for all. Never touches a mount, nor a group that is not below the
 
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ class Cgroups:
         for tree in self._trees():
             directory = tree / path
             if directory.is_dir():
-                names.update(entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+                names.update(child.name for child in directory.iterdir() if child.is_dir())
         return frozenset(names)
 
     def remove(self, path: str) -> None:
@@ -80,14 +81,17 @@ class Cgroups:
             directory = tree / path
             if directory.is_dir():
                 _remove_tree(directory)
+        if self.version is Version.V1:
+            # crun keeps files there for each sandbox, although no v2 tree is mounted (agent/hybrid.py): plain ones.
+            shutil.rmtree(self._root / "unified" / path, ignore_errors=True)
 
     def _trees(self) -> Iterator[Path]:
         if self._v2:
             yield self._root
             return
-        for entry in os.scandir(self._root):
-            if entry.is_dir(follow_symlinks=False) and entry.name != "unified":
-                yield Path(entry.path)
+        for tree in self._root.iterdir():
+            if tree.is_dir() and not tree.is_symlink() and tree.name != "unified":
+                yield tree
 
     def _text(self, controller: str, path: str, file: str) -> str:
         try:
@@ -128,8 +132,8 @@ def _working_set(usage: str, stat: str, inactive: str) -> int:
 
 
 def _remove_tree(directory: Path) -> None:
-    for entry in [entry for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]:
-        _remove_tree(Path(entry.path))
+    for child in [child for child in directory.iterdir() if child.is_dir()]:
+        _remove_tree(child)
     deadline_s = time.monotonic() + _REMOVE_S_MAX
     while True:
         try:

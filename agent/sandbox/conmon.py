@@ -1,7 +1,7 @@
 """Speaks with conmon, the monitor beside each sandbox: it runs crun, captures output, keeps the exit status, and
 outlives the agent.
 
-Owns the layout of a sandbox's own directory: `bundle/`, `log`, `log.1`, `exit/ID`.
+Owns the layout of a sandbox's own directory: `bundle/`, `log`, `log.held`, `log.1` (see `rotation`), `exit/ID`.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from outrider.errors import HostError
 
 _SYNC_BYTES_MAX = 65_536
 _SYNC_DESCRIPTOR = 3
-_REOPEN_LOG = b"2 0 0\n"
 
 
 class Directory:
@@ -28,9 +27,9 @@ class Directory:
         self.path = Path(path)
         self.bundle = self.path / "bundle"
         self.log = self.path / "log"
+        self.log_held = self.path / "log.held"  # the same file as `log`, or the one before it
         self.log_older = self.path / "log.1"
         self.exits = self.path / "exit"
-        self.control = self.bundle / "ctl"
 
 
 class _Sync(msgspec.Struct):
@@ -92,10 +91,10 @@ def find(directory: Directory) -> list[int]:
     """The pids of monitors and of crun's calls for this bundle: for a start of which nothing was recorded."""
     bundle = os.fsencode(directory.bundle)
     pids = []
-    for entry in os.scandir("/proc"):
+    for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(FileNotFoundError, ProcessLookupError):
-                if bundle in Path(entry.path, "cmdline").read_bytes().split(b"\0"):
+                if bundle in (entry / "cmdline").read_bytes().split(b"\0"):
                     pids.append(int(entry.name))
     return pids
 
@@ -108,19 +107,11 @@ def exit_code(sandbox: str, directory: Directory) -> tuple[int, float] | None:
     return None
 
 
-def reopen_log(directory: Directory) -> bool:
-    """Have conmon open its log anew; False where no conmon listens any more."""
+def inode(path: Path) -> int | None:
     try:
-        descriptor = os.open(directory.control, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:  # ENXIO: nobody reads; ENOENT: the bundle is gone
-        return False
-    try:
-        os.write(descriptor, _REOPEN_LOG)
-    except BlockingIOError:
-        return False  # its queue of requests is full: the next turn tries again
-    finally:
-        os.close(descriptor)
-    return True
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 async def _read_line(descriptor: int) -> bytes:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-from agent.sandbox.conmon import Directory
+from agent.sandbox.conmon import Directory, inode
 from outrider.model.job import Value
 
 _BLOCK_BYTES = 65_536
@@ -94,7 +94,7 @@ class _Files:
         """To (inode, offset), as `_start_of_last` has it: the file may have been turned since."""
         if position is None:
             return
-        for path in (self._where.log, self._where.log_older):
+        for path in _in_order(self._where):
             self._open(path)
             if self._descriptor is not None and os.fstat(self._descriptor).st_ino == position[0]:
                 os.lseek(self._descriptor, position[1], os.SEEK_SET)
@@ -104,9 +104,8 @@ class _Files:
     def available(self) -> Iterator[LogPiece]:
         """What the file at hand has beyond what was read."""
         if self._descriptor is None:
-            self._open(self._where.log_older)
-        if self._descriptor is None:
-            self._open(self._where.log)
+            for path in _in_order(self._where)[:1]:
+                self._open(path)
         if self._descriptor is None:
             return
         while block := os.read(self._descriptor, _BLOCK_BYTES):
@@ -124,13 +123,16 @@ class _Files:
         if self._descriptor is None:
             return False
         own = os.fstat(self._descriptor).st_ino
-        if _inode(self._where.log) in (own, None):
+        if inode(self._where.log) in (own, None):
             return False
         if not self._last:
             self._last = True  # it may have been written to between our last read and its turn
             return True
-        older = _inode(self._where.log_older)
-        self._open(self._where.log if older in (own, None) else self._where.log_older)
+        files = _in_order(self._where)
+        inodes = [inode(path) for path in files]
+        # Turned away altogether while we read it: go on with the oldest there is.
+        following = inodes.index(own) + 1 if own in inodes else 0
+        self._open(files[following])
         return True
 
     def close(self) -> None:
@@ -147,6 +149,12 @@ class _Files:
             self._descriptor = None
 
 
+def _in_order(where: Directory) -> list[Path]:
+    """The log's files that there are, the oldest first, each once."""
+    paths = {inode(path): path for path in (where.log_older, where.log_held, where.log)}
+    return [path for number, path in paths.items() if number is not None]
+
+
 def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[int, int] | None:
     """Where the last `count` lines begin: (inode, offset). None: at the very beginning."""
     starts: deque[tuple[int, int]] = deque(maxlen=count)
@@ -154,29 +162,22 @@ def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[in
     seen = 0
     end: tuple[int, int] | None = None
     complete = True
-    for path in (where.log_older, where.log):
+    for path in _in_order(where):
         try:
             file = path.open("rb")
         except FileNotFoundError:
             continue
         with file:
-            offset, inode = 0, os.fstat(file.fileno()).st_ino
+            offset, number = 0, os.fstat(file.fileno()).st_ino
             for line in file:
                 fields = line.split(b" ", 3)  # as `parse` has it, at a third of the cost: this reads all there is
                 if len(fields) == 4 and wanted in (b"", fields[1]):
                     if complete:
-                        starts.append((inode, offset))
+                        starts.append((number, offset))
                         seen += 1
                     complete = fields[2] == b"F"
                 offset += len(line)
-            end = (inode, offset)
+            end = (number, offset)
     if count == 0:
         return end
     return starts[0] if seen > count else None
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None

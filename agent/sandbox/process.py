@@ -18,6 +18,7 @@ from outrider.model.job import Value
 
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 _OUTPUT_BYTES_MAX = 65_536
+_POLL_S = 0.001
 _STARTED_TICKS_FIELD = 19  # of /proc/PID/stat, counted after the closing parenthesis of the command's name
 
 
@@ -96,11 +97,20 @@ async def ended(pid: int, started_ticks: int | None = None) -> int | None:
 
 def started_ticks_of(pid: int) -> int:
     """When process `pid` was started, in clock ticks since the boot; 0 where there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(text.rpartition(")")[2].split()[_STARTED_TICKS_FIELD])
+    fields = _stat(pid)
+    return int(fields[_STARTED_TICKS_FIELD]) if fields else 0
+
+
+def is_running(pid: int, started_ticks: int) -> bool:
+    """Whether process `pid` is still that one, and neither dead nor waiting for its parent to take note."""
+    fields = _stat(pid)
+    return bool(fields) and int(fields[_STARTED_TICKS_FIELD]) == started_ticks and fields[0] not in ("Z", "X")
+
+
+async def expecting(pid: int, started_ticks: int, number: int) -> None:
+    """Return once process `pid` handles that signal, or has it blocked until it does, or is gone."""
+    while is_running(pid, started_ticks) and not _expects(pid, number):  # noqa: ASYNC110 - the kernel tells of no such change
+        await asyncio.sleep(_POLL_S)
 
 
 def send_signal(pid: int, started_ticks: int, number: int) -> bool:
@@ -118,6 +128,23 @@ def send_signal(pid: int, started_ticks: int, number: int) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def _expects(pid: int, number: int) -> bool:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk:", "SigCgt:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text.rpartition(")")[2].split()
 
 
 def _reaped(pid: int) -> int | None:

@@ -1,80 +1,93 @@
-"""Keeps the logs of running sandboxes within their bounds, however fast a workload writes.
+"""Keeps what a sandbox wrote within its bound, however fast it writes and whether or not this agent is there.
 
-A log is two files: `log`, which conmon writes, and `log.1`, the one before. `log` is turned at a sixth of the bound;
-should this agent be too slow for that, or away, conmon itself starts `log` afresh once it has written a third (it does
-not count what an earlier run left there). So neither passes a half. Owns an inotify descriptor: logs at rest cost
-nothing. One task, `run`; no queue.
+conmon itself begins `log` anew each time it has written a quarter of the bound (`conmon_bytes`), and so forgets the
+file before. This module holds that file by a second name, `log.held`, and once there is a newer one makes it `log.1`.
+Nothing is lost in between unless a workload fills two quarters before the loop comes round; all files together never
+pass the bound. Owns an inotify descriptor that wakes it at a turn: logs that do not turn cost nothing. One task, `run`;
+no queue.
 """
 
-import asyncio
 import ctypes
 import os
 import struct
-from contextlib import suppress
 
 from agent.sandbox import conmon
 from agent.sandbox.descriptors import readable
+from outrider.errors import HostError
 
-_IN_MODIFY = 0x2
+_IN_MOVED_TO = 0x80  # conmon opens `log.tmp` and renames it to `log`
 _EVENT = struct.Struct("iIII")
 _EVENTS_BYTES = 65_536
-_PAUSE_S = 0.01  # between two looks at logs that grow: to miss 10 MiB's share takes 350 MB/s
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def conmon_bytes(log_bytes_max: int) -> int:
-    """The size at which conmon itself gives up `log` and starts it afresh."""
-    return log_bytes_max // 3
+    """How much conmon writes before it begins `log` anew."""
+    return log_bytes_max // 4
 
 
 class Rotation:
     def __init__(self) -> None:
         self._descriptor = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        assert self._descriptor >= 0, "a descriptor for inotify"
+        if self._descriptor < 0:
+            raise HostError("inotify", step=os.strerror(ctypes.get_errno()), hint="raise fs.inotify.max_user_instances")
         self._watches: dict[str, int] = {}
-        self._logs: dict[int, tuple[conmon.Directory, int]] = {}
+        self._directories: dict[int, conmon.Directory] = {}
 
-    def add(self, sandbox: str, directory: conmon.Directory, log_bytes_max: int) -> None:
-        watch = _libc.inotify_add_watch(self._descriptor, os.fsencode(directory.path), _IN_MODIFY)
-        if watch >= 0:  # else the sandbox's directory is gone, and its log with it
-            self._watches[sandbox] = watch
-            self._logs[watch] = directory, log_bytes_max
+    def add(self, sandbox: str, directory: conmon.Directory) -> None:
+        """To be called before conmon writes there, or for a sandbox that was found running."""
+        watch = _libc.inotify_add_watch(self._descriptor, os.fsencode(directory.path), _IN_MOVED_TO)
+        if watch < 0:
+            raise HostError(
+                str(directory.path),
+                step=f"watch: {os.strerror(ctypes.get_errno())}",
+                hint="raise fs.inotify.max_user_watches",
+            )
+        self._watches[sandbox] = watch
+        self._directories[watch] = directory
+        hold(directory)
 
     def remove(self, sandbox: str) -> None:
         watch = self._watches.pop(sandbox, None)
         if watch is not None:
             _libc.inotify_rm_watch(self._descriptor, watch)
-            del self._logs[watch]
+            del self._directories[watch]
 
     async def run(self) -> None:
-        """For ever: turn each log that has grown past its share."""
-        for watch in tuple(self._logs):
-            turn_if_due(*self._logs[watch])
+        """For ever: hold each new log file."""
         while True:
             await readable(self._descriptor)
-            for watch in self._modified():
-                turn_if_due(*self._logs[watch])
-            await asyncio.sleep(_PAUSE_S)
+            for watch in self._turned():
+                hold(self._directories[watch])
 
-    def _modified(self) -> set[int]:
+    def _turned(self) -> set[int]:
         events = os.read(self._descriptor, _EVENTS_BYTES)
         watches: set[int] = set()
         position = 0
         while position < len(events):
             watch, mask, _, name_bytes = _EVENT.unpack_from(events, position)
             position += _EVENT.size + name_bytes
-            if watch == -1:  # the kernel's queue ran over: any of them may have grown
-                return set(self._logs)
-            if mask & _IN_MODIFY:
+            if watch == -1:  # the kernel's queue ran over: any of them may have turned
+                return set(self._directories)
+            if mask & _IN_MOVED_TO:
                 watches.add(watch)
-        return watches & self._logs.keys()
+        return watches & self._directories.keys()
 
 
-def turn_if_due(directory: conmon.Directory, log_bytes_max: int) -> None:
-    """Set `log` aside as `log.1` once it has its share of the bound, and have conmon go on with a new one."""
-    with suppress(FileNotFoundError):  # turned a moment ago, and conmon has not opened the new one yet
-        if directory.log.stat().st_size >= log_bytes_max // 6:
-            # conmon writes on to the renamed file until it reopens: no line is lost in between.
-            directory.log.replace(directory.log_older)
-            conmon.reopen_log(directory)
+def hold(directory: conmon.Directory) -> None:
+    """Give the file that conmon writes a second name, and the one that had it before the name of the older log."""
+    newest = conmon.inode(directory.log)
+    if newest is None or newest == conmon.inode(directory.log_held):
+        return
+    if directory.log_held.exists():
+        directory.log_held.replace(directory.log_older)
+    os.link(directory.log, directory.log_held)
+
+
+def set_aside(directory: conmon.Directory, log_bytes_max: int) -> None:
+    """Before a start: conmon appends to what an earlier run left, and does not count it."""
+    hold(directory)
+    if directory.log.exists() and directory.log.stat().st_size > conmon_bytes(log_bytes_max) // 2:
+        directory.log.unlink()
+        directory.log_held.replace(directory.log_older)

@@ -21,7 +21,7 @@ from agent.sandbox import conmon, executable, execution, oci, process, rootfs, s
 from agent.sandbox.cgroup import Cgroups
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.records import Records
-from agent.sandbox.rotation import Rotation, conmon_bytes, turn_if_due
+from agent.sandbox.rotation import Rotation, conmon_bytes, set_aside
 from agent.sandbox.spec import (
     DirectoryRoot,
     Exit,
@@ -37,6 +37,7 @@ from outrider.log import Log
 
 _CRUN_S_MAX = 10.0
 _MONITOR_S_MAX = 2.0
+_READY_S_MAX = 1.0
 _CREATE_S_MAX = 30.0  # a host under load; a start takes some 15 ms
 _KILLED = 128 + signal.SIGKILL
 
@@ -53,7 +54,7 @@ class SandboxRuntime:
         self._rotation = Rotation()
         for record in self._records.all():
             if record.pid:
-                self._rotation.add(record.id, conmon.Directory(record.directory), record.log_bytes_max)
+                self._rotation.add(record.id, conmon.Directory(record.directory))
         # Absolute: conmon changes its working directory.
         # Named by its content: another version's profile is compiled anew.
         digest = hashlib.sha256(msgspec.json.encode(seccomp.profile())).hexdigest()
@@ -74,7 +75,6 @@ class SandboxRuntime:
             user=spec.user,
             env=spec.env,
             cwd=spec.cwd,
-            log_bytes_max=spec.log_bytes_max,
         )
         self._records.write(record)
         try:
@@ -85,13 +85,12 @@ class SandboxRuntime:
             self._log.warning("sandbox_not_started", sandbox=spec.id, reason=error)
             raise
         self._records.write(record)
-        self._rotation.add(spec.id, directory, spec.log_bytes_max)
         return _status(record, running=True)
 
     def _prepare(self, spec: SandboxSpec, directory: conmon.Directory) -> None:
         directory.exits.mkdir(parents=True, exist_ok=True)
         (directory.exits / spec.id).unlink(missing_ok=True)
-        turn_if_due(directory, spec.log_bytes_max)
+        set_aside(directory, spec.log_bytes_max)
         rootfs.remove(directory.bundle)
         rootfs.prepare(spec, directory.bundle)
         config = oci.config(
@@ -108,6 +107,7 @@ class SandboxRuntime:
         record = msgspec.structs.replace(record, conmon_pid=starting.pid, conmon_started_ticks=ticks)
         self._records.write(record)
         pid = await starting.created(timeout_s=_CREATE_S_MAX)
+        self._rotation.add(spec.id, directory)
         self._keep_seccomp_filter(spec.id)
         if not executable.find(pid, spec.argv[0], spec.env.get("PATH", ""), spec.cwd):
             raise StartError(_not_found(spec))
@@ -142,6 +142,11 @@ class SandboxRuntime:
     async def signal(self, sandbox: str, number: int) -> None:
         """Send a signal to the workload; SIGKILL ends all of the sandbox. One that has ended is left in peace."""
         record = self._known(sandbox)
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            # The kernel drops what a namespace's first process does not expect, and it may only just have been started.
+            with suppress(TimeoutError):
+                async with timeout(_READY_S_MAX):
+                    await process.expecting(record.pid, record.started_ticks, number)
         process.send_signal(record.pid, record.started_ticks, number)
 
     async def delete(self, sandbox: str) -> None:
@@ -197,7 +202,7 @@ class SandboxRuntime:
         Raises StartError where the sandbox has no such program, HostError where it does not run.
         """
         record = self._known(sandbox)
-        if process.started_ticks_of(record.pid) != record.started_ticks:
+        if not process.is_running(record.pid, record.started_ticks):
             raise HostError(sandbox, step="it has ended: nothing can be started in it")
         if not executable.find(record.pid, argv[0], record.env.get("PATH", ""), record.cwd):
             raise StartError(f"command {argv[0]!r} is not an executable file in {sandbox}")
@@ -215,7 +220,7 @@ class SandboxRuntime:
     async def list(self) -> tuple[SandboxStatus, ...]:
         """All sandboxes of this node that were started: those that run, and those that ended and were not deleted."""
         return tuple(
-            _status(record, running=process.started_ticks_of(record.pid) == record.started_ticks)
+            _status(record, running=process.is_running(record.pid, record.started_ticks))
             for record in self._records.all()
             if record.pid
         )

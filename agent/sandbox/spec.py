@@ -99,7 +99,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     user: int
     env: Mapping[str, str]
     cwd: str
-    log_bytes_max: int
+
     pid: int = 0  # 0: its start was never completed
     started_ticks: int = 0
     conmon_pid: int = 0

@@ -1,5 +1,6 @@
 """What the tests of sandboxes share: a host on which crun works, a network namespace, a runtime that cleans up."""
 
+import asyncio
 import ctypes
 import os
 import secrets
@@ -10,6 +11,14 @@ from pathlib import Path
 
 from agent.sandbox import mounts
 from agent.sandbox.cgroup import ROOT, Version, detect
+from agent.sandbox.runtime import SandboxRuntime
+from agent.sandbox.spec import DirectoryRoot, HostRoot, Limits, Mount, SandboxSpec, Tmpfs
+from outrider.log import Log
+from outrider.model.job import MIB
+
+LIMITS = Limits(cpu_millis=100, memory_bytes=64 * MIB, pids_max=64)
+
+PRIVATE = Tmpfs(target="/tmp", size_bytes=MIB)  # noqa: S108 - the target inside
 
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _MS_REC_PRIVATE = 0x4000 | 0x40000
@@ -50,3 +59,53 @@ def network_namespace(directory: Path) -> Iterator[str]:
 def _check(result: int) -> None:
     if result != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+class Sandboxes:
+    """A place for sandboxes: its runtime may be made again, as a restarted agent would."""
+
+    uid_first = (1 << 31) + (secrets.randbelow(1 << 14) << 16)
+
+    def __init__(self, directory: Path, namespace: str) -> None:
+        self.directory = directory
+        self.namespace = namespace
+        self.cgroup = f"outrider-test-{secrets.token_hex(4)}"
+        self._count = 0
+
+    def runtime(self) -> SandboxRuntime:
+        return SandboxRuntime(run_directory=self.directory / "run", cgroup=self.cgroup, log=Log("test"))
+
+    def spec(
+        self,
+        *argv: str,
+        limits: Limits = LIMITS,
+        image: Path | None = None,
+        mounts: tuple[Mount, ...] = (),
+        log_bytes_max: int = 10 * MIB,
+    ) -> SandboxSpec:
+        self._count += 1
+        name = f"alloc.task{self._count}"
+        return SandboxSpec(
+            id=name,
+            argv=argv,
+            env={"PATH": "/usr/bin:/bin"},
+            root=HostRoot() if image is None else DirectoryRoot(path=str(image)),
+            mounts=mounts,
+            tmpfs=(PRIVATE,),
+            network_namespace=self.namespace,
+            uid_first=self.uid_first,
+            limits=limits,
+            directory=str(self.directory / "sandboxes" / name),
+            log_bytes_max=log_bytes_max,
+        )
+
+
+@contextmanager
+def sandboxes(directory: Path) -> Iterator[Sandboxes]:
+    """A place for sandboxes; nothing of it is left on the host, whatever happens."""
+    with private_mounts(), network_namespace(directory) as namespace:
+        place = Sandboxes(directory, namespace)
+        try:
+            yield place
+        finally:
+            asyncio.run(place.runtime().remove_all())
