@@ -126,6 +126,7 @@ class Controller:
         if config.consul is not None:
             consul = ConsulAdapter(config.consul.url, token=token(config.consul), tls=client_tls(config.consul))
             return consul, ConsulIssuer(consul)
+        config.catalog_socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         listen = config.catalog.listen
         self._catalog = Catalog(
             database=config.data / "catalog.db",

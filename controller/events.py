@@ -1,6 +1,6 @@
 """The fleet's events on MQTT, and the nodes' last wills. A broker that is away or slow slows nothing.
 
-Tasks: `mqtt` (connects, again and again), and while connected `mqtt-publish` and `mqtt-receive`.
+Tasks: `mqtt` (connects, again and again, and receives), and while connected `mqtt-publish`.
 Queues: what waits to be published, OUTBOX_MAX; when it is full the oldest is dropped and counted.
 docs/EVENTS.md has topics and schema.
 """
@@ -64,7 +64,9 @@ class Broker:
     async def run(self) -> None:
         """Until cancelled."""
         known_reason = ""
-        while True:
+        task = asyncio.current_task()
+        # Python 3.11's TaskGroup drops a cancellation that comes together with an error: ask for it by hand.
+        while task is not None and not task.cancelling():
             reason = await self._connection()
             self.connected = False
             if reason != known_reason:  # once for each reason, not once for each attempt
@@ -83,7 +85,7 @@ class Broker:
                 self.connected = True
                 self._log.info("broker connected", host=self._config.host, port=self._config.port)
                 group.create_task(self._publish(client), name="mqtt-publish")
-                group.create_task(self._receive(client), name="mqtt-receive")
+                await self._receive(client)
         except* (aiomqtt.MqttError, OSError) as errors:
             reason = "; ".join(str(error) for error in errors.exceptions)
         return reason
