@@ -1,0 +1,106 @@
+"""A process task becomes a sandbox: names filled in, limits and places carried over, the rest refused by name."""
+
+import msgspec
+import pytest
+
+from agent.drivers import process
+from agent.drivers.process import Place, sandbox_spec
+from agent.drivers.task_directory import safe_path
+from agent.sandbox.spec import DirectoryRoot, HostRoot, Mount, StartError
+from outrider.errors import InputError
+from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, TaskName
+from outrider.model.allocation import Assignment
+from outrider.model.job import MIB, Group, Image, ImageKind, Network, Port, Resources, Task
+
+TASK = Task(
+    name=TaskName("server"),
+    command=("python3", "${task.dir}/app.py", "--port=${port.http}", "$${HOME}"),
+    env={"WHO": "${job}/${group}/${task}[${alloc.index}]@${node.id}:${alloc.id}"},
+    resources=Resources(cpu_millis=200, memory_bytes=32 * MIB, cpu_max_millis=500, disk_bytes=8 * MIB, pids_max=9),
+)
+PLACE = Place(
+    node=NodeId("node-1"),
+    uid_first=1 << 26,
+    network_namespace="/run/o/net/a",
+    directory="/data/a/server",
+    task_directory="/data/a/server.task",
+    resolv_conf="/run/o/resolv.conf",
+)
+
+
+def assignment(task: Task = TASK) -> Assignment:
+    network = Network(ports=(Port(name=PortName("http")), Port(name=PortName("my-admin"), to=9000)))
+    group = Group(name=GroupName("web"), tasks=(task,), network=network)
+    return Assignment(alloc=AllocId("00ff00ff00"), job=JobName("shop"), job_version=1, group=group, index=2)
+
+
+def changed(**values: object) -> Task:
+    return msgspec.structs.replace(TASK, **values)
+
+
+def test_names_are_filled_in() -> None:
+    spec = sandbox_spec(assignment(), TASK, PLACE)
+    assert spec.id == "00ff00ff00.server"
+    assert spec.argv == ("python3", "/task/app.py", "--port=8080", "${HOME}")
+    assert spec.env["WHO"] == "shop/web/server[2]@node-1:00ff00ff00"
+
+
+def test_environment_tells_who_and_where() -> None:
+    env = sandbox_spec(assignment(), TASK, PLACE).env
+    assert {name: value for name, value in env.items() if name.startswith(("OUTRIDER_", "PORT_"))} == {
+        "OUTRIDER_ALLOC_ID": "00ff00ff00",
+        "OUTRIDER_ALLOC_INDEX": "2",
+        "OUTRIDER_JOB": "shop",
+        "OUTRIDER_GROUP": "web",
+        "OUTRIDER_TASK": "server",
+        "OUTRIDER_NODE": "node-1",
+        "PORT_HTTP": "8080",
+        "PORT_MY_ADMIN": "9000",
+    }
+    assert env["HOME"] == "/task"
+    assert "/usr/bin" in env["PATH"].split(":")
+    task = changed(env={"PATH": "/opt/bin"})
+    assert sandbox_spec(assignment(task), task, PLACE).env["PATH"] == "/opt/bin"
+
+
+def test_limits_and_places_are_carried_over() -> None:
+    spec = sandbox_spec(assignment(), TASK, PLACE)
+    limits = spec.limits
+    assert (limits.cpu_millis, limits.cpu_max_millis, limits.memory_bytes, limits.pids_max) == (200, 500, 32 * MIB, 9)
+    assert spec.mounts == (
+        Mount(source="/data/a/server.task", target="/task", read_only=False),
+        Mount(source="/run/o/resolv.conf", target="/etc/resolv.conf"),
+    )
+    assert [(tmpfs.target, tmpfs.size_bytes) for tmpfs in spec.tmpfs] == [("/tmp", 8 * MIB)]  # noqa: S108 - inside
+    assert (spec.hostname, spec.uid_first, spec.user, spec.cwd) == ("web-2", 1 << 26, 1000, "/task")
+
+
+@pytest.mark.parametrize("where", ["command", "env"])
+def test_unknown_name_is_told(where: str) -> None:
+    task = changed(command=("x", "${port.htp}")) if where == "command" else changed(env={"A": "${port.htp}"})
+    with pytest.raises(InputError, match=r"job shop, task server, .*\$\{port\.htp\} is unknown; .* port\.http"):
+        sandbox_spec(assignment(task), task, PLACE)
+
+
+def test_no_command_is_told() -> None:
+    with pytest.raises(InputError, match="task server: no command"):
+        sandbox_spec(assignment(changed(command=())), changed(command=()), PLACE)
+
+
+def test_images() -> None:
+    assert sandbox_spec(assignment(), TASK, PLACE).root == HostRoot()
+    task = changed(image=Image(kind=ImageKind.DIR, reference="/images/x"))
+    assert sandbox_spec(assignment(task), task, PLACE).root == DirectoryRoot(path="/images/x")
+    task = changed(image=Image(kind=ImageKind.OCI, reference="redis:7"))
+    with pytest.raises(StartError, match="runs no image oci:redis:7 as a process"):
+        sandbox_spec(assignment(task), task, PLACE)
+
+
+def test_interpolation_is_done_once() -> None:
+    assert process.interpolate("${a}", {"a": "${b}"}, "x") == "${b}"
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", ".", "a\0b"])
+def test_files_stay_inside(path: str) -> None:
+    with pytest.raises(InputError, match="no path inside"):
+        safe_path(path)
