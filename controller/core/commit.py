@@ -41,7 +41,6 @@ _ENDED = {
 _ROLLOUTS = {
     RolloutState.SUCCESSFUL: Kind.ROLLOUT_SUCCESSFUL,
     RolloutState.FAILED: Kind.ROLLOUT_FAILED,
-    RolloutState.STOPPED: Kind.ROLLOUT_STOPPED,
 }
 
 

@@ -28,4 +28,3 @@ class Kind(StrEnum):
     ROLLOUT_STARTED = "rollout.started"
     ROLLOUT_SUCCESSFUL = "rollout.successful"
     ROLLOUT_FAILED = "rollout.failed"
-    ROLLOUT_STOPPED = "rollout.stopped"

@@ -4,6 +4,7 @@ import itertools
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,8 @@ from controller.core.commands import Append, SendAssignments
 from controller.core.policy import Policy
 from controller.core.state import State
 from outrider.ids import JobName
-from outrider.model.allocation import Generation
+from outrider.model.allocation import AllocStatus, Generation
+from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType, UpdatePolicy
 from tests.scenarios.world import World, group, job, node, service
 
@@ -177,9 +179,39 @@ def act(world: CheckedWorld, action: tuple[object, ...]) -> None:  # noqa: C901,
             world.withdraw_acknowledged = acknowledged
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(actions, min_size=4, max_size=30), st.integers(0, 3))
+histories = st.lists(actions, min_size=4, max_size=30)
+slow = [HealthCheck.too_slow]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=slow)
+@given(histories, st.integers(0, 3))
 def test_every_promise_holds_after_every_step(happenings: list[tuple[object, ...]], seed: int) -> None:
+    keep_promises(happenings, seed)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(900)
+@settings(max_examples=5000, deadline=None, suppress_health_check=slow)
+@given(histories, st.integers(0, 1000))
+def test_every_promise_holds_in_many_more_histories(happenings: list[tuple[object, ...]], seed: int) -> None:
+    keep_promises(happenings, seed)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=slow)
+@given(histories, st.integers(0, 3))
+def test_what_is_wanted_runs_once_the_world_is_well_again(happenings: list[tuple[object, ...]], seed: int) -> None:
+    recover(happenings, seed)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(900)
+@settings(max_examples=3000, deadline=None, suppress_health_check=slow)
+@given(histories, st.integers(0, 1000))
+def test_what_is_wanted_runs_after_many_more_histories(happenings: list[tuple[object, ...]], seed: int) -> None:
+    recover(happenings, seed)
+
+
+def keep_promises(happenings: list[tuple[object, ...]], seed: int) -> None:
     world = CheckedWorld(Policy(ended_kept=2, versions_kept=3, plan_placements_max=5), seed)
     world.join(node("n1"), node("n2"))
     for happening in happenings:
@@ -187,9 +219,7 @@ def test_every_promise_holds_after_every_step(happenings: list[tuple[object, ...
         world.check()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(actions, min_size=4, max_size=25), st.integers(0, 3))
-def test_what_is_wanted_runs_once_the_world_is_well_again(happenings: list[tuple[object, ...]], seed: int) -> None:
+def recover(happenings: list[tuple[object, ...]], seed: int) -> None:
     world = CheckedWorld(Policy(replace_delay_max_s=10.0), seed)
     for happening in happenings:
         act(world, happening)
@@ -197,21 +227,32 @@ def test_what_is_wanted_runs_once_the_world_is_well_again(happenings: list[tuple
     world.write()
     for agent in world.agents.values():
         agent.healthy = True
-    big = tuple(node(name, memory_mib=1_000_000, cpu_millis=1_000_000) for name in NODES)
-    world.join(*big)
+    world.join(*(node(name, memory_mib=1_000_000, cpu_millis=1_000_000) for name in NODES))
     world.wait(60)
     for name, entry in world.state.jobs.items():
         status = views.job_status(world.state, name)
         assert status is not None
-        running = [one for one in status.allocations if one.status == "running"]
-        pending = [one for one in status.allocations if one.status == "pending"]
+        running = [one for one in status.allocations if one.status is AllocStatus.RUNNING]
+        pending = [one for one in status.allocations if one.status is AllocStatus.PENDING]
+        wanted = entry.job.groups[0]
+        pinned = any(port.static for port in wanted.network.ports)
         if entry.stopped:
             assert not running
             assert not pending
-        elif entry.job.type is JobType.SERVICE and entry.job.groups[0].network.ports[:1] == ():
-            assert len(running) == entry.job.groups[0].count
+        elif entry.job.type is JobType.SERVICE and not pinned:
+            assert len(running) == wanted.count
+            assert status.rollout is RolloutState.SUCCESSFUL or stuck(world, name)
+        elif entry.job.type is JobType.SYSTEM and not pinned:
+            assert len(running) == len(NODES)
         for one in running:
-            agent = world.agents[one.node]  # type: ignore[index]  # what runs has a node
-            assert one.id in agent.running
+            assert one.node is not None
+            assert one.id in world.agents[one.node].running
     live = {one.id for one in views.allocations(world.state)}
     assert {alloc for agent in world.agents.values() for alloc in agent.running} <= live, "a copy too many runs"
+
+
+def stuck(world: World, name: JobName) -> bool:
+    """A failed rollout touches nothing more: copies of the version before stay until somebody submits again."""
+    entry = world.state.jobs[name]
+    versions = {one.job_version for one in views.allocations(world.state, job=name)}
+    return entry.rollout is RolloutState.FAILED and versions != {entry.latest}
