@@ -103,17 +103,18 @@ class Sidecars:
         )
 
     def set_view(self, view: MeshView) -> None:
-        """The node's whole mesh. Costs little for what did not change. Raises HostError (a state file)."""
+        """The node's mesh, whole: an intention that is not in it is one taken away, and cuts connections.
+
+        Costs little for what did not change. Raises HostError (a state file), with the view in force all the same.
+        """
         self._view = view
-        for sidecar in self._sidecars.values():
-            self._update(sidecar)
+        self._update(*self._sidecars.values())
 
     def set_leaf(self, leaf: Leaf) -> None:
         """A service's certificate, with its key. Open connections stay, new ones use it."""
         assert leaf.key_pem, f"the leaf of {leaf.service} comes without its key"
         self._leaves[leaf.service] = leaf
-        for sidecar in self._sidecars.values():
-            self._update(sidecar)
+        self._update(*self._sidecars.values())
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
         """Returns once Envoy serves; `deadline_s` is a duration. Raises PeerError that names what is missing."""
@@ -157,8 +158,9 @@ class Sidecars:
         """Raises PeerError where its Envoy does not answer."""
         return sidecar_stats(alloc, await self._sidecars[alloc].admin.figures())
 
-    def _update(self, sidecar: "_Sidecar") -> None:
-        if sidecar.update(self._view, self._leaves):
+    def _update(self, *sidecars: "_Sidecar") -> None:
+        changed = [sidecar for sidecar in sidecars if sidecar.update(self._view, self._leaves)]
+        for sidecar in changed:
             self._directories.save(sidecar.alloc, sidecar.state)
 
     def _identify(self, token: str) -> "_Sidecar | None":

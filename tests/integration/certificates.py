@@ -22,8 +22,9 @@ class Authority:
         self._certificate = self._sign(self._name, self._key, [(constraints, True)])
         self.certificate_pem = _pem(self._certificate)
 
-    def leaf(self, service: str) -> Leaf:
-        uri = spiffe_id(self.trust_domain, self.datacenter, ServiceName(service))
+    def leaf(self, service: str, uri: str = "") -> Leaf:
+        """A certificate for `service`; under another name where `uri` says so."""
+        uri = uri or spiffe_id(self.trust_domain, self.datacenter, ServiceName(service))
         key = ec.generate_private_key(ec.SECP256R1())
         usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])

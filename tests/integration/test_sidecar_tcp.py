@@ -56,7 +56,8 @@ class Shop:
         await self.mesh.start(self.db, self.callers)
 
     def allow(self, *sources: str) -> None:
-        self.mesh.intend("db", *((source, Action.ALLOW) for source in sources), ("*", Action.DENY))
+        rules = [(source, Action.ALLOW) for source in sources]
+        self.mesh.intend("db", *rules, *([] if "*" in sources else [("*", Action.DENY)]))
         self.mesh.publish()
 
     async def connect(self, source: str) -> "Connection":
@@ -118,7 +119,38 @@ async def test_a_refused_connection_is_named_to_the_agent(mesh: Mesh) -> None:
         refusal = await asyncio.wait_for(mesh.sidecars.refusals.get(), 5)
         assert refusal.source_spiffe == f"spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/thief"
         assert (refusal.rule, refusal.intention_id) == ("deny:*->db:id-any", "id-any")
+        assert (await mesh.sidecars.stats(DB)).inbound[0].refused == 1
         assert (await until(lambda: mesh.log(DB)))[0]["details"] == f"rbac_access_denied_matched_policy[{refusal.rule}]"
+
+
+async def test_anyone_means_services_not_whatever_else_the_authority_signed(mesh: Mesh) -> None:
+    async with _workload(b"db") as port:
+        shop = Shop(mesh, port)
+        await shop.start()
+        shop.allow("*")
+        for service, name in (("thief", f"spiffe://{TRUST_DOMAIN}/agent/client/dc/dc1/id/x"), ("admin", "")):
+            mesh.sidecars.set_leaf(mesh.authority.leaf(service, name))
+        assert await mesh.sidecars.acknowledged(5) == ()
+        for caller, answer in (("thief", b""), ("admin", b"db ping\n")):
+            connection = await shop.connect(caller)
+            assert await connection.ask() == answer
+            await connection.close()
+        refusal = await asyncio.wait_for(mesh.sidecars.refusals.get(), 5)
+        assert (refusal.source_spiffe, refusal.rule) == (f"spiffe://{TRUST_DOMAIN}/agent/client/dc/dc1/id/x", "")
+
+
+async def test_a_peer_under_another_name_is_not_talked_to(mesh: Mesh) -> None:
+    async with _workload(b"db") as port:
+        shop = Shop(mesh, port)
+        await shop.start()
+        wrong = mesh.authority.leaf("db", f"spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/impostor")
+        mesh.sidecars.set_leaf(wrong)
+        assert await mesh.sidecars.acknowledged(5) == ()
+        connection = await shop.connect("web")
+        assert await connection.ask() == b""
+        await connection.close()
+        outbound = (await until(lambda: mesh.log(WEB)))[0]
+        assert "CERTIFICATE_VERIFY_FAILED" in outbound["connect_error"]
 
 
 async def test_a_refused_caller_of_a_server_that_speaks_first_is_cut_at_its_own_first_byte(mesh: Mesh) -> None:
@@ -144,11 +176,13 @@ async def test_a_grant_leaves_open_connections_and_a_revocation_cuts_them(mesh: 
         assert await thief.ask() == b"db ping\n"
         assert await web.ask() == b"db ping\n"
         shop.allow("web", "admin")
-        assert await mesh.sidecars.acknowledged(5) == ()
-        assert await thief.closed()
-        again = await shop.connect("web")
-        assert await again.ask() == b"db ping\n"
-        for connection in (web, thief, again):
+        cut = asyncio.create_task(thief.closed(), name="cut")
+        while not cut.done():  # those who may call never meet a closed door meanwhile
+            again = await shop.connect("web")
+            assert await again.ask() == b"db ping\n"
+            await again.close()
+        assert cut.result()
+        for connection in (web, thief):
             await connection.close()
 
 
