@@ -103,7 +103,7 @@ class Host:
     uids: Uids
     runtime: SandboxRuntime
     networks: AllocationNetworks
-    claims: tuple[Claim, ...]
+    claims: list[Claim]  # let go of at the end, and kept; a purge takes them out and gives them back
 
 
 @contextlib.asynccontextmanager
@@ -112,11 +112,10 @@ async def open_host(config: Config, log: Log) -> AsyncIterator[Host]:
     store = Store(config.data, config.node)
     config.run.mkdir(mode=0o711, parents=True, exist_ok=True)
     owner = Owner(fleet=config.cluster, node=config.node, data_directory=str(config.data.absolute()))
-    with contextlib.ExitStack() as claims:
-        uid_block = claim("uids", UID_BLOCKS, owner=owner)
-        claims.callback(uid_block.close)
-        address_block = claim("addresses", BLOCKS, owner=owner)
-        claims.callback(address_block.close)
+    claims: list[Claim] = []
+    try:
+        claims.append(uid_block := claim("uids", UID_BLOCKS, owner=owner))
+        claims.append(address_block := claim("addresses", BLOCKS, owner=owner))
         loaded = store.load()
         for path in loaded.damaged:
             log.error("record damaged", set_aside=str(path))
@@ -136,10 +135,13 @@ async def open_host(config: Config, log: Log) -> AsyncIterator[Host]:
                 uids=uids,
                 runtime=runtime,
                 networks=networks,
-                claims=(uid_block, address_block),
+                claims=claims,
             )
         finally:
             await networks.close()
+    finally:
+        for held in claims:
+            held.close()
 
 
 class Agent:

@@ -3,11 +3,13 @@
 The certificate and the key stay: the node has not left its fleet. Refuses while the node's agent runs.
 """
 
+import contextlib
 import shutil
 
 from agent.app import open_host
 from agent.config import Config
 from agent.drivers import task_directory
+from agent.sandbox.cgroup import ROOT
 from outrider.log import Log
 
 
@@ -22,6 +24,15 @@ async def purge(config: Config) -> None:
         shutil.rmtree(config.data / "dns", ignore_errors=True)
         for name in ("agent.json", "kvm.json"):
             (config.data / name).unlink(missing_ok=True)
-        for claim in host.claims:
-            claim.release()
+        _remove_groups(config.cluster)
+        while host.claims:
+            host.claims.pop().release()
     log.info("purged")
+
+
+def _remove_groups(cluster: str) -> None:
+    """The control groups above the node's, on v1 and v2 hosts: gone with the last node of their fleet, and of all."""
+    for name in (f"outrider/{cluster}", "outrider"):
+        for path in (ROOT / name, *ROOT.glob(f"*/{name}")):
+            with contextlib.suppress(OSError):  # in use by others, or not there
+                path.rmdir()
