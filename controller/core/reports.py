@@ -1,8 +1,7 @@
 """What agents say of allocations. Owns the last word of each; what ended is left for `commit` to write down."""
 
+import math
 from collections.abc import Iterable
-
-import numpy as np
 
 from controller.core import notices
 from controller.core import table as columns
@@ -25,11 +24,10 @@ def take_reports(state: State, ref: int, reports: Iterable[AllocReport], now_s: 
     """`whole`: these are all that the node has; of the others nothing is known any more."""
     told = {_take(state, ref, report, now_s) for report in reports}
     if whole:
-        for serial in state.table.serial[state.node_rows(ref)].tolist():
+        for row in state.node_rows(ref).tolist():
+            serial = int(state.table.serial[row])
             if serial not in told and state.live.reports.pop(serial, None) is not None:
-                _observe(
-                    state, state.table.rows(np.array([serial]))[0], AllocStatus.PENDING, healthy=False, now_s=now_s
-                )
+                _observe(state, row, AllocStatus.PENDING, healthy=False, now_s=now_s)
                 state.live.mesh_nodes[ref] = None
 
 
@@ -43,19 +41,16 @@ def _take(state: State, ref: int, report: AllocReport, now_s: float) -> int:
     if serial is None or not 0 <= serial < state.next_serial:
         return _unclaimed(state, ref, report)
     row = state.table.row(serial)
-    ended = report.status in TERMINAL
-    if row is None or state.table.status[row] != columns.LIVE:
-        # Lost or forgotten here, and the node came back with it: one copy too many.
-        if ended:
-            state.live.to(ref).removed[report.alloc] = None
-        elif row is None:
-            state.live.to(ref).strangers[report.alloc] = None
-        else:
-            state.live.to(ref).serials[serial] = None
-        return serial
-    if int(state.table.node[row]) != ref:
-        return -1  # an agent can speak only of its own: its word on another's is worth nothing
-    _remember(state, row, report, now_s)
+    if row is not None and state.table.node[row] != ref:
+        row = None  # an agent can speak only of its own: it learns nothing of another's, and its word is worth nothing
+    if row is not None and state.table.status[row] == columns.LIVE:
+        _remember(state, row, report, now_s)
+    elif report.status in TERMINAL:
+        state.live.to(ref).removed[report.alloc] = None
+    elif row is None:
+        state.live.to(ref).strangers[report.alloc] = None
+    else:  # lost here, and the node came back with it: one copy too many
+        state.live.to(ref).serials[serial] = None
     return serial
 
 
@@ -86,7 +81,7 @@ def _observe(state: State, row: int, status: AllocStatus, *, healthy: bool, now_
     table.observed[row] = OBSERVED_CODES[status]
     if bool(table.healthy[row]) != healthy:
         table.healthy[row] = healthy
-        table.healthy_since_s[row] = now_s if healthy else np.inf
+        table.healthy_since_s[row] = now_s if healthy else math.inf
         notices.of_alloc(state, Kind.ALLOC_HEALTHY if healthy else Kind.ALLOC_UNHEALTHY, row)
     group = state.group_of(row)
     # A batch job's rollout is judged by how its work ended.

@@ -217,6 +217,18 @@ def test_what_was_forgotten_and_still_runs_is_told_to_stop(world: World) -> None
     assert [(one.alloc, one.desired) for one in told.assignments] == [(first.id, Desired.STOP)]
 
 
+def test_an_agent_that_claims_anothers_allocation_learns_nothing_and_changes_nothing(world: World) -> None:
+    world.submit(job("shop", group()))
+    alloc = only(world)
+    other = world.agents[NodeId("n1" if alloc.node == "n2" else "n2")]
+    world.commands.clear()
+    world.report(other, AllocReport(alloc=alloc.id, status=AllocStatus.FAILED))
+    world.report(other, AllocReport(alloc=alloc.id, status=AllocStatus.RUNNING))
+    assert only(world).status is AllocStatus.RUNNING
+    told = [command for command in world.commands if isinstance(command, SendAssignments)]
+    assert [(one.desired, one.group.tasks) for command in told for one in command.assignments] == [(Desired.STOP, ())]
+
+
 def test_an_agent_that_lost_its_memory_is_told_everything_again(world: World) -> None:
     world.submit(job("shop", group(services=[service("web")])))
     alloc = only(world)
