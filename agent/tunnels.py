@@ -68,22 +68,17 @@ class Tunnels:
             stream = self._dial()
             try:
                 await _write(stream, TunnelFrame(tunnel=request.tunnel))
-                await _write(stream, TunnelFrame(end=await self._carry(request, stream)))
-                await stream.done_writing()
+                if request.WhichOneof("request") == "logs":
+                    await _converse(stream, self._logs(request.logs, stream))
+                else:
+                    await self._exec(request.exec, stream)
             finally:
                 stream.cancel()
-        except (OutriderError, grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
-            self._log.info("tunnel broke off", tunnel=request.tunnel, reason=str(error) or type(error).__name__)
+        except* (OutriderError, grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as group:
+            reasons = "; ".join(str(error) or type(error).__name__ for error in group.exceptions)
+            self._log.info("tunnel broke off", tunnel=request.tunnel, reason=reasons)
         finally:
             self._open -= 1
-
-    async def _carry(self, request: OpenTunnel, stream: TunnelStream) -> TunnelEnd:
-        try:
-            if request.WhichOneof("request") == "logs":
-                return await self._logs(request.logs, stream)
-            return await self._exec(request.exec, stream)
-        except OutriderError as error:
-            return TunnelEnd(exit_code=1, error=str(error))
 
     async def _logs(self, request: LogsRequest, stream: TunnelStream) -> TunnelEnd:
         pieces = self._sources.logs(
@@ -93,59 +88,71 @@ class Tunnels:
             tail_lines=request.tail_lines,
             follow=request.follow,
         )
-
-        async def forward() -> None:
-            async for name, data in pieces:
-                await _write(stream, _output(name, data))
-
-        await _until_hung_up(forward(), stream)
+        async for name, data in pieces:
+            await _write(stream, _output(name, data))
         return TunnelEnd()
 
-    async def _exec(self, request: ExecRequest, stream: TunnelStream) -> TunnelEnd:
-        started = await self._sources.exec(
-            AllocId(request.alloc),
-            TaskName(request.task),
-            tuple(request.command),
-            tty=request.tty,
-            rows=request.rows or 24,
-            columns=request.columns or 80,
-        )
-        async with started as process, asyncio.TaskGroup() as group:  # killed where the call breaks off
-            feeding = group.create_task(_feed(process, stream), name="tunnel-stdin")
-            while (piece := await process.read()) is not None:
-                await _write(stream, _output(*piece))
-            code = await process.wait()
-            feeding.cancel()
-        return TunnelEnd(exit_code=code)
+    async def _exec(self, request: ExecRequest, stream: TunnelStream) -> None:
+        try:
+            started = await self._sources.exec(
+                AllocId(request.alloc),
+                TaskName(request.task),
+                tuple(request.command),
+                tty=request.tty,
+                rows=request.rows or 24,
+                columns=request.columns or 80,
+            )
+        except OutriderError as error:
+            await _converse(stream, _failed(error))
+            return
+        async with started as process:  # killed where the call breaks off
+            await _converse(stream, _output_of(process, stream), process)
 
 
-async def _feed(process: Process, stream: TunnelStream) -> None:
-    """What the operator types, until the stream ends; then the program ends too."""
-    while isinstance(frame := await stream.read(), TunnelFrame):
-        match frame.WhichOneof("frame"):
-            case "stdin":
-                await process.write(frame.stdin)
-            case "stdin_closed":
-                process.close_stdin()
-            case "resize":
-                process.resize(frame.resize.rows, frame.resize.columns)
-            case _:
-                pass
-    process.kill()
+async def _converse(
+    stream: TunnelStream, work: Coroutine[None, None, TunnelEnd], process: Process | None = None
+) -> None:
+    """Says how `work` ended; what the operator types goes to `process`. Work ends early where the operator hangs up.
 
+    The reading is never cancelled: grpc.aio would end the whole call with it, and `end` would not arrive.
+    """
 
-async def _until_hung_up(work: Coroutine[None, None, None], stream: TunnelStream) -> None:
+    async def speak() -> None:
+        try:
+            end = await work
+        except OutriderError as error:
+            end = TunnelEnd(exit_code=1, error=str(error))
+        await _write(stream, TunnelFrame(end=end))
+        await stream.done_writing()
+
     async with asyncio.TaskGroup() as group:
-        working = group.create_task(work, name="tunnel-forward")
-        watching = group.create_task(_hang_up(stream, working), name="tunnel-watch")
-        await asyncio.wait({working})
-        watching.cancel()
+        speaking = group.create_task(speak(), name="tunnel-speak")
+        while isinstance(frame := await stream.read(), TunnelFrame):  # until the controller ends the call
+            if process is not None:
+                await _feed(process, frame)
+        speaking.cancel()
 
 
-async def _hang_up(stream: TunnelStream, working: asyncio.Task[None]) -> None:
-    while isinstance(await stream.read(), TunnelFrame):
-        pass
-    working.cancel()
+async def _failed(error: OutriderError) -> TunnelEnd:
+    raise error
+
+
+async def _output_of(process: Process, stream: TunnelStream) -> TunnelEnd:
+    while (piece := await process.read()) is not None:
+        await _write(stream, _output(*piece))
+    return TunnelEnd(exit_code=await process.wait())
+
+
+async def _feed(process: Process, frame: TunnelFrame) -> None:
+    match frame.WhichOneof("frame"):
+        case "stdin":
+            await process.write(frame.stdin)
+        case "stdin_closed":
+            process.close_stdin()
+        case "resize":
+            process.resize(frame.resize.rows, frame.resize.columns)
+        case _:
+            pass
 
 
 def _streams(stream: int) -> frozenset[str]:
