@@ -10,8 +10,9 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from agent.sandbox.spec import Usage
 from outrider.errors import HostError
@@ -84,6 +85,17 @@ class Cgroups:
         if self.version is Version.V1:
             # crun keeps files there for each sandbox, although no v2 tree is mounted (agent/hybrid.py): plain ones.
             shutil.rmtree(self._root / "unified" / path, ignore_errors=True)
+
+    def remove_with_empty_parents(self, path: str) -> None:
+        """Remove `path`, then the groups above it that hold nothing else: another node or fleet keeps its own."""
+        self.remove(path)
+        trees = [*self._trees()]
+        if self.version is Version.V1:
+            trees.append(self._root / "unified")
+        for tree in trees:
+            for parent in (*PurePosixPath(path).parents,)[:-1]:
+                with suppress(OSError):  # in use, not empty, or not there: all mean that it is not ours to remove
+                    (tree / parent).rmdir()
 
     def _trees(self) -> Iterator[Path]:
         if self._v2:

@@ -1,7 +1,8 @@
 """Speaks with conmon, the monitor beside each sandbox: it runs crun, captures output, keeps the exit status, and
 outlives the agent.
 
-Owns the layout of a sandbox's own directory: `bundle/`, `log`, `log.held`, `log.1` (see `rotation`), `exit/ID`.
+Owns the layout of a sandbox's own directory: `bundle/`, `log`, `log.held`, `log.1` (see `rotation`), `exit/ID`, and
+`monitor.log` for conmon's own complaints.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ class Directory:
         self.log_held = self.path / "log.held"  # the same file as `log`, or the one before it
         self.log_older = self.path / "log.1"
         self.exits = self.path / "exit"
+        self.complaints = self.path / "monitor.log"
 
 
 class _Sync(msgspec.Struct):
@@ -49,10 +51,11 @@ async def create(sandbox: str, directory: Directory, *, crun: tuple[str, ...], l
         *("--full-attach", "--no-sync-log", "--no-new-keyring"),
     ]
     reading, writing = os.pipe()
+    complaints = os.open(directory.complaints, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         pid = process.spawn(
             argv,
-            descriptors={_SYNC_DESCRIPTOR: writing},
+            descriptors={2: complaints, _SYNC_DESCRIPTOR: writing},
             env={"_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR)},
         )
     except BaseException:
@@ -60,14 +63,16 @@ async def create(sandbox: str, directory: Directory, *, crun: tuple[str, ...], l
         raise
     finally:
         os.close(writing)
-    return Starting(pid, reading)
+        os.close(complaints)
+    return Starting(pid, reading, directory)
 
 
 class Starting:
     """A conmon whose crun has not yet reported."""
 
-    def __init__(self, pid: int, reading: int) -> None:
+    def __init__(self, pid: int, reading: int, directory: Directory) -> None:
         self.pid = pid
+        self._directory = directory
         self._reading = reading
 
     async def created(self, *, timeout_s: float) -> int:
@@ -80,7 +85,8 @@ class Starting:
         finally:
             os.close(self._reading)
         if not line:
-            raise HostError("conmon", step="ended before its container was created", hint="see the agent's log")
+            why = self._directory.complaints.read_text(errors="replace").strip()
+            raise HostError("conmon", step=f"ended before its container was created: {why}")
         sync = msgspec.json.decode(line, type=_Sync)
         if sync.data <= 0:
             raise StartError(sync.message.strip())

@@ -53,7 +53,7 @@ class SandboxRuntime:
         self._cgroups = Cgroups()
         self._rotation = Rotation()
         for record in self._records.all():
-            if record.pid:
+            if record.pid and Path(record.directory).is_dir():
                 self._rotation.add(record.id, conmon.Directory(record.directory))
         # Absolute: conmon changes its working directory.
         # Named by its content: another version's profile is compiled anew.
@@ -247,9 +247,9 @@ class SandboxRuntime:
         return tuple(gone)
 
     async def remove_all(self) -> None:
-        """End and remove everything of this node, its control group too: the node leaves its fleet."""
+        """End and remove everything of this node, its control groups too: the node leaves its fleet."""
         await self.reap(())
-        await to_thread(self._cgroups.remove, self._parent)
+        await to_thread(self._cgroups.remove_with_empty_parents, self._parent)
 
     async def rotate_logs(self) -> None:
         """Keep all logs below their bounds, for ever: run it as one named task of the agent."""

@@ -109,3 +109,4 @@ def sandboxes(directory: Path) -> Iterator[Sandboxes]:
             yield place
         finally:
             asyncio.run(place.runtime().remove_all())
+        assert [*ROOT.glob(f"*/{place.cgroup}*")] == []

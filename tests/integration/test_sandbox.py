@@ -154,6 +154,21 @@ async def test_start_cut_short_at_any_step_is_reaped(
     assert not process.is_running(whole.pid, whole.started_ticks)
 
 
+async def test_host_that_refuses_is_told_from_the_job_at_fault(place: Sandboxes, runtime: SandboxRuntime) -> None:
+    spec = msgspec.structs.replace(place.spec("true"), network_namespace=str(place.directory / "no-namespace"))
+    with pytest.raises((StartError, HostError), match="no-namespace"):
+        await runtime.start(spec)
+    assert leftovers(place) == []
+
+
+async def test_many_at_once(place: Sandboxes, runtime: SandboxRuntime) -> None:
+    specs = [place.spec("sh", "-c", f"exit {number}") for number in range(8)]
+    async with asyncio.TaskGroup() as group:
+        for spec in specs:
+            group.create_task(runtime.start(spec), name=f"start-{spec.id}")
+    assert [(await runtime.wait(spec.id)).code for spec in specs] == list(range(8))
+
+
 async def test_killed_monitor_ends_its_sandbox(runtime: SandboxRuntime, place: Sandboxes) -> None:
     spec = place.spec("sleep", "60")
     await runtime.start(spec)

@@ -71,6 +71,15 @@ def test_removal_takes_all_trees_and_what_crun_left_where_none_is_mounted(tmp_pa
     assert (tmp_path / "cpu/o").is_dir()
 
 
+def test_parents_go_too_unless_another_uses_them(tmp_path: Path) -> None:
+    (tmp_path / "cpu/o/f/mine").mkdir(parents=True)
+    (tmp_path / "cpu/o/other").mkdir()
+    (tmp_path / "unified/o/f/mine").mkdir(parents=True)
+    Cgroups(tmp_path).remove_with_empty_parents("o/f/mine")
+    assert [path.name for path in (tmp_path / "cpu/o").iterdir()] == ["other"]
+    assert not (tmp_path / "unified/o").exists()
+
+
 def test_keyed_finds_whole_names_only() -> None:
     assert keyed("oom 3\noom_kill 7\n", "oom_kill") == 7
     assert keyed("oom 3\n", "oom_kill") == 0
