@@ -21,7 +21,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
 class NodeRow(Row, frozen=True, kw_only=True):
     id: str = msgspec.field(default="", name="ID")
     node: str
-    address: str
+    address: str = ""  # deletions come without
     datacenter: str = ""
     tagged_addresses: Mapping[str, str] | None = None
     meta: Mapping[str, str] | None = None
@@ -29,7 +29,7 @@ class NodeRow(Row, frozen=True, kw_only=True):
 
 class ServiceRow(Row, frozen=True, kw_only=True):
     id: str = msgspec.field(default="", name="ID")
-    service: str
+    service: str = ""
     kind: str = ""
     tags: tuple[str, ...] | None = None
     address: str = ""

@@ -27,9 +27,11 @@ from controller.mesh.shapes import (
     ConsulSession,
     HealthRow,
     KvPair,
+    Registration,
     Self,
     Txn,
     TxnAnswer,
+    TxnError,
 )
 from outrider.errors import ConfigError, PeerError, RefusedError
 from outrider.model.job import Value
@@ -102,9 +104,18 @@ class ConsulAdapter:
     async def transact(self, operations: list[Txn]) -> TxnAnswer:
         """All or none. An answer with errors is a value: the caller knows what each operation was."""
         answer = await self._call("PUT", "/v1/txn", {}, msgspec.json.encode(operations))
+        if answer.code in (400, 413):
+            return TxnAnswer(errors=(TxnError(op_index=-1, what=answer.body.strip()[:500]),))
         if answer.code not in (200, 409):
             raise _refusal("PUT /v1/txn", answer)
         return _decode(answer.body.encode(), TxnAnswer)
+
+    async def register(self, registration: Registration) -> str:
+        """ "" or why Consul refused it."""
+        answer = await self._call("PUT", "/v1/catalog/register", {}, msgspec.json.encode(registration))
+        if answer.code == 403:
+            raise _refusal("PUT /v1/catalog/register", answer)
+        return "" if answer.code == 200 else f"status {answer.code}: {answer.body.strip()[:500]}"
 
     async def watch_connect(self, service: str, index: int) -> tuple[int, list[HealthRow]]:
         """The instances that callers of `service` dial, healthy or not, once something changed since `index`."""

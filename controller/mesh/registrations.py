@@ -11,6 +11,7 @@ from controller.mesh.shapes import (
     ConsulCheck,
     ConsulService,
     Proxy,
+    Registration,
     TaggedAddress,
     Txn,
     TxnCheck,
@@ -41,8 +42,24 @@ class NodeRecord(Value, frozen=True, kw_only=True):
     checks: Mapping[str, ConsulCheck] = {}
 
 
+class Operations(Value, frozen=True, kw_only=True):
+    """In this order. Consul 1.8's transactions silently drop what makes a service a proxy (its kind, its destination,
+    its tagged addresses): proxies are registered one by one."""
+
+    first: tuple[Txn, ...] = ()
+    proxies: tuple[Registration, ...] = ()
+    last: tuple[Txn, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.first or self.proxies or self.last)
+
+
 def consul_node(cluster: str, node: NodeId) -> str:
     return f"{cluster}-{node}"
+
+
+def service_check(service_id: str) -> str:
+    return f"service:{service_id}"
 
 
 def wanted_record(
@@ -55,7 +72,7 @@ def wanted_record(
     for service in registration.services:
         for row in _rows(service, registration.address, virtual_addresses):
             services[row.id] = row
-            check_id = f"service:{row.id}"
+            check_id = service_check(row.id)
             check = _check(name, check_id, f"Outrider {service.service}", service.passing, service.output)
             checks[check_id] = msgspec.structs.replace(check, service_id=row.id)
     meta = {"external-node": "true", CLUSTER_META: cluster, NODE_META: registration.node}
@@ -70,27 +87,31 @@ def found_record(found: CatalogNodeServices, checks: Iterable[ConsulCheck]) -> N
     return NodeRecord(node=node, services=services, checks={check.check_id: check for check in checks})
 
 
-def operations(known: NodeRecord | None, wanted: NodeRecord | None) -> list[Txn]:
-    """What turns `known` into `wanted`; None is a node that is not there. In the order in which they can be applied."""
+def operations(known: NodeRecord | None, wanted: NodeRecord | None) -> Operations:
+    """What turns `known` into `wanted`; None is a node that is not there."""
     if wanted is None:
-        return [] if known is None else [Txn(node=TxnNode(verb="delete", node=known.node))]
+        gone_node = () if known is None else (Txn(node=TxnNode(verb="delete", node=known.node)),)
+        return Operations(first=gone_node)
     found = known or NodeRecord(node=CatalogNode(node=""))
-    steps = [] if found.node == wanted.node else [Txn(node=TxnNode(verb="set", node=wanted.node))]
+    first = [] if found.node == wanted.node else [Txn(node=TxnNode(verb="set", node=wanted.node))]
     gone = [row for name, row in found.services.items() if name not in wanted.services]
     # 1.8 wants the name with the id, also for deletion.
-    steps += [_service("delete", wanted, ConsulService(id=row.id, service=row.service)) for row in gone]
-    steps += [_service("set", wanted, row) for name, row in wanted.services.items() if found.services.get(name) != row]
-    steps += [
+    first += [_service("delete", wanted, ConsulService(id=row.id, service=row.service)) for row in gone]
+    changed = [row for name, row in wanted.services.items() if found.services.get(name) != row]
+    first += [_service("set", wanted, row) for row in changed if not row.kind]
+    proxies = [_registration(wanted, row) for row in changed if row.kind]
+    registered = {one.check.check_id for one in proxies}
+    last = [
         Txn(check=TxnCheck(verb="delete", check=check))
         for name, check in found.checks.items()
         if name not in wanted.checks and (not check.service_id or check.service_id in wanted.services)
     ]
-    steps += [
+    last += [
         Txn(check=TxnCheck(verb="set", check=check))
         for name, check in wanted.checks.items()
-        if found.checks.get(name) != check
+        if found.checks.get(name) != check and name not in registered
     ]
-    return steps
+    return Operations(first=tuple(first), proxies=tuple(proxies), last=tuple(last))
 
 
 def batches(steps: Iterable[Txn]) -> list[list[Txn]]:
@@ -154,3 +175,9 @@ def _check(node: str, check_id: str, name: str, passing: bool, output: str) -> C
 
 def _service(verb: str, record: NodeRecord, row: ConsulService) -> Txn:
     return Txn(service=TxnService(verb=verb, node=record.node.node, service=row))
+
+
+def _registration(record: NodeRecord, row: ConsulService) -> Registration:
+    node = record.node
+    check = record.checks[service_check(row.id)]
+    return Registration(node=node.node, address=node.address, skip_node_update=True, service=row, check=check)

@@ -146,8 +146,18 @@ class Txn(Shape, frozen=True, kw_only=True):
     check: TxnCheck | None = None
 
 
+class Registration(Shape, frozen=True, kw_only=True):
+    """PUT /v1/catalog/register of one service with its check; the node is there already."""
+
+    node: str
+    address: str
+    skip_node_update: bool
+    service: ConsulService
+    check: ConsulCheck
+
+
 class TxnError(Shape, frozen=True, kw_only=True):
-    op_index: int
+    op_index: int  # -1: it is about the whole
     what: str
 
 

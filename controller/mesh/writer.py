@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller.mesh.concurrency import each
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.intentions import plan_owned
 from controller.mesh.known import Known, registers
@@ -22,14 +23,14 @@ from controller.mesh.registrations import (
     operations,
     wanted_record,
 )
-from controller.mesh.shapes import HealthRow, Txn
+from controller.mesh.shapes import HealthRow, Registration, Txn
 from outrider.errors import PeerError
 from outrider.ids import NodeId, ServiceName
 from outrider.log import Log
 
 SWEEP_S = 30.0  # how often everything is compared, beside what the watches show
 _RETRY_S = 5.0  # after Consul refused one node's registration
-_READS_AT_ONCE = 8
+_REQUESTS_AT_ONCE = 8
 
 
 class Writer:
@@ -151,11 +152,8 @@ class Writer:
         return {node.node for node in found} | self._registrations.keys() | self._known.names()
 
     async def _read(self, names: Iterable[str]) -> None:
-        gate = asyncio.Semaphore(_READS_AT_ONCE)
-
         async def read(name: str) -> None:
-            async with gate:
-                services, checks = await self._consul.node(name)
+            services, checks = await self._consul.node(name)
             record = found_record(services, checks) if services is not None else None
             self._known.put(name, record)
             if operations(record, self._wanted(name)):
@@ -163,31 +161,21 @@ class Writer:
                 self._dirty.add(name)
             self._suspect.discard(name)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for name in sorted(names):
-                    group.create_task(read(name), name=f"mesh-read-{name}")
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+        await each(sorted(names), read, at_once=_REQUESTS_AT_ONCE, name="mesh-read")
         self.changed()
 
     async def _write_nodes(self, names: list[str]) -> None:
         """All in as few transactions as Consul allows; where one is refused, its nodes one by one."""
         wanted = {name: self._wanted(name) for name in names}
-        steps = [(name, step) for name in names for step in operations(self._known.get(name), wanted[name])]
+        steps = {name: operations(self._known.get(name), wanted[name]) for name in names}
         self._dirty.difference_update(names)
         self._writing = wanted
-        refused: set[str] = set()
-        position = 0
         try:
-            for batch in batches(step for _, step in steps):
-                involved = {name for name, _ in steps[position : position + len(batch)]}
-                position += len(batch)
-                if involved & refused:
-                    refused |= involved
-                elif why := await self._transact(batch):
-                    self._log.warning("catalog refused", nodes=sorted(involved), why=why)
-                    refused |= involved
+            refused = await self._transact([(name, txn) for name in names for txn in steps[name].first])
+            proxies = [one for name in names if name not in refused for one in steps[name].proxies]
+            refused |= await self._register(proxies)
+            last = [(name, txn) for name in names if name not in refused for txn in steps[name].last]
+            refused |= await self._transact(last)
         except PeerError:
             # Which of them were written, nobody knows.
             self._dirty.update(names)
@@ -213,15 +201,48 @@ class Writer:
         for name in sorted(refused):
             await self._write_nodes([name])
 
-    async def _transact(self, steps: list[Txn]) -> str:
-        """ "" or why Consul refused it. Raises PeerError where the lock is lost."""
-        answer = await self._consul.transact([self.leadership.guard(), *steps])
-        if not answer.errors:
-            return ""
-        if any(error.op_index == 0 for error in answer.errors):
+    async def _transact(self, steps: list[tuple[str, Txn]]) -> set[str]:
+        """The nodes that Consul refused. Raises PeerError where the lock is lost."""
+        refused: set[str] = set()
+        position = 0
+        for batch in batches(txn for _, txn in steps):
+            involved = {name for name, _ in steps[position : position + len(batch)]}
+            position += len(batch)
+            if involved & refused:
+                refused |= involved
+                continue
+            answer = await self._consul.transact([self.leadership.guard(), *batch])
+            errors = answer.errors or ()
+            if any(error.op_index == 0 for error in errors):
+                self.leadership.lost()
+                raise PeerError("the leader lock is lost")
+            if errors:
+                self._refused(involved, "; ".join(error.what for error in errors))
+                refused |= involved
+        return refused
+
+    async def _register(self, proxies: list[Registration]) -> set[str]:
+        """The nodes that Consul refused. A registration takes no session check: one is asked for just before."""
+        if not proxies:
+            return set()
+        await self._require_lock()
+        refused: set[str] = set()
+
+        async def register(one: Registration) -> None:
+            if why := await self._consul.register(one):
+                self._refused({one.node}, why)
+                refused.add(one.node)
+
+        await each(proxies, register, at_once=_REQUESTS_AT_ONCE, name="mesh-register")
+        return refused
+
+    async def _require_lock(self) -> None:
+        if (await self._consul.transact([self.leadership.guard()])).errors:
             self.leadership.lost()
             raise PeerError("the leader lock is lost")
-        return "; ".join(error.what for error in answer.errors)
+
+    def _refused(self, nodes: set[str], why: str) -> None:
+        self._log.warning("catalog refused", nodes=sorted(nodes), why=why)
 
     async def _write_intentions(self, owned: tuple[OwnedIntention, ...]) -> None:
         try:
