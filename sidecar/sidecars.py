@@ -103,7 +103,8 @@ class Sidecars:
         )
 
     def set_view(self, view: MeshView) -> None:
-        """The node's mesh, whole: an intention that is not in it is one taken away, and cuts connections.
+        """The node's mesh, whole. An intention that a service's entry lacks was taken away, which cuts connections; a
+        service without an entry keeps its rules, an upstream that went its listener, without endpoints.
 
         Costs little for what did not change. Raises HostError (a state file), with the view in force all the same.
         """
@@ -232,7 +233,8 @@ class _Sidecar:
         self._seen = seen
         history = self.state.history
         if view.roots.trust_domain:
-            rules = {name: access_rules(name, view.intentions.get(name, ()), view.roots) for name in own}
+            # A controller that just started may not know yet what runs here: no key is not the same as no intention.
+            rules = {name: access_rules(name, found, view.roots) for name, found in view.intentions.items()}
             history = remember(history, rules)
         self._install(resources(self.spec, view, leaves, history))
         changed = history != self.state.history

@@ -72,7 +72,10 @@ class AccessHistory(Value, frozen=True, kw_only=True):
 def remember(
     history: Mapping[ServiceName, AccessHistory], rules: Mapping[ServiceName, tuple[AccessRule, ...]]
 ) -> dict[ServiceName, AccessHistory]:
-    """`history` brought up to date with `rules`: a revocation raises the service's revision, a grant does not."""
+    """`history` brought up to date with `rules`: a revocation raises the service's revision, a grant does not.
+
+    A service that `rules` leaves out keeps what it had: nothing is known of it, which takes nothing away.
+    """
     updated = dict(history)
     for service, now in rules.items():
         past = history.get(service, AccessHistory())

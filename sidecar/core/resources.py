@@ -9,7 +9,7 @@ from enum import StrEnum
 from outrider.ids import NodeId, ServiceName
 from outrider.model.job import Protocol, Value
 from outrider.model.mesh import VIRTUAL_PORT, Endpoint, Leaf, MeshService, MeshView, TrustRoots, spiffe_id
-from sidecar.core.access import AccessHistory, AccessRule, access_rules
+from sidecar.core.access import AccessHistory, AccessRule
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
 
 ROOTS = "roots"
@@ -128,7 +128,7 @@ def resources(
     leaves: Mapping[ServiceName, Leaf],
     history: Mapping[ServiceName, AccessHistory],
 ) -> ResourceSet:
-    """What `spec` needs under `view`. `leaves` have their keys; `history` carries each service's revision."""
+    """What `spec` needs under `view`. `leaves` have their keys; `history` has each service's rules as of now."""
     if not (view.roots.trust_domain and view.roots.datacenter and view.roots.certificates_pem):
         return ResourceSet(resources={}, missing=("the mesh's trust roots",))
     found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
@@ -198,6 +198,7 @@ def _add_inbound(
     history: Mapping[ServiceName, AccessHistory],
 ) -> None:
     name = service.service
+    past = history.get(name, AccessHistory())
     assert service.workload_port is not None
     cluster = LocalCluster(
         name=local_cluster_name(name),
@@ -212,7 +213,7 @@ def _add_inbound(
         port=service.public_port,
         protocol=service.protocol,
         # HTTP asks its rules for every request; only L4 connections outlive a revocation.
-        revision=0 if is_http(service.protocol) else history.get(name, AccessHistory()).revision,
+        revision=0 if is_http(service.protocol) else past.revision,
     )
     rules = AccessRules(
         name=rules_name(name),
@@ -220,7 +221,7 @@ def _add_inbound(
         protocol=service.protocol,
         trust_domain=view.roots.trust_domain,
         datacenter=view.roots.datacenter,
-        rules=access_rules(name, view.intentions.get(name, ()), view.roots),
+        rules=past.rules,
     )
     found[Kind.CLUSTER][cluster.name] = cluster
     found[Kind.LISTENER][listener.name] = listener

@@ -186,6 +186,20 @@ async def test_a_grant_leaves_open_connections_and_a_revocation_cuts_them(mesh: 
             await connection.close()
 
 
+async def test_a_view_that_does_not_know_the_service_yet_takes_nothing_away(mesh: Mesh) -> None:
+    async with _workload(b"db") as port:
+        shop = Shop(mesh, port)
+        await shop.start()
+        sent = mesh.sidecars.resources_sent
+        mesh.intentions.clear()
+        mesh.publish()
+        assert await mesh.sidecars.acknowledged(5) == ()
+        assert mesh.sidecars.resources_sent == sent
+        connection = await shop.connect("web")
+        assert await connection.ask() == b"db ping\n"
+        await connection.close()
+
+
 async def test_leaves_and_roots_rotate_under_load_without_a_dropped_connection(mesh: Mesh) -> None:
     async with _workload(b"db") as port:
         shop = Shop(mesh, port)

@@ -42,6 +42,13 @@ def test_a_grant_revokes_nothing_and_a_revocation_raises_the_revision() -> None:
         assert history[API].revision == revision
 
 
+def test_a_service_of_which_nothing_is_known_keeps_its_rules() -> None:
+    opened = access_rules(API, (_intention("web", Action.ALLOW),), ROOTS)
+    history = remember({}, {API: opened})
+    assert remember(history, {}) == history
+    assert remember(history, {API: ()})[API] == AccessHistory(rules=(), revision=1)
+
+
 def test_denying_all_others_revokes_even_though_no_named_service_loses() -> None:
     everyone = access_rules(API, (_intention("*", Action.ALLOW),), ROOTS)
     only_web = access_rules(API, (_intention("web", Action.ALLOW),), ROOTS)

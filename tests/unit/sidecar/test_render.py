@@ -8,7 +8,7 @@ from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Protocol
 from outrider.model.mesh import Action, Endpoint, Intention, Leaf, MeshService, MeshView, TrustRoots
 from sidecar.bootstrap import bootstrap
-from sidecar.core.access import ANYONE, AccessRule
+from sidecar.core.access import ANYONE, AccessRule, access_rules, remember
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
 from sidecar.core.resources import AccessRules, EndpointSet, Kind, resources
 from sidecar.render import render
@@ -39,7 +39,8 @@ def _versions(*, roots: tuple[str, ...], key: str, address: str, intentions: tup
         intentions={API: intentions},
         roots=TrustRoots(datacenter="dc1", trust_domain="mesh.consul", certificates_pem=roots),
     )
-    found = resources(spec, view, {API: Leaf(service=API, certificate_pem="c", key_pem=key)}, {})
+    history = remember({}, {API: access_rules(API, intentions, view.roots)})
+    found = resources(spec, view, {API: Leaf(service=API, certificate_pem="c", key_pem=key)}, history)
     return {
         f"{kind} {name}": render(resource).version
         for kind, by_name in found.resources.items()
