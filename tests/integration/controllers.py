@@ -167,7 +167,9 @@ class Agent:
         self.acknowledged = Generation()
         self.reports: dict[AllocId, AllocReport] = {}
         self.tells: Callable[[Assignment], AllocReport] | None = healthy
+        self.ended: grpc.aio.AioRpcError | None = None  # how the controller ended the newest session
         self._controller = controller
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._stream: grpc.aio.StreamStreamCall[fleet_pb2.AgentMessage, fleet_pb2.ControllerMessage]
 
     @contextlib.asynccontextmanager
@@ -204,16 +206,28 @@ class Agent:
         await self.write(fleet_pb2.AgentMessage(reports=fleet_pb2.Reports(reports=messages)))
 
     async def write(self, message: fleet_pb2.AgentMessage) -> None:
-        await self._stream.write(message)
+        async with self._writing:
+            await self._stream.write(message)
 
     async def _beat(self, interval_s: float) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `_read` tells how it ended
+            await self._beat_on(interval_s)
+
+    async def _beat_on(self, interval_s: float) -> None:
         sequence = 0
-        while True:
+        while self.ended is None:
             sequence += 1
             await self.write(fleet_pb2.AgentMessage(heartbeat=fleet_pb2.Heartbeat(sequence=sequence)))
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(interval_s)  # as an agent does
 
     async def _read(self) -> None:
+        self.ended = None
+        try:
+            await self._take_all()
+        except grpc.aio.AioRpcError as error:
+            self.ended = error
+
+    async def _take_all(self) -> None:
         while isinstance(message := await self._stream.read(), fleet_pb2.ControllerMessage):
             match message.WhichOneof("message"):
                 case "assignments":

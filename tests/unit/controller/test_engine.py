@@ -1,0 +1,117 @@
+"""The loop: nothing is answered before it is on disk, many appends share a commit, a failed journal ends it all."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+
+import pytest
+
+from controller.core.commands import CloseSession, ProbeNode, SendAssignments
+from controller.core.events import JobStopRequested, JobSubmitted
+from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller.core.records import Record
+from controller.engine import Engine
+from controller.event_log import EventLog
+from outrider.errors import JournalError
+from outrider.ids import AllocId, GroupName, JobName, NodeId, ServiceName, TaskName
+from outrider.log import Log
+from outrider.model.job import Group, Job, Task
+
+
+class Disk:
+    """A journal in memory that can be made to fail."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.batches = 0
+        self.broken = False
+
+    def open(self) -> None: ...
+
+    def load(self) -> Iterator[Record]:
+        return iter(tuple(self.records))
+
+    def append(self, batch: Sequence[Record]) -> None:
+        if self.broken:
+            raise JournalError("disk full")
+        self.batches += 1
+        self.records.extend(batch)
+
+    def snapshot(self, records: Iterable[Record]) -> None:
+        self.records = list(records)
+
+    def close(self) -> None: ...
+
+
+class Nobody:
+    """Sessions and mesh of a controller without agents."""
+
+    def send(self, command: SendAssignments) -> None: ...
+    def probe(self, command: ProbeNode) -> None: ...
+    def close(self, command: CloseSession) -> None: ...
+    def set_node(self, registration: NodeRegistration) -> None: ...
+    def set_intentions(self, intentions: tuple[OwnedIntention, ...]) -> None: ...
+    def set_services(self, services: object) -> None: ...
+    def set_interests(self, node: NodeId, called: frozenset[ServiceName], placed: frozenset[ServiceName]) -> None: ...
+    def withdraw(self, allocs: tuple[AllocId, ...], services: tuple[ServiceName, ...]) -> None: ...
+
+
+def _job(number: int) -> Job:
+    task = Task(name=TaskName("t"), command=("true",))
+    return Job(name=JobName(f"job-{number}"), groups=(Group(name=GroupName("g"), tasks=(task,)),))
+
+
+@contextlib.asynccontextmanager
+async def _running(disk: Disk) -> AsyncIterator[Engine]:
+    engine = Engine(journal=disk, events=EventLog(), log=Log("engine"))
+    await engine.open()
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(engine.run(sessions=Nobody(), mesh=Nobody()), name="engine")
+            yield engine
+            task.cancel()
+    finally:
+        await engine.close()
+
+
+async def test_many_calls_share_few_commits_and_all_are_in_the_journal() -> None:
+    disk = Disk()
+    async with _running(disk) as engine:
+        replies = await asyncio.gather(
+            *(engine.request(lambda request, n=n: JobSubmitted(request=request, job=_job(n))) for n in range(100))
+        )
+        assert all(reply.changed and not reply.code for reply in replies)
+        assert disk.batches < 50
+        records = len(disk.records)
+    again = Engine(journal=disk, events=EventLog(), log=Log("engine"))
+    await again.open()
+    assert len(disk.records) == records + 1  # a new epoch
+    assert again.state.epoch == 2
+    await again.close()
+
+
+async def test_a_refusal_is_an_answer() -> None:
+    async with _running(Disk()) as engine:
+        reply = await engine.request(lambda request: JobStopRequested(request=request, job=JobName("absent")))
+        assert reply.code == "not-found"
+
+
+async def test_a_journal_that_fails_ends_the_controller_and_nothing_is_answered() -> None:
+    disk = Disk()
+    with pytest.raises(ExceptionGroup) as caught:
+        await _submit_to_broken(disk)
+    assert caught.group_contains(JournalError)
+    assert len(disk.records) == 1
+
+
+async def test_a_change_wakes_who_waits_for_one() -> None:
+    async with _running(Disk()) as engine:
+        changed = engine.next_change()
+        await engine.request(lambda request: JobSubmitted(request=request, job=_job(1)))
+        assert changed.is_set()
+
+
+async def _submit_to_broken(disk: Disk) -> None:
+    async with _running(disk) as engine:
+        disk.broken = True
+        await engine.request(lambda request: JobSubmitted(request=request, job=_job(1)))
