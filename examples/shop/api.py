@@ -11,7 +11,7 @@ _TIMEOUT_S = 10.0
 class Api(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+    def do_GET(self) -> None:
         said: dict[str, object] = {"api": os.environ["OUTRIDER_ALLOC_ID"]}
         status = 200
         if self.path == "/visit":

@@ -11,7 +11,7 @@ _TIMEOUT_S = 10.0
 class Page(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+    def do_GET(self) -> None:
         if self.path == "/healthz":
             self._answer(200, {"web": os.environ["OUTRIDER_ALLOC_ID"]})
             return

@@ -17,14 +17,13 @@ from typing import BinaryIO
 
 from outrider import codec
 from outrider.cli import output
-from outrider.cli.client import Fleet
+from outrider.cli.client import STREAM_TIMEOUT_S, Fleet
 from outrider.errors import OutriderError, PeerError, RefusedError
 from outrider.model.allocation import TERMINAL, Allocation
 from outrider.v1 import fleet_pb2, operator_pb2
 
 _CHUNK_BYTES = 32 * 1024
 _FRAMES_MAX = 16  # typed ahead; then the terminal, or the pipe, waits
-_EXEC_TIMEOUT_S = 7 * 24 * 3600.0
 
 
 def logs_request(
@@ -50,18 +49,22 @@ def copy_job_logs(fleet: Fleet, job: str, request: fleet_pb2.LogsRequest) -> Non
             fleet.call(fleet.stub.GetJob, operator_pb2.GetJobRequest(job=job))  # says so where there is no such job
         for message in listed.allocations:
             if message.HasField("node"):
-                _copy_marked(fleet, codec.from_wire(message, Allocation), request)
+                _copy_marked(fleet, codec.from_wire(message, Allocation), request, threading.Event())
         return
     followed: set[str] = set()
-    for status in fleet.stream(fleet.stub.WatchJob, operator_pb2.GetJobRequest(job=job)):
-        for message in status.allocations:
-            allocation = codec.from_wire(message, Allocation)
-            begun = allocation.report is not None and bool(allocation.report.tasks)
-            if begun and allocation.id not in followed:
-                followed.add(allocation.id)
-                threading.Thread(
-                    target=_copy_marked, args=(fleet, allocation, request), name=f"logs-{allocation.id}", daemon=True
-                ).start()
+    ending = threading.Event()
+    try:
+        for status in fleet.stream(fleet.stub.WatchJob, operator_pb2.GetJobRequest(job=job)):
+            for message in status.allocations:
+                allocation = codec.from_wire(message, Allocation)
+                begun = allocation.report is not None and bool(allocation.report.tasks)
+                if begun and allocation.id not in followed:
+                    followed.add(allocation.id)
+                    arguments = (fleet, allocation, request, ending)
+                    name = f"logs-{allocation.id}"
+                    threading.Thread(target=_copy_marked, args=arguments, name=name, daemon=True).start()
+    finally:
+        ending.set()
 
 
 def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty: bool | None) -> int:
@@ -81,7 +84,7 @@ def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty
     reader = threading.Thread(target=_read_stdin, args=(frames,), name="exec-stdin", daemon=True)
     with _raw_terminal(frames) if with_tty else contextlib.nullcontext():
         reader.start()
-        for frame in fleet.stream(fleet.stub.Exec, iter(frames.get, None), _EXEC_TIMEOUT_S):
+        for frame in fleet.stream(fleet.stub.Exec, iter(frames.get, None), STREAM_TIMEOUT_S):
             if frame.HasField("end"):
                 if frame.end.error:
                     raise RefusedError("exec-failed", f"{' '.join(command)}: {frame.end.error}")
@@ -115,7 +118,7 @@ def _copy(frame: fleet_pb2.TunnelFrame) -> None:
             raise RefusedError("logs-failed", frame.end.error)
 
 
-def _copy_marked(fleet: Fleet, allocation: Allocation, request: fleet_pb2.LogsRequest) -> None:
+def _copy_marked(fleet: Fleet, allocation: Allocation, request: fleet_pb2.LogsRequest, ending: threading.Event) -> None:
     mark = f"{allocation.group}[{allocation.index}] ".encode()
     own = fleet_pb2.LogsRequest()
     own.CopyFrom(request)
@@ -134,7 +137,8 @@ def _copy_marked(fleet: Fleet, allocation: Allocation, request: fleet_pb2.LogsRe
             _write_lines(name, mark, text + b"\n" if text else b"")
     except OutriderError as error:
         # One allocation's logs may be gone with its node: say so, and go on with the others.
-        output.say(f"{mark.decode()}{error}")
+        if not ending.is_set():
+            output.say(f"{mark.decode()}{error}")
 
 
 def _write_lines(kind: str, mark: bytes, text: bytes) -> None:

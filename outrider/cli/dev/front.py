@@ -32,8 +32,11 @@ _LOG_LINES = 8
 _TOOLS = ("crun", "conmon", "nft", "ip", "nsenter", "unshare", "setpriv")
 
 
-def start(name: str, node_count: int, *, detach: bool) -> None:
-    """Raises InputError, HostError. Without `detach`: until Ctrl-C or SIGTERM, and nothing of it is left."""
+def start(name: str, node_count: int, *, detach: bool, hints: bool = True) -> None:
+    """Raises InputError, HostError. Without `detach`: until Ctrl-C or SIGTERM, and nothing of it is left.
+
+    `hints`: say what to do next.
+    """
     layout = new_layout(name, node_count)
     _check_host()
     claim(layout)
@@ -45,7 +48,8 @@ def start(name: str, node_count: int, *, detach: bool) -> None:
         _give_up(layout, supervisor)
         raise
     output.say(f"fleet {name} is ready: {node_count} nodes in {time.monotonic() - began_s:.1f} s")
-    _tell_next(layout, detach=detach)
+    if hints:
+        _tell_next(layout, detach=detach)
     if not detach:
         _attend(layout, supervisor)
 
