@@ -109,7 +109,9 @@ async def test_root_is_read_only(runtime: SandboxRuntime, place: Sandboxes) -> N
 
 
 async def test_tmp_is_private_and_bounded(runtime: SandboxRuntime, place: Sandboxes) -> None:
-    output = await shell(runtime, place, "ls -A /tmp; head -c 3M /dev/zero > /tmp/full; stat -c %s /tmp/full")
+    output = await shell(
+        runtime, place, "exec 2>&1; ls -A /tmp; head -c 3M /dev/zero > /tmp/full; stat -c %s /tmp/full"
+    )
     assert output.splitlines() == ["head: error writing 'standard output': No space left on device", str(MIB)]
     assert await shell(runtime, place, "ls -A /tmp") == ""
 
@@ -233,7 +235,7 @@ async def test_links_in_an_image_do_not_lead_out_of_it(
         "/bin/sh", "-c", "/bin/busybox ls /etc/shadow; echo x > /tmp/mine; /bin/busybox id -u", image=image
     )
     _, output = await ran(runtime, output_spec)
-    assert output.splitlines()[-1] == "1000"
+    assert "1000" in output.splitlines()
     assert "ls: /etc/shadow: " in output  # a link to itself, once the root is the image's
     assert not Path("/root/mine").exists()
     assert sorted(entry.name for entry in image.iterdir()) == ["bin", "etc", "tmp"]  # never written to
