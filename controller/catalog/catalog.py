@@ -99,6 +99,11 @@ class Catalog:
             raise ConfigError(f"catalog: cannot listen: {error}") from error
         self._log.info("catalog_started", socket=self._socket, port=self.port, index=self._store.index)
 
+    @property
+    def waiting(self) -> int:
+        """Blocking queries that wait now."""
+        return self._waiters.waiting
+
     async def failed(self) -> None:
         """Waits for ever; raises JournalError once the database can no longer be written."""
         await asyncio.shield(self._task)
