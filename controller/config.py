@@ -43,7 +43,6 @@ class ConsulConfig(Value, frozen=True, kw_only=True):
     """A real Consul instead of the embedded catalog."""
 
     url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/]+/?$")]
-    datacenter: str | None = None  # default: the agent's own
     token_file: Path | None = None
     ca_file: Path | None = None
     cert_file: Path | None = None

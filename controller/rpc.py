@@ -40,6 +40,8 @@ SERVER_OPTIONS = (
 _STATUS = {
     "not-found": grpc.StatusCode.NOT_FOUND,
     "denied": grpc.StatusCode.PERMISSION_DENIED,
+    "forbidden": grpc.StatusCode.PERMISSION_DENIED,
+    "unavailable": grpc.StatusCode.UNAVAILABLE,
     "bad-token": grpc.StatusCode.UNAUTHENTICATED,
     "bad-csr": grpc.StatusCode.INVALID_ARGUMENT,
     "ambiguous": grpc.StatusCode.INVALID_ARGUMENT,

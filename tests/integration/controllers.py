@@ -223,7 +223,9 @@ class Agent:
     async def _read(self) -> None:
         self.ended = None
         try:
-            await self._take_all()
+            with contextlib.suppress(asyncio.InvalidStateError):  # a write after the end: `read` says how it ended
+                await self._take_all()
+            await self._stream.read()
         except grpc.aio.AioRpcError as error:
             self.ended = error
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import aiomqtt
 import grpc
 import grpc.aio
 import pytest
@@ -16,12 +17,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.leaves import signing_request
 from outrider import codec
+from outrider.broker import mosquitto_acl, mosquitto_conf, node_status_topic
 from outrider.ids import NodeId, ServiceName
 from outrider.model.mesh import spiffe_id
-from outrider.tls import channel, joining_channel
+from outrider.tls import TlsFiles, channel, joining_channel, ssl_context
 from outrider.v1 import fleet_pb2, fleet_pb2_grpc, job_pb2, mesh_pb2, operator_pb2, operator_pb2_grpc
 from tests.integration.controllers import CALL_S, CLUSTER, Agent, Controller, submit, web_job
-from tests.integration.processes import until
+from tests.integration.processes import free_port, program, until
 
 N1, N2 = NodeId("n1"), NodeId("n2")
 JOB = operator_pb2.GetJobRequest(job="shop")
@@ -354,3 +356,27 @@ async def test_how_it_ends(controller: Controller, tmp_path: Path) -> None:
         assert await controller.stop() == 0
     assert not controller.socket.exists()
     assert controller.events("stopping")
+
+
+async def test_a_last_will_makes_the_controller_look_at_once(tmp_path: Path) -> None:
+    port = free_port()
+    controller = Controller(tmp_path, mqtt={"host": "127.0.0.1", "port": port})
+    try:
+        await controller.start()  # without a broker: nothing waits for it
+        ca = controller.data / "ca"
+        acl, conf = tmp_path / "acl", tmp_path / "mosquitto.conf"
+        acl.write_text(mosquitto_acl(CLUSTER))
+        files = TlsFiles(ca=ca / "broker.ca", certificate=ca / "broker.crt", key=ca / "broker.key")
+        conf.write_text(mosquitto_conf(host="127.0.0.1", port=port, files=files, acl=acl, user="root"))
+        agent = Agent(controller, N1, await controller.join(N1))
+        async with program("mosquitto", "-c", conf, log=tmp_path / "mosquitto.log"), agent.session():
+            await until(lambda: bool(controller.events("broker connected")), "the broker is connected")
+            tls = ssl_context(agent.files, server=False)
+            async with aiomqtt.Client("127.0.0.1", port, tls_context=tls, timeout=5.0) as client:
+                await client.publish(node_status_topic(CLUSTER, N1), b'{"status":"gone","at_s":1.0}', qos=1)
+            await until(lambda: agent.probes > 0, "the agent is asked for a sign of life")
+        async with controller.operator() as operator:
+            (node,) = (await operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=CALL_S)).nodes
+            assert node.node.id == N1
+    finally:
+        await controller.kill()
