@@ -1,6 +1,6 @@
 """The node's presence and its allocations' changes on MQTT. A broker that is away or slow slows nothing.
 
-Tasks: `run`, and while connected one that publishes and one that watches the connection. Queue: what waits to be
+Tasks: `run`, which watches the connection, and while connected one that publishes. Queue: what waits to be
 published, OUTBOX_MAX; when it is full the oldest is dropped and counted. docs/EVENTS.md has topics and schema.
 """
 
@@ -80,7 +80,9 @@ class Broker:
     async def run(self) -> None:
         """Until cancelled; then the node says that its agent is gone, if the broker still listens."""
         known_reason = ""
-        while True:
+        task = asyncio.current_task()
+        # Python 3.11's TaskGroup drops a cancellation that comes together with an error: ask for it by hand.
+        while task is not None and not task.cancelling():
             reason = await self._connection()
             self.connected = False
             if reason != known_reason:  # once for each reason, not once for each attempt
@@ -99,7 +101,7 @@ class Broker:
                 try:
                     async with asyncio.TaskGroup() as group:
                         group.create_task(self._publish(client), name="mqtt-publish")
-                        group.create_task(_watch(client), name="mqtt-watch")
+                        await _watch(client)
                 except asyncio.CancelledError:
                     await self._say_gone(client)
                     raise

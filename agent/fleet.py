@@ -1,7 +1,7 @@
 """The session with the controller: dials, greets, listens, reports, and dials again.
 
-Owns the conversation alone: what is wanted goes to `FleetListener`, what is true comes from it. Tasks: one that
-reads and one that writes, in a TaskGroup for each session. Nothing queues up: what is not yet sent is one newest
+Owns the conversation alone: what is wanted goes to `FleetListener`, what is true comes from it. Tasks: `run`,
+which reads, and one for each session that writes. Nothing queues up: what is not yet sent is one newest
 report for each allocation, the newest of each acknowledgement, and at most REFUSALS_MAX refusals. A new session's
 Hello says it all anew.
 """
@@ -119,7 +119,9 @@ class FleetSession:
     async def run(self) -> None:
         """For ever: a session, and after it another. With the controller away everything on the node runs on."""
         failures = 0
-        while True:
+        task = asyncio.current_task()
+        # Python 3.11's TaskGroup drops a cancellation that comes together with an error: ask for it by hand.
+        while task is not None and not task.cancelling():
             began_s, controller = monotonic_s(), next(self._controllers)
             try:
                 await self._converse(controller)
@@ -179,8 +181,8 @@ class FleetSession:
                 self._log.info("session began", controller=controller)
                 async with asyncio.TaskGroup() as group:
                     silence_s = max(_SILENCE_S, 2 * interval_s + 0.5)
-                    group.create_task(self._read(stream, silence_s), name="fleet-read")
                     group.create_task(self._write(stream, interval_s), name="fleet-write")
+                    await self._read(stream, silence_s)
             finally:
                 self._stub = None
                 stream.cancel()

@@ -80,7 +80,9 @@ class Names:
 
     async def run(self) -> None:
         """Until cancelled; the responder runs on."""
-        while True:
+        task = asyncio.current_task()
+        # Python 3.11's TaskGroup drops a cancellation that comes together with an error: ask for it by hand.
+        while task is not None and not task.cancelling():
             try:
                 await self._ensure()
                 async with asyncio.TaskGroup() as group:

@@ -7,7 +7,6 @@ Lives in a network namespace made for the test, as the agent that it starts does
 import asyncio
 import contextlib
 import datetime as dt
-import os
 import secrets
 import shutil
 import signal
@@ -264,18 +263,29 @@ class AgentFleet:
         return subprocess.run(["sh", "-c", command], check=False, timeout=20, capture_output=True, text=True).stdout
 
     def workload_pids(self, needle: str) -> list[int]:
-        """Host pids of processes whose command line contains `needle`."""
+        """Host pids of processes in this node's sandboxes whose command line contains `needle`."""
         pids = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if needle in command and f"/{self.run.name}/" in (path / "cgroup").read_text():
+                    pids.append(int(path.name))
+        return sorted(pids)
+
+    def processes(self) -> list[str]:
+        """Command lines of whatever on this host speaks of this node."""
+        found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                if needle.encode() in path.read_bytes().replace(b"\0", b" ") and int(path.parent.name) != os.getpid():
-                    pids.append(int(path.parent.name))
-        return sorted(pids)
+                command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if self.run.name in command or str(self.directory) in command:
+                    found.append(command)
+        return found
 
 
 @contextlib.asynccontextmanager
 async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
-    """In the calling thread's network namespace. The agent is started by the test. Whatever happens, nothing of it stays on the host."""
+    """In this thread's network namespace. The test starts the agent; nothing of it stays on the host, come what may."""
     name = f"t{secrets.token_hex(4)}"
     directory = Path(tempfile.mkdtemp(prefix="outrider-agent-"))
     directory.chmod(0o711)
