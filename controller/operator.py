@@ -109,8 +109,8 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
             if status != told:
                 told = status
                 yield codec.to_wire(status, operator_pb2.JobStatus)
+            await asyncio.sleep(STATUS_INTERVAL_S)  # after telling, not before: a change in quiet times is told at once
             await changed.wait()
-            await asyncio.sleep(STATUS_INTERVAL_S)
 
     @unary
     async def ListNodes(
