@@ -2,7 +2,7 @@
 
 import re
 
-_NUMBER = re.compile(r"^(?P<number>\d{1,15}(\.\d{1,9})?)(?P<unit>[A-Za-z]*)$")
+_NUMBER = re.compile(r"^(?P<number>[0-9]{1,15}(\.[0-9]{1,9})?)(?P<unit>[A-Za-z]*)$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {
     "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40,
