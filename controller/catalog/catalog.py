@@ -175,6 +175,8 @@ class Catalog:
                 response = web.Response(status=400, text=f"{error}\n")
             except RefusedError as error:
                 response = web.Response(status=_STATUS[error.code], text=f"{error}\n")
+            except JournalError as error:
+                response = web.Response(status=500, text=f"not done: {error}\n")
             except web.HTTPRequestEntityTooLarge:
                 response = web.Response(status=413, text=f"Request body too large, max size: {BODY_BYTES_MAX} bytes\n")
             self.requests[name, response.status] += 1
@@ -266,9 +268,10 @@ class Catalog:
                 batch.append(self._queue.get_nowait())
             try:
                 await asyncio.to_thread(self._database.write, [commit for commit, _ in batch])
-            except JournalError:
+            except JournalError as error:
                 for _, done in batch:
-                    done.cancel()  # their connections break: nobody is told that it was done
+                    if not done.done():
+                        done.set_exception(error)
                 raise
             for _, done in batch:
                 if not done.done():

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import sqlite3
 import ssl
 import stat
 from collections.abc import AsyncIterator
@@ -138,6 +139,17 @@ async def test_a_port_without_certificates_is_refused(tmp_path: Path) -> None:
             cluster=CLUSTER,
             log=Log("catalog"),
         )
+
+
+async def test_a_write_that_cannot_be_kept_is_not_acknowledged_and_ends_the_catalog(tmp_path: Path) -> None:
+    async with started(tmp_path) as catalog:
+        with sqlite3.connect(tmp_path / "catalog.db") as other:
+            other.execute("DROP TABLE rows")
+        status, text, _ = await ask(tmp_path, "PUT", "kv/x", b"y")
+        assert (status, text[:8]) == (500, "not done")
+        with pytest.raises(JournalError, match="cannot be written"):
+            await asyncio.wait_for(catalog.failed(), 5)
+        other.close()
 
 
 READ = ("GET", "catalog/nodes")

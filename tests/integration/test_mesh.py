@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from controller.mesh.consul_adapter import ConsulAdapter, Dialect
 from controller.mesh.issuer import ConsulIssuer, EmbeddedIssuer, Issuer
 from controller.mesh.mesh import Mesh
 from controller.mesh.shapes import CatalogNode, ConsulService, Txn, TxnNode, TxnService
+from controller.mesh.watcher import WATCHES_MAX
 from outrider.errors import InputError, RefusedError
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.log import Log
@@ -396,6 +398,55 @@ async def test_a_second_controller_waits_for_the_first(record: Record) -> None:
             assert await first.registered("test-n1") == set()
             first.mesh.set_node(node("n9", instance("a9")))
             await until(lambda: registered(first, "test-n9", 2), "the first still writes")
+
+
+_LEADS_AND_HANGS = """
+import asyncio, sys
+from controller.mesh.consul_adapter import ConsulAdapter
+from controller.mesh.leader import Leadership
+from outrider.log import Log
+
+async def main():
+    assert await Leadership(ConsulAdapter(sys.argv[1]), "test", Log("mesh")).take()
+    print("leads", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_controller_is_followed_at_once(record: Record) -> None:
+    command = [sys.executable, "-c", _LEADS_AND_HANGS, record.url]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env={"PYTHONPATH": "."})
+    try:
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), 10) == b"leads\n"
+        async with running(record) as one:
+            await until(lambda: one.mesh.reachable, "it sees Consul")
+            assert not one.mesh.leading
+            process.kill()
+            await process.wait()
+            await until(lambda: one.mesh.leading, "it leads, without waiting for the dead one's session", timeout_s=5)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_more_services_than_may_be_watched_are_polled(tmp_path: Path) -> None:
+    names = [ServiceName(f"s{number:03}") for number in range(WATCHES_MAX + 5)]
+    record = EmbeddedRecord(tmp_path)
+    await record.start()
+    try:
+        async with running(record) as one:
+            one.mesh.set_services({name: (number, Protocol.TCP) for number, name in enumerate(names)})
+            one.mesh.set_interests(N2, frozenset(names), frozenset())
+            one.connect(N2)
+            one.mesh.set_node(node("n1", *(instance("a1", name) for name in names)))
+            await until(lambda: all(one.healthy(N2, name) for name in names), "all are known")
+            assert record.catalog.waiting <= WATCHES_MAX + 2
+    finally:
+        await record.stop()
 
 
 async def test_one_registration_that_consul_refuses_holds_up_no_other(record: Record) -> None:

@@ -1,0 +1,117 @@
+"""Deltas put together give what a fresh session would be told; withdrawals wait for every caller."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.mesh.views import Interests, Updates, Views
+from outrider.ids import AllocId, NodeId, ServiceName
+from outrider.model.job import Protocol
+from outrider.model.mesh import (
+    Action,
+    Endpoint,
+    Intention,
+    MeshService,
+    MeshUpdate,
+    TrustRoots,
+)
+
+NODES = [NodeId("n1"), NodeId("n2")]
+SERVICES = [ServiceName("web"), ServiceName("api"), ServiceName("db")]
+
+
+class Agent:
+    """Puts updates together as an agent does."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.services: dict[ServiceName, MeshService] = {}
+        self.intentions: dict[ServiceName, tuple[Intention, ...]] = {}
+        self.roots = TrustRoots()
+
+    def take(self, update: MeshUpdate) -> None:
+        assert update.version > self.version
+        self.version = update.version
+        if update.full:
+            self.services, self.intentions = {}, {}
+        self.services.update({service.name: service for service in update.services})
+        self.intentions.update({rules.service: rules.intentions for rules in update.intentions})
+        for name in update.services_removed:
+            del self.services[name]
+        for name in update.intentions_removed:
+            del self.intentions[name]
+        self.roots = update.roots or self.roots
+
+
+def endpoint(alloc: str) -> Endpoint:
+    return Endpoint(id=alloc, node="n9", address="10.0.0.9", port=1, alloc=AllocId(alloc))
+
+
+names = st.frozensets(st.sampled_from(SERVICES))
+steps = st.one_of(
+    st.tuples(st.just("services"), names),
+    st.tuples(st.just("endpoints"), st.tuples(st.sampled_from(SERVICES), st.lists(st.sampled_from("abc"), max_size=2))),
+    st.tuples(st.just("intentions"), st.lists(st.tuples(st.sampled_from([*SERVICES, "*"])), max_size=3)),
+    st.tuples(st.just("roots"), st.sampled_from(["x", "y"])),
+    st.tuples(st.just("interests"), st.tuples(st.sampled_from(NODES), names, names)),
+)
+
+
+@given(st.lists(steps, max_size=25))
+def test_deltas_add_up_to_the_full_view(script: list[tuple[str, object]]) -> None:
+    views = Views()
+    agents = {node: Agent() for node in NODES}
+    for node, agent in agents.items():
+        agent.take(views.connect(node))
+    for kind, value in script:
+        for node, update in apply(views, kind, value):
+            agents[node].take(update)
+    for node, agent in agents.items():
+        fresh = Agent()
+        fresh.take(views.connect(node))
+        assert (agent.services, agent.intentions, agent.roots) == (fresh.services, fresh.intentions, fresh.roots)
+
+
+def apply(views: Views, kind: str, value: object) -> Updates:
+    match kind, value:
+        case "services", frozenset():
+            return views.set_services({name: (SERVICES.index(name), Protocol.TCP) for name in value})
+        case "endpoints", (str(service), list(allocs)):
+            return views.set_endpoints(ServiceName(service), tuple(map(endpoint, allocs)))
+        case "intentions", list(destinations):
+            made = [Intention(source="*", destination=one[0], action=Action.ALLOW) for one in destinations]
+            return views.set_intentions(tuple(made))
+        case "roots", str(domain):
+            return views.set_roots(TrustRoots(trust_domain=domain))
+        case "interests", (str(node), frozenset() as called, frozenset() as placed):
+            return views.set_interests(NodeId(node), Interests(called=called, placed=placed))
+    raise AssertionError(kind)
+
+
+def test_a_change_that_changes_nothing_tells_nobody() -> None:
+    views = Views()
+    views.set_services({SERVICES[0]: (0, Protocol.TCP)})
+    views.set_interests(NODES[0], Interests(called=frozenset(SERVICES)))
+    views.connect(NODES[0])
+    assert len(views.set_endpoints(SERVICES[0], (endpoint("a"),))) == 1
+    assert views.set_endpoints(SERVICES[0], (endpoint("a"),)) == []
+    assert views.set_endpoints(SERVICES[1], (endpoint("a"),)) == [], "it has no virtual address yet"
+
+
+def test_withdrawn_means_that_every_connected_caller_acknowledged() -> None:
+    web, gone = SERVICES[0], frozenset({AllocId("a")})
+    views = Views()
+    views.set_services({web: (0, Protocol.TCP)})
+    for node in NODES:
+        views.set_interests(node, Interests(called=frozenset({web})))
+        views.acknowledge(node, views.connect(node).version)
+    for node, update in views.set_endpoints(web, (endpoint("a"), endpoint("b"))):
+        views.acknowledge(node, update.version)
+    assert not views.withdrawn(gone, [web])
+
+    updates = views.set_endpoints(web, (endpoint("b"),))
+    assert not views.withdrawn(gone, [web])
+    first, update = updates[0]
+    views.acknowledge(first, update.version)
+    assert not views.withdrawn(gone, [web])
+    views.disconnect(next(node for node in NODES if node != first))
+    assert views.withdrawn(gone, [web])
