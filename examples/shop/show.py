@@ -13,7 +13,6 @@ from outrider.model.allocation import Allocation
 from outrider.model.mesh import Action, Intention, ObservedRefusal
 
 _HERE = Path(__file__).parent
-_WAIT_S = 15.0
 _POLL_S = 0.1
 _VISITS = 240
 _LOAD_VISITS = 600
@@ -27,9 +26,11 @@ class UntrueError(Exception):
 
 
 class Show:
-    def __init__(self, fleet: ShopFleet, console: Console) -> None:
+    def __init__(self, fleet: ShopFleet, console: Console, *, wait_s: float = 15.0) -> None:
+        """`wait_s`: for what is to happen soon."""
         self._fleet = fleet
         self._console = console
+        self._wait_s = wait_s
 
     def run(self) -> None:
         """All steps, in order; each needs the ones before."""
@@ -198,13 +199,13 @@ class Show:
 
     def _wait(self, attempt: Callable[[], Found | None], what: str) -> Found:
         """The first answer that is one. Raises UntrueError where none comes in time."""
-        deadline_s = time.monotonic() + _WAIT_S
+        deadline_s = time.monotonic() + self._wait_s
         while time.monotonic() < deadline_s:
             found = attempt()
             if found:
                 return found
             time.sleep(_POLL_S)
-        raise UntrueError(f"{what} within {_WAIT_S:g} s")
+        raise UntrueError(f"{what} within {self._wait_s:g} s")
 
     def _title(self, text: str) -> None:
         self._console.print(f"\n[bold]{text}[/]", highlight=False, soft_wrap=True)

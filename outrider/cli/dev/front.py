@@ -41,17 +41,19 @@ def start(name: str, node_count: int, *, detach: bool, hints: bool = True) -> No
     _check_host()
     claim(layout)
     began_s = time.monotonic()
-    supervisor = _spawn(layout, detach=detach)
+    supervisor = None
     try:
+        signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+        supervisor = _spawn(layout, detach=detach)
         _wait_ready(layout, supervisor)
+        output.say(f"fleet {name} is ready: {node_count} nodes in {time.monotonic() - began_s:.1f} s")
+        if hints:
+            _tell_next(layout, detach=detach)
+        if not detach:
+            _attend(layout, supervisor)
     except BaseException:
         _give_up(layout, supervisor)
         raise
-    output.say(f"fleet {name} is ready: {node_count} nodes in {time.monotonic() - began_s:.1f} s")
-    if hints:
-        _tell_next(layout, detach=detach)
-    if not detach:
-        _attend(layout, supervisor)
 
 
 def stop(name: str) -> None:
@@ -143,12 +145,14 @@ def _wait_ready(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
     raise HostError(f"fleet {layout.name}", step=f"wait until all {waited}\n{_last_words(layout)}")
 
 
-def _give_up(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
+def _give_up(layout: Layout, supervisor: "subprocess.Popen[bytes] | None") -> None:
     # A second Ctrl-C must not leave half a fleet behind.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     output.say("removing the fleet")
-    _stop_supervisor(layout, supervisor.pid)
-    supervisor.wait()
+    if supervisor is not None:
+        _stop_supervisor(layout, supervisor.pid)
+        supervisor.wait()
     removal.remove(layout)
 
 
@@ -167,16 +171,10 @@ def _tell_next(layout: Layout, *, detach: bool) -> None:
 
 
 def _attend(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
-    try:
-        supervisor.wait()
-    except Interrupt:
-        _give_up(layout, supervisor)
-        raise
+    """Until `dev down` from elsewhere; Ctrl-C raises. Raises HostError where the supervisor failed."""
+    supervisor.wait()
     if find(layout.name) is not None:
-        words = _last_words(layout)
-        removal.remove(layout)
-        raise HostError(f"fleet {layout.name}", step=f"run: its supervisor ended\n{words}")
+        raise HostError(f"fleet {layout.name}", step=f"run: its supervisor ended\n{_last_words(layout)}")
 
 
 def _interrupt() -> None:

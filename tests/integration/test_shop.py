@@ -1,0 +1,104 @@
+"""examples/shop on a real fleet: what the demo shows is true, and what is not true is said."""
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from examples.shop.fleet import ShopFleet
+from examples.shop.show import Show, UntrueError
+from outrider.cli.address import Address
+from outrider.cli.client import Fleet, open_channel
+from outrider.model.mesh import Action
+from tests.integration.fleet import DevFleet, fleet
+
+__all__ = ["fleet"]
+pytestmark = pytest.mark.host
+
+
+class Shown:
+    def __init__(self, shop: ShopFleet) -> None:
+        self.shop = shop
+        self._text = io.StringIO()
+        self.show = Show(shop, Console(file=self._text, width=200), wait_s=8.0)
+
+    def take(self) -> str:
+        """What was shown since the last time."""
+        text = self._text.getvalue()
+        self._text.seek(0)
+        self._text.truncate()
+        return text
+
+
+@pytest.fixture(scope="module")
+def shown(fleet: DevFleet) -> Iterator[Shown]:
+    address = Address(target=fleet.address)
+    with open_channel(address) as channel:
+        shown = Shown(ShopFleet(fleet.layout, Fleet(address, channel)))
+        shown.show.start_jobs()
+        yield shown
+
+
+def test_calls_are_balanced_over_the_replicas(shown: Shown) -> None:
+    shown.show.balance()
+    text = shown.take()
+    for group in ("web", "api"):
+        for replica in shown.shop.allocations("shop", group):
+            assert replica.id in text
+    assert "each visit once" in text
+
+
+def test_both_sidecars_saw_the_right_identity(shown: Shown) -> None:
+    shown.show.certificates()
+    text = shown.take()
+    for service in ("shopper", "web", "api", "redis"):
+        assert f"/ns/default/dc/dc1/svc/{service}" in text
+
+
+def test_the_refusal_names_the_intention_and_changes_when_it_is_taken_away(shown: Shown) -> None:
+    shown.show.intruder()
+    first, created, deleted, granted, last = shown.take().split("✔")[1:]
+    assert "the default, deny" in first
+    assert "intruder -> web deny “not from here”" in created
+    assert "recorded: deny:intruder->web:" in created
+    assert "the default, deny" in deleted
+    assert "served" in granted
+    assert "refused" in last
+
+
+def test_a_refusal_that_does_not_happen_is_not_claimed(shown: Shown) -> None:
+    shown.shop.create_intention("intruder", "web", Action.ALLOW, "in spite of the show")
+    try:
+        with pytest.raises(UntrueError, match="a refusal by default"):
+            shown.show.intruder()
+    finally:
+        shown.shop.delete_intention("intruder", "web")
+
+
+def test_sudden_death_of_a_replica_costs_no_request(shown: Shown) -> None:
+    shown.show.sudden_death()
+    assert "0 failed" in shown.take()
+
+
+def test_prometheus_has_the_figures_of_each_pair(shown: Shown) -> None:
+    shown.show.figures()
+    text = shown.take()
+    assert "shopper -> web" in text
+    assert "api -> redis" in text
+
+
+@pytest.mark.usefixtures("shown")
+def test_the_command_line_tells_of_the_shop(fleet: DevFleet) -> None:
+    assert {job["name"] for job in fleet.json("job", "ls")} == {"shop", "shopper", "intruder"}
+    status = fleet.json("job", "status", "shop")
+    assert status["rollout"] == "successful"
+    web = next(each for each in status["allocations"] if each["group"] == "web")
+    assert "running" in fleet.outrider("alloc", "status", web["id"]).stdout
+    assert fleet.outrider("exec", web["id"], "--", "sh", "-c", "cat; exit 7", text="typed").stdout == "typed"
+    assert fleet.outrider("exec", "shopper", "--", "sh", "-c", "exit 7").returncode == 7
+    assert "Ready to accept connections" in fleet.outrider("logs", "shop").stdout
+    assert "shopper -> web" in fleet.outrider("intention", "check", "shopper", "web").stdout
+    denied = fleet.outrider("intention", "check", "intruder", "web")
+    assert (denied.returncode, "denied" in denied.stdout) == (1, True)
+    assert "rollout.successful" in fleet.outrider("events").stdout
