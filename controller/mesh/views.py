@@ -1,6 +1,7 @@
 """What each node's sidecars know of the mesh, and what they must be told next. Pure: state in place, updates out.
 
-Level-triggered: an update is the difference between what a node was sent and what it should have.
+Level-triggered: an update is the difference between what a node was sent and what it should have. What the catalog
+has not been asked yet is left out: a controller that has just started must not tell agents that nothing is there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.acknowledged = 0
+        self.complete = False  # it was sent an update that replaced everything it had before
         self.services: dict[ServiceName, MeshService] = {}
         self.changed: dict[ServiceName, int] = {}  # the version that last told of the service's endpoints
         self.intentions: dict[ServiceName, tuple[Intention, ...]] = {}
@@ -43,7 +45,7 @@ class Views:
     def __init__(self) -> None:
         self.services: Mapping[ServiceName, tuple[int, Protocol]] = {}
         self.endpoints: dict[ServiceName, tuple[Endpoint, ...]] = {}
-        self.intentions: tuple[Intention, ...] = ()
+        self.intentions: tuple[Intention, ...] | None = None  # None, as empty roots: not asked yet
         self.roots = TrustRoots()
         self.interests: dict[NodeId, Interests] = {}
         self._sessions: dict[NodeId, _Session] = {}
@@ -84,23 +86,10 @@ class Views:
         self._sessions.pop(node, None)
 
     def connect(self, node: NodeId) -> MeshUpdate:
-        """The whole view, for a fresh session; deltas follow it."""
+        """The whole view, for a fresh session; deltas follow it. Where the catalog was not asked for all of it yet,
+        what is known so far, and the update that replaces everything follows when it has."""
         session = self._sessions[node] = _Session()
-        interests = self.interests.get(node, Interests())
-        session.services = {name: one for name in sorted(interests.called) if (one := self._service(name)) is not None}
-        session.intentions = {name: bearing_on(self.intentions, name) for name in sorted(interests.placed)}
-        session.roots = self.roots
-        self._version += 1
-        session.changed = dict.fromkeys(session.services, self._version)
-        return MeshUpdate(
-            version=self._version,
-            full=True,
-            services=tuple(session.services.values()),
-            intentions=tuple(
-                ServiceIntentions(service=name, intentions=found) for name, found in session.intentions.items()
-            ),
-            roots=self.roots,
-        )
+        return self._difference(node, session, None) or MeshUpdate(version=self._next_version())
 
     def disconnect(self, node: NodeId) -> None:
         self._sessions.pop(node, None)
@@ -120,16 +109,12 @@ class Views:
         return True
 
     def _service(self, name: ServiceName) -> MeshService | None:
-        """None while the controller has given the name no virtual address."""
-        if name not in self.services:
+        """None while the controller has given the name no virtual address, or the catalog was not asked for it."""
+        if name not in self.services or name not in self.endpoints:
             return None
         index, protocol = self.services[name]
-        return MeshService(
-            name=name,
-            virtual_address=virtual_address(index),
-            protocol=protocol,
-            endpoints=self.endpoints.get(name, ()),
-        )
+        address = virtual_address(index)
+        return MeshService(name=name, virtual_address=address, protocol=protocol, endpoints=self.endpoints[name])
 
     def _differences(self, services: Iterable[ServiceName]) -> Updates:
         changed = frozenset(services)
@@ -143,35 +128,43 @@ class Views:
         if session is None:
             return None
         interests = self.interests.get(node, Interests())
-        names = (
-            {*interests.called, *session.services}
-            if changed is None
-            else changed
-            & {
-                *interests.called,
-                *session.services,
-            }
-        )
+        full = not session.complete and self._answers(interests)
+        if full:
+            session.complete, session.services, session.intentions = True, {}, {}
+        names = interests.called | session.services.keys()
+        if changed is not None and not full:
+            names &= changed
         services = {name: self._service(name) if name in interests.called else None for name in names}
         fresh = {name: one for name, one in services.items() if one is not None and session.services.get(name) != one}
         gone = sorted(name for name, one in services.items() if one is None and name in session.services)
-        rules = {name: bearing_on(self.intentions, name) for name in interests.placed}
+        placed = interests.placed if self.intentions is not None else ()
+        rules = {name: bearing_on(self.intentions or (), name) for name in placed}
         new_rules = {name: found for name, found in rules.items() if session.intentions.get(name) != found}
         gone_rules = sorted(name for name in session.intentions if name not in rules)
-        roots = self.roots if self.roots != session.roots else None
-        if not (fresh or gone or new_rules or gone_rules or roots):
+        roots = self.roots if self.roots != session.roots or (full and self.roots.trust_domain) else None
+        if not (full or fresh or gone or new_rules or gone_rules or roots):
             return None
-        self._version += 1
+        version = self._next_version()
         session.services.update(fresh)
-        session.changed.update(dict.fromkeys((*fresh, *gone), self._version))
+        session.changed.update(dict.fromkeys((*fresh, *gone), version))
         for name in gone:
             del session.services[name]
         session.intentions, session.roots = rules, self.roots
         return MeshUpdate(
-            version=self._version,
+            version=version,
+            full=full,
             services=tuple(fresh[name] for name in sorted(fresh)),
             services_removed=tuple(gone),
             intentions=tuple(ServiceIntentions(service=name, intentions=new_rules[name]) for name in sorted(new_rules)),
             intentions_removed=tuple(gone_rules),
             roots=roots,
         )
+
+    def _answers(self, interests: Interests) -> bool:
+        """Whether the catalog was asked for all that these interests need."""
+        known = self.intentions is not None and self.roots.trust_domain != ""
+        return known and all(name in self.endpoints for name in interests.called)
+
+    def _next_version(self) -> int:
+        self._version += 1
+        return self._version

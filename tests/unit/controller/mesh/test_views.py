@@ -97,6 +97,24 @@ def test_a_change_that_changes_nothing_tells_nobody() -> None:
     assert views.set_endpoints(SERVICES[1], (endpoint("a"),)) == [], "it has no virtual address yet"
 
 
+def test_a_controller_that_has_just_started_takes_nothing_away() -> None:
+    web = SERVICES[0]
+    views = Views()
+    views.set_services({web: (0, Protocol.TCP)})
+    views.set_interests(NODES[0], Interests(called=frozenset({web}), placed=frozenset({web})))
+
+    first = views.connect(NODES[0])
+    assert (first.full, first.services, first.intentions, first.roots) == (False, (), (), None)
+    ((_, early),) = views.set_endpoints(web, (endpoint("a"),))
+    assert (early.full, early.services[0].endpoints) == (False, (endpoint("a"),))
+    views.set_intentions(())
+    ((_, whole),) = views.set_roots(TrustRoots(trust_domain="x"))
+    assert whole.full
+    assert (len(whole.services), len(whole.intentions), whole.roots) == (1, 1, TrustRoots(trust_domain="x"))
+    ((_, later),) = views.set_endpoints(web, ())
+    assert not later.full
+
+
 def test_withdrawn_means_that_every_connected_caller_acknowledged() -> None:
     web, gone = SERVICES[0], frozenset({AllocId("a")})
     views = Views()
