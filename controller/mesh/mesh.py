@@ -105,7 +105,8 @@ class Mesh:
         self._watcher.set_services(self._views.called())
 
     def full(self, node: NodeId) -> MeshUpdate:
-        """The whole view, for a fresh session; from here on the node is connected, and `deliver` gets its deltas."""
+        """The whole view for a fresh session, or what is known so far (`Views.connect`); from here on the node is
+        connected, and `deliver` gets its deltas."""
         return self._views.connect(node)
 
     def disconnected(self, node: NodeId) -> None:

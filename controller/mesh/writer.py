@@ -30,6 +30,7 @@ from outrider.log import Log
 
 SWEEP_S = 30.0  # how often everything is compared, beside what the watches show
 _RETRY_S = 5.0  # after Consul refused one node's registration
+_DOUBT_S = 5.0  # after a watch showed something unexpected of a node that was just being written
 _REQUESTS_AT_ONCE = 8
 
 
@@ -50,6 +51,7 @@ class Writer:
         self._suspect: set[str] = set()  # to be read again before they are compared
         self._writing: dict[str, NodeRecord | None] = {}
         self._retry_at_s: dict[str, float] = {}
+        self._doubt_at_s: dict[str, float] = {}
         self._sweep_at_s = 0.0
 
     def set_node(self, registration: NodeRegistration) -> None:
@@ -84,10 +86,13 @@ class Writer:
         """A watch shows this: nodes that look otherwise than they were written are read again."""
         if not self.leadership.held:
             return
-        # What is being written shows before it is known to be written.
-        drifted = self._known.drifted(service, rows) - self._dirty - self._writing.keys()
-        if drifted:
-            self._suspect |= drifted
+        drifted = self._known.drifted(service, rows)
+        # What is being written shows before it is known to be written: most likely it is that. Look again later.
+        ours = drifted & (self._dirty | self._writing.keys())
+        for name in ours - self._doubt_at_s.keys():
+            self._doubt_at_s[name] = time.monotonic() + _DOUBT_S
+        if drifted - ours:
+            self._suspect |= drifted - ours
             self.wake.set()
 
     def having(self, allocs: frozenset[str]) -> frozenset[str]:
@@ -106,13 +111,14 @@ class Writer:
         self._known.clear()
         self._suspect.clear()
         self._retry_at_s.clear()
+        self._doubt_at_s.clear()
         self._dirty.update(self._registrations)
         self._sweep_at_s = 0.0
         self._owned_dirty = True
 
     async def wait(self) -> None:
         """Until there is something to write, or the time for a sweep has come."""
-        until_s = min((self._sweep_at_s, *self._retry_at_s.values()))
+        until_s = min((self._sweep_at_s, *self._retry_at_s.values(), *self._doubt_at_s.values()))
         try:
             async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
                 await self.wake.wait()
@@ -127,9 +133,10 @@ class Writer:
             await self._read(await self._all_names())
             self._sweep_at_s = now_s + SWEEP_S
             self._owned_dirty = True
-        for name in [name for name, at_s in self._retry_at_s.items() if at_s <= now_s]:
-            del self._retry_at_s[name]
-            self._suspect.add(name)
+        for due_at_s in (self._retry_at_s, self._doubt_at_s):
+            for name in [name for name, at_s in due_at_s.items() if at_s <= now_s]:
+                del due_at_s[name]
+                self._suspect.add(name)
         if self._suspect:
             await self._read(self._suspect)
         await self._write_nodes(sorted(self._dirty - self._retry_at_s.keys()))
