@@ -1,8 +1,8 @@
 """Speaks with conmon, the monitor beside each sandbox: it runs crun, captures output, keeps the exit status, and
 outlives the agent.
 
-Owns the layout of a sandbox's own directory: `bundle/`, `log`, `log.held`, `log.1` (see `rotation`), `exit/ID`, and
-`monitor.log` for conmon's own complaints.
+Owns the layout of a sandbox's own directory: `bundle/`, `log`, `log.held`, `log.1` (see `rotation`), `exit/ID`,
+`monitor.log` for conmon's own complaints, and what conmon leaves beside them (`oom`, `pidfile-ID`).
 """
 
 import asyncio
@@ -44,7 +44,9 @@ class _Sync(msgspec.Struct):
 async def create(sandbox: str, directory: Directory, *, crun: tuple[str, ...], log_bytes: int) -> "Starting":
     """Start conmon, which has crun create the container."""
     argv = [
-        *("conmon", "--api-version", "1", "--sync", "--cid", sandbox, "--cuuid", sandbox, "--name", sandbox),
+        # It leaves `oom` and a pid file in the directory it was started in.
+        *("env", "--chdir", str(directory.path), process.program("conmon")),
+        *("--api-version", "1", "--sync", "--cid", sandbox, "--cuuid", sandbox, "--name", sandbox),
         *("--runtime", process.program(crun[0]), *(f"--runtime-arg={argument}" for argument in crun[1:])),
         *("--bundle", str(directory.bundle), "--exit-dir", str(directory.exits)),
         *("--log-path", f"k8s-file:{directory.log}", "--log-size-max", str(log_bytes)),
