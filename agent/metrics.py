@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -26,6 +25,7 @@ from outrider.model.job import Value
 PAIRS_MAX = 500
 _STATS_S = 2.0  # for all sidecars together: Prometheus itself waits for ten
 _STATS_AT_ONCE = 8
+_SCRAPE_S = 5.0  # for all of a scrape, the loop's own delay included
 _WORKLOAD_LABELS = ("job", "group", "alloc", "task")
 _PAIR_LABELS = ("source", "destination")
 
@@ -102,40 +102,38 @@ class Figures(Protocol):
     async def sidecar(self, alloc: AllocId) -> SidecarFigures: ...
 
 
-class _Snapshot(Collector):
-    """What one scrape shows."""
+class _Live(Collector):
+    """Asks the agent's loop for the figures, from the listener's thread."""
 
-    def __init__(self, metrics: Iterable[Metric]) -> None:
-        self._metrics = tuple(metrics)
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self._loop = asyncio.get_running_loop()
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._metrics
+        yield from asyncio.run_coroutine_threadsafe(self._all(), self._loop).result(_SCRAPE_S)
+
+    async def _all(self) -> list[Metric]:
+        return [*_node(self._figures), *_workloads(self._figures), *await _sidecars(self._figures)]
 
 
 @asynccontextmanager
 async def http_listener(listen: str, figures: Figures) -> AsyncIterator[None]:
     """GET /metrics until left. Raises ConfigError where it cannot bind."""
-
-    async def metrics(_: web.Request) -> web.Response:
-        registry = CollectorRegistry()
-        registry.register(_Snapshot([*_node(figures), *_workloads(figures), *await _sidecars(figures)]))
-        ProcessCollector(namespace="outrider_agent", registry=registry)
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    application = web.Application()
-    application.router.add_get("/metrics", metrics)
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
+    registry = CollectorRegistry()
+    registry.register(_Live(figures))
+    ProcessCollector(namespace="outrider_agent", registry=registry)
+    host, port = host_port(listen)
     try:
-        host, port = host_port(listen)
-        await web.TCPSite(runner, host, port).start()
+        # The library's own server, in a thread: an HTTP framework would be a tenth of the agent's memory.
+        server, thread = start_http_server(port, host, registry)
     except OSError as error:
-        await runner.cleanup()
         raise ConfigError(f"metrics_listen: cannot listen on {listen}: {error.strerror}") from error
     try:
         yield
     finally:
-        await runner.cleanup()
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        await asyncio.to_thread(thread.join)
 
 
 def _node(figures: Figures) -> Iterator[Metric]:

@@ -1,13 +1,15 @@
 """Envoy's admin interface over its unix socket, as far as the agent needs it. Reached by the agent alone."""
 
+import asyncio
 from pathlib import Path
 
-import aiohttp
+import h11
 
 from outrider.errors import PeerError
 from outrider.ids import AllocId
 
 _DEADLINE_S = 2.0
+_READ_BYTES = 65_536
 
 
 class Admin:
@@ -42,19 +44,32 @@ class Admin:
         return await self._call("GET", "/stats/prometheus?usedonly")
 
     async def _call(self, method: str, path: str) -> str:
-        timeout = aiohttp.ClientTimeout(total=_DEADLINE_S)
         try:
-            async with (
-                aiohttp.ClientSession(
-                    connector=aiohttp.UnixConnector(path=str(self._socket)), timeout=timeout
-                ) as session,
-                session.request(method, f"http://envoy{path}") as response,
-            ):
-                text = await response.text()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            async with asyncio.timeout(_DEADLINE_S):
+                status, text = await self._exchange(method, path)
+        except (h11.ProtocolError, OSError, TimeoutError) as error:
             raise PeerError(
                 f"sidecar of {self._alloc}: its Envoy does not answer {path}: {error}; see its log"
             ) from error
-        if response.status != 200:
-            raise PeerError(f"sidecar of {self._alloc}: its Envoy answered {path} with {response.status}: {text[:200]}")
+        if status != 200:
+            raise PeerError(f"sidecar of {self._alloc}: its Envoy answered {path} with {status}: {text[:200]}")
         return text
+
+    async def _exchange(self, method: str, path: str) -> tuple[int, str]:
+        http = h11.Connection(h11.CLIENT)
+        headers = {"Host": "envoy", "Connection": "close", "Content-Length": "0"}
+        reader, writer = await asyncio.open_unix_connection(self._socket)
+        try:
+            writer.write(http.send(h11.Request(method=method, target=path, headers=list(headers.items()))) or b"")
+            http.send(h11.EndOfMessage())
+            status, body = 0, b""
+            while not isinstance(event := http.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    http.receive_data(await reader.read(_READ_BYTES))
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    body += event.data
+            return status, body.decode()
+        finally:
+            writer.close()
