@@ -27,7 +27,7 @@ class Probe(msgspec.Struct, kw_only=True):
 
 def begin(probe: Probe, now_s: float) -> None:
     """The workload runs, from now on: look for its first success."""
-    probe.passing, probe.failures = False, 0
+    probe.passing, probe.failures, probe.output = False, 0, "not checked yet"
     probe.eager_since_s = now_s
     probe.due_s = None if probe.in_flight else now_s
 

@@ -67,24 +67,27 @@ class AllocationNetworks:
         self._nftables: Nftables | None = None  # of the node's namespace, once its table is laid
 
     async def create(self, spec: NetworkSpec) -> AllocationNetwork:
-        """Make the network. What a killed agent left half made under this id goes first. Raises HostError."""
-        return await self._in_thread(lambda: self._create(spec))
+        """Make the network, in 2 to 3 ms. What a killed agent left half made under this id goes first.
+
+        Raises HostError, and nothing is left then. Cancelled, it is made all the same: `delete` it.
+        """
+        return await self._in_thread(f"make the network of {spec.alloc}", lambda: self._create(spec))
 
     async def delete(self, alloc: AllocId) -> None:
         """Remove the network; does nothing where there is none."""
-        await self._in_thread(lambda: self._delete(alloc))
+        await self._in_thread(f"remove the network of {alloc}", lambda: self._delete(alloc))
 
     async def list(self) -> tuple[AllocationNetwork, ...]:
         """What is there and whole, in order of id. What a killed agent left half made is for `reap` and `create`."""
-        return await self._in_thread(self._list)
+        return await self._in_thread("list networks", self._list)
 
     async def reap(self, known: Collection[AllocId]) -> tuple[AllocId, ...]:
         """Remove all networks but the `known`; returns the removed. With the last one goes the node's table."""
-        return await self._in_thread(lambda: self._reap(frozenset(known)))
+        return await self._in_thread("remove networks", lambda: self._reap(frozenset(known)))
 
     async def isolated(self) -> str:
         """The path of a namespace without any link, for the node's own sandboxes; made where it is missing."""
-        return await self._in_thread(self._isolated)
+        return await self._in_thread("make an isolated namespace", self._isolated)
 
     def open_socket(self, alloc: AllocId, kind: socket.SocketKind) -> socket.socket:
         """An unbound IPv4 socket inside the allocation's namespace, in about 0.1 ms. Raises HostError."""
@@ -92,21 +95,24 @@ class AllocationNetworks:
 
     async def close(self) -> None:
         """Let go of threads and descriptors. The networks stay, to be found again."""
-        await self._in_thread(self._forget_node_table)
+        await self._in_thread("close", self._forget_node_table)
         self._maker.shutdown()
         self._opener.shutdown()
         os.close(self._home)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._maker, work)
+    async def _in_thread(self, step: str, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._maker, work)
+        except OSError as error:
+            raise HostError(str(self._directory), step=step, hint=str(error)) from error
 
     def _create(self, spec: NetworkSpec) -> AllocationNetwork:
         node = self._node_table()
         self._delete_whole(spec.alloc)
         path = self._path(spec.alloc)
-        # Written first: whatever happens from here on, `reap` finds it and `delete` knows what to undo.
-        self._unfinished_path(spec.alloc).write_bytes(msgspec.json.encode(spec))
         try:
+            # Written first: whatever happens from here on, `reap` finds it and `delete` knows what to undo.
+            self._unfinished_path(spec.alloc).write_bytes(msgspec.json.encode(spec))
             with self._new_namespace(path):
                 self._furnish(spec)
             with RouteSocket() as outside:
@@ -117,7 +123,7 @@ class AllocationNetworks:
                 outside.add_link_route(outer, spec.local_address)
             self._add_elements(node, spec)
             self._unfinished_path(spec.alloc).replace(self._spec_path(spec.alloc))
-        except HostError:
+        except (HostError, OSError):
             self._delete_whole(spec.alloc)
             raise
         return AllocationNetwork(alloc=spec.alloc, namespace=str(path), local_address=spec.local_address)

@@ -329,6 +329,22 @@ async def test_a_port_that_another_allocation_holds_is_refused_and_stays_with_it
     assert told(node.from_other_host(("tcp", NODE, A_MESH))[0])["own"] == [a.local_address, 15100]
 
 
+async def test_a_network_that_cannot_be_made_leaves_nothing(
+    node: Lab, networks: AllocationNetworks, tmp_path: Path
+) -> None:
+    await networks.create(spec(B))
+    with pytest.raises(HostError, match=rf"allocation {A}.*rules"):
+        await networks.create(spec(A, egress=("everywhere",)))
+    in_the_way = directory(tmp_path / "netns" / A)
+    with pytest.raises(HostError, match=f"make the network of {A}"):
+        await networks.create(spec(A))
+    in_the_way.rmdir()
+
+    assert [network.alloc for network in await networks.list()] == [B]
+    assert str(A_MESH) not in node.run("nft list ruleset")
+    await networks.create(spec(A))
+
+
 async def test_an_isolated_namespace_has_no_link(node: Lab, networks: AllocationNetworks) -> None:
     path = await networks.isolated()
 
@@ -338,3 +354,8 @@ async def test_an_isolated_namespace_has_no_link(node: Lab, networks: Allocation
 
 def _own_namespace() -> int:
     return Path("/proc/thread-self/ns/net").stat().st_ino
+
+
+def directory(path: Path) -> Path:
+    path.mkdir()
+    return path

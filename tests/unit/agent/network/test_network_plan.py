@@ -2,6 +2,7 @@
 
 from ipaddress import IPv4Network
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ def test_whoever_is_not_told_apart_by_uid_starts_nothing() -> None:
 
 
 def test_egress_excludes_the_nodes_other_allocations() -> None:
-    opened = NetworkSpec(**{name: getattr(SPEC, name) for name in SPEC.__struct_fields__} | {"egress": ("10.0.0.0/8",)})
+    opened = msgspec.structs.replace(SPEC, egress=("10.0.0.0/8",))
     assert "meta skuid 65536-196607 ip daddr != 100.64.20.0/22 ip daddr { 10.0.0.0/8 } accept" in namespace_rules(
         opened
     )
