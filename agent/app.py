@@ -27,6 +27,7 @@ from agent.executor import Executor
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
 from agent.held import SIDECAR
+from agent.images import Images
 from agent.join import join
 from agent.leaves import Leaves
 from agent.mesh_relay import MeshRelay
@@ -41,13 +42,14 @@ from agent.sources import Sources
 from agent.store import Loaded, Store
 from agent.tunnels import Tunnels
 from agent.uids import Uids
+from agent.vms import Vms
 from outrider import __version__
 from outrider.clock import wall_s
 from outrider.ids import AllocId, NodeId
 from outrider.log import Log
 from outrider.model.allocation import AllocReport, Assignment
 from outrider.model.job import inner_ports
-from outrider.model.mesh import PUBLIC_PORT, MeshUpdate, MeshView
+from outrider.model.mesh import PUBLIC_PORT, MeshUpdate, MeshView, workload_address
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
@@ -185,6 +187,7 @@ class Agent:
             names=self._names,
             leaves=self._leaves,
             envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
+            vms=Vms(images=Images(config.data / "images"), kvm=self._kvm_works),
             tell=self._engine.tell,
             write=self._writer.put,
             report=self._reported,
@@ -313,6 +316,9 @@ class Agent:
         assert self._fingerprint is not None, "taken before"
         return kvm.known_verdict(self._config.data, self._fingerprint.runtimes.get("qemu-system-x86_64", ""))
 
+    def _kvm_works(self) -> bool:
+        return self._fingerprint is not None and self._fingerprint.kvm == kvm.WORKS
+
     async def _probe_kvm(self) -> None:
         assert self._fingerprint is not None, "taken before"
         await asyncio.sleep(_KVM_DELAY_S)
@@ -358,6 +364,7 @@ def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_addres
             SidecarService(
                 service=service.name,
                 public_port=PUBLIC_PORT + index,
+                workload_address=workload_address(assignment.group),
                 workload_port=ports[service.port] if service.port is not None else None,
                 protocol=service.protocol,
                 upstreams=tuple(

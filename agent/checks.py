@@ -54,21 +54,25 @@ class CheckRunner:
     def __init__(self, *, open_socket: OpenSocket) -> None:
         self._open_socket = open_socket
 
-    async def run(self, check: Check, alloc: AllocId, port: int | None, exec_command: ExecCommand) -> CheckOutcome:
-        """The outcome, within the check's timeout. `exec_command` runs in the workload: its exit code and what it
-        said, of a length that its author bounds."""
+    async def run(
+        self, check: Check, alloc: AllocId, port: int | None, exec_command: ExecCommand, *, address: str = _ADDRESS
+    ) -> CheckOutcome:
+        """The outcome, within the check's timeout. `address` is the workload's, inside. `exec_command` runs in the
+        workload: its exit code and what it said, of a length that its author bounds."""
         try:
             async with asyncio.timeout(check.timeout_s):
-                outcome = await self._run(check, alloc, port, exec_command)
+                outcome = await self._run(check, alloc, port, exec_command, address)
         except TimeoutError:
             outcome = CheckOutcome(passing=False, output=f"no answer within {check.timeout_s:g} s")
         except OSError as error:
-            outcome = CheckOutcome(passing=False, output=f"127.0.0.1:{port}: {_reason(error)}")
+            outcome = CheckOutcome(passing=False, output=f"{address}:{port}: {_reason(error)}")
         except (_AnswerError, OutriderError) as error:
             outcome = CheckOutcome(passing=False, output=str(error))
         return CheckOutcome(passing=outcome.passing, output=_printable(outcome.output))
 
-    async def _run(self, check: Check, alloc: AllocId, port: int | None, exec_command: ExecCommand) -> CheckOutcome:
+    async def _run(
+        self, check: Check, alloc: AllocId, port: int | None, exec_command: ExecCommand, address: str
+    ) -> CheckOutcome:
         if check.kind is CheckKind.COMMAND:
             code, output = await exec_command(check.command)
             return CheckOutcome(passing=code == 0, output=output if code == 0 else f"exit {code}: {output}")
@@ -76,7 +80,7 @@ class CheckRunner:
             return CheckOutcome(passing=False, output=f"the {check.kind} check's service has no port")
         with self._open_socket(alloc, socket.SOCK_STREAM) as opened:
             opened.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(opened, (_ADDRESS, port))
+            await asyncio.get_running_loop().sock_connect(opened, (address, port))
             match check.kind:
                 case CheckKind.TCP:
                     return CheckOutcome(passing=True, output="connected")

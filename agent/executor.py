@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import assert_never
 
+import msgspec
+
 from agent.checks import CheckRunner
 from agent.core import commands as c
 from agent.core.events import (
@@ -30,23 +32,25 @@ from agent.core.events import (
 from agent.drivers import task_directory
 from agent.drivers.process import Place, sandbox_id, sandbox_spec
 from agent.envoys import Envoys
-from agent.held import SIDECAR, Held, sandbox_directory, split, task_exit
+from agent.held import SIDECAR, Held, guest_directory, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
 from agent.names import Names
 from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
 from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import INNER_USER, StartError
+from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
 from agent.store import Store
 from agent.uids import Uids
+from agent.vms import Vms, booted, packets_sent, press_power_button, remove_guest
 from outrider.errors import HostError, InputError
 from outrider.ids import AllocId, NodeId, ServiceName, TaskName
 from outrider.log import Log
 from outrider.model.allocation import Assignment
-from outrider.model.job import inner_ports
-from outrider.model.mesh import PUBLIC_PORT
+from outrider.model.job import Driver, Task, has_guest, inner_ports
+from outrider.model.mesh import LOOPBACK, PUBLIC_PORT, workload_address
 
 _KILLED_S = 10.0  # after SIGKILL: the kernel may have to write out much
+_POWER_BUTTON_S = 3.0
 _EXEC_OUTPUT_BYTES_MAX = 4096
 
 
@@ -66,6 +70,7 @@ class Executor:
         names: Names,
         leaves: Leaves,
         envoys: Envoys,
+        vms: Vms,
         tell: Callable[[AllocEvent], Awaitable[None]],
         write: Callable[[c.Save | c.Acknowledge | c.Forget], None],
         report: Callable[[c.Report], None],
@@ -83,6 +88,7 @@ class Executor:
         self._names = names
         self._leaves = leaves
         self._envoys = envoys
+        self._vms = vms
         self._checks = CheckRunner(open_socket=networks.open_socket)
         self._tell = tell
         self._write = write
@@ -156,7 +162,7 @@ class Executor:
             if network is not None:
                 held.namespace, held.local_address = network.namespace, network.local_address
                 self._leaves.acquire(alloc, _services(assignment), self._tasks)
-                self._names.adopt(alloc, _upstreams(assignment))
+                self._names.adopt(alloc, _upstreams(assignment), guest=has_guest(assignment.group))
         held.assignment = assignment
         return held
 
@@ -183,7 +189,8 @@ class Executor:
             return
         held.namespace, held.local_address = network.namespace, network.local_address
         # Names are there long before the first task is: Envoy takes its time.
-        self._tasks.create_task(self._names.attach(alloc, _upstreams(assignment)), name=f"{alloc}-names")
+        attaching = self._names.attach(alloc, _upstreams(assignment), guest=has_guest(assignment.group))
+        self._tasks.create_task(attaching, name=f"{alloc}-names")
         await self._tell(NetworkReady(alloc=alloc, local_address=network.local_address))
 
     def _network_spec(self, held: Held) -> NetworkSpec:
@@ -212,27 +219,14 @@ class Executor:
             sidecar_uid=held.uids.sidecar + INNER_USER,
             workload_uids=held.uids.workload,
             dns_uid=self._uids.responder + INNER_USER,
+            guest_uid=held.uids.workload[0] + INNER_USER if has_guest(assignment.group) else None,
         )
 
     async def _run_task(self, command: c.StartTask) -> None:
         alloc, task = command.assignment.alloc, command.task
         held = self._hold(command.assignment)
         try:
-            directory = self._tasks_directory / alloc / task.name
-            uid_first = held.uids.task(task.name)
-            place = Place(
-                node=self._node,
-                uid_first=uid_first,
-                network_namespace=held.namespace,
-                directory=str(sandbox_directory(self._store.allocation_directory(alloc), task.name)),
-                task_directory=str(directory),
-                resolv_conf=str(self._resolv_conf),
-            )
-            spec = sandbox_spec(command.assignment, task, place)
-            task_directory.prepare(
-                directory, files=task.files, size_bytes=task.resources.disk_bytes, uid_first=uid_first
-            )
-            status = await self._runtime.start(spec)
+            status = await self._runtime.start(await self._spec(held, task))
         except (InputError, StartError) as error:
             message = f"{task.name} cannot start: {error}"
             await self._tell(TaskStartFailed(alloc=alloc, task=task.name, message=message, retry=False))
@@ -241,17 +235,64 @@ class Executor:
             message = f"{task.name} did not start: {error}"
             await self._tell(TaskStartFailed(alloc=alloc, task=task.name, message=message))
             return
+        packets = packets_sent(status.pid) if task.driver is Driver.VM else 0
         await self._tell(TaskStarted(alloc=alloc, task=task.name, started_at_s=status.started_at_s))
-        await self._watch_task(alloc, task.name)
+        await self._watch_task(alloc, task.name, packets=packets)
 
-    async def _watch_task(self, alloc: AllocId, task: TaskName) -> None:
-        directory = sandbox_directory(self._store.allocation_directory(alloc), task)
+    async def _spec(self, held: Held, task: Task) -> SandboxSpec:
+        """All that the task's sandbox needs is there when this returns."""
+        assignment = held.assignment
+        sandbox = self._sandbox_directory(assignment.alloc, task.name)
+        is_guest = task.driver is Driver.VM
+        directory = guest_directory(sandbox) if is_guest else self._tasks_directory / assignment.alloc / task.name
+        uid_first = held.uids.task(task.name)
+        place = Place(
+            node=self._node,
+            uid_first=uid_first,
+            network_namespace=held.namespace,
+            directory=str(sandbox),
+            task_directory=str(directory),
+            resolv_conf="" if is_guest else str(self._resolv_conf),
+        )
+        if is_guest:
+            return await self._vms.prepare(assignment, task, place)
+        spec = sandbox_spec(assignment, task, place)
+        task_directory.prepare(directory, files=task.files, size_bytes=task.resources.disk_bytes, uid_first=uid_first)
+        return spec
+
+    async def _watch_task(self, alloc: AllocId, task: TaskName, *, packets: int = 0) -> None:
+        """`packets`: what guests before this one sent."""
+        (spec,) = (each for each in self._held[alloc].assignment.group.tasks if each.name == task)
+        booting = None
+        if spec.driver is Driver.VM:
+            work = self._end_unless_booted(sandbox_id(alloc, task), spec.image.boot_deadline_s, packets)
+            booting = self._tasks.create_task(work, name=f"{alloc}.{task}-boot")
         try:
-            exit_ = await task_exit(self._runtime, sandbox_id(alloc, task), directory)
+            exit_ = await task_exit(self._runtime, sandbox_id(alloc, task), self._sandbox_directory(alloc, task))
         except HostError as error:
             self._log.warning("exit unseen", alloc=alloc, task=task, reason=str(error))
             exit_ = TaskExit(finished_at_s=time.time())
+        finally:
+            if booting is not None:
+                booting.cancel()
+        if booting is not None and booting.done() and not booting.cancelled() and booting.result():
+            exit_ = msgspec.structs.replace(exit_, reason=booting.result())
         await self._tell(TaskExited(alloc=alloc, task=task, exit=exit_))
+
+    async def _end_unless_booted(self, sandbox: str, deadline_s: float, packets: int) -> str:
+        """Why the guest was ended; "" where it booted."""
+        for status in await self._runtime.list():
+            if status.id == sandbox and status.running:
+                if await booted(status.pid, packets=packets, until_s=status.started_at_s + deadline_s):
+                    return ""
+                self._log.warning("guest does not boot", sandbox=sandbox)
+                with contextlib.suppress(HostError):  # it has ended meanwhile
+                    await self._runtime.signal(sandbox, signal.SIGKILL)
+                return f"the guest sent no packet within {deadline_s:g} s of its start, its boot_deadline"
+        return ""
+
+    def _sandbox_directory(self, alloc: AllocId, task: TaskName) -> Path:
+        return sandbox_directory(self._store.allocation_directory(alloc), task)
 
     async def _stop_task(self, command: c.StopTask) -> None:
         task, sandbox = command.task, sandbox_id(command.alloc, command.task.name)
@@ -259,12 +300,28 @@ class Executor:
         if watcher is None:
             return
         with contextlib.suppress(HostError):  # it has ended meanwhile: its watcher tells
-            await self._runtime.signal(sandbox, signal.Signals[task.kill_signal])
-            if await _ended(watcher, task.kill_timeout_s):
+            if task.driver is Driver.VM:
+                await self._power_down(command, watcher)
+            else:
+                await self._runtime.signal(sandbox, signal.Signals[task.kill_signal])
+                await _ended(watcher, task.kill_timeout_s)
+            if watcher.done():
                 return
             await self._runtime.signal(sandbox, signal.SIGKILL)
             if not await _ended(watcher, _KILLED_S):
                 self._log.error("task survives SIGKILL", alloc=command.alloc, task=task.name)
+
+    async def _power_down(self, command: c.StopTask, watcher: asyncio.Task[None]) -> None:
+        """Returns once the guest has ended, or its time is over."""
+        directory = guest_directory(self._sandbox_directory(command.alloc, command.task.name))
+        until_s = time.monotonic() + command.task.kill_timeout_s
+        while not watcher.done() and time.monotonic() < until_s:
+            # Again and again: a guest that still boots does not hear the first.
+            try:
+                await press_power_button(directory)
+            except HostError as error:
+                self._log.info("power button", alloc=command.alloc, reason=str(error))
+            await _ended(watcher, min(_POWER_BUTTON_S, max(0.0, until_s - time.monotonic())))
 
     async def _drain_sidecar(self, alloc: AllocId) -> None:
         await self._envoys.drain(alloc)
@@ -290,6 +347,8 @@ class Executor:
             await self._names.detach(alloc)
             await self._networks.delete(alloc)
             await asyncio.to_thread(task_directory.remove, self._tasks_directory / alloc)
+            for directory in self._store.allocation_directory(alloc).glob("*.vm"):
+                await asyncio.to_thread(remove_guest, directory)
         except HostError as error:
             await self._tell(StepFailed(alloc=alloc, message=f"cleaning failed: {error}"))
             return
@@ -303,7 +362,9 @@ class Executor:
         async def exec_command(argv: tuple[str, ...]) -> tuple[int, str]:
             return await self._exec(sandbox_id(command.alloc, command.task), argv)
 
-        outcome = await self._checks.run(command.check, command.alloc, command.port, exec_command)
+        held = self._held.get(command.alloc)
+        address = workload_address(held.assignment.group) if held is not None else LOOPBACK
+        outcome = await self._checks.run(command.check, command.alloc, command.port, exec_command, address=address)
         await self._tell(
             CheckRan(alloc=command.alloc, service=command.service, passing=outcome.passing, output=outcome.output)
         )

@@ -8,8 +8,8 @@ import msgspec
 from agent.core.events import TaskExit
 from agent.sandbox import logs
 from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import Exit
 from agent.uids import AllocUids
+from agent.vms import bad_end
 from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
 
@@ -31,20 +31,25 @@ def sandbox_directory(allocation: Path, task: TaskName) -> Path:
     return allocation / task
 
 
+def guest_directory(sandbox: Path) -> Path:
+    """The disk and the sockets of a guest whose sandbox's directory is `sandbox`. No task's name has a dot."""
+    return sandbox.with_name(f"{sandbox.name}.vm")
+
+
 async def task_exit(runtime: SandboxRuntime, sandbox: str, directory: Path) -> TaskExit:
     """Waits until the sandbox has ended. Raises HostError where there is none."""
     ended = await runtime.wait(sandbox)
-    tail = "" if ended.code == 0 else await asyncio.to_thread(logs.last_lines, str(directory), LOG_TAIL_LINES)
-    return _as_exit(ended, tail)
-
-
-def _as_exit(ended: Exit, tail: str) -> TaskExit:
+    # A guest that panicked leaves its emulator well.
+    reason = bad_end(guest_directory(directory)) if ended.code == 0 else ""
+    code = 1 if reason else ended.code
+    tail = "" if code == 0 else await asyncio.to_thread(logs.last_lines, str(directory), LOG_TAIL_LINES)
     return TaskExit(
-        code=ended.code,
+        code=code,
         signal=ended.signal,
         oom_killed=ended.oom_killed,
         finished_at_s=ended.finished_at_s,
         log_tail=tail,
+        reason=reason,
     )
 
 

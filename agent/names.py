@@ -45,6 +45,7 @@ class Names:
         self._log = log
         self._view: Mapping[ServiceName, str] | None = None  # None: the mesh is not known yet
         self._upstreams: dict[AllocId, frozenset[ServiceName]] = {}
+        self._guests: set[AllocId] = set()  # those that get their address from the responder
         self._told: dict[AllocId, Mapping[str, str]] = {}
         self._changed = asyncio.Event()
 
@@ -54,23 +55,24 @@ class Names:
             self._view = addresses
             self._changed.set()
 
-    async def attach(self, alloc: AllocId, upstreams: Iterable[ServiceName]) -> None:
+    async def attach(self, alloc: AllocId, upstreams: Iterable[ServiceName], *, guest: bool) -> None:
         """Before the allocation's tasks start. Returns even where the responder is away: it is told later."""
-        self._upstreams[alloc] = frozenset(upstreams)
+        self._remember(alloc, upstreams, guest=guest)
         try:
             await self._tell(alloc)
         except (PeerError, HostError, InputError) as error:
             self._log.warning("names delayed", alloc=alloc, reason=str(error))
             self._changed.set()
 
-    def adopt(self, alloc: AllocId, upstreams: Iterable[ServiceName]) -> None:
+    def adopt(self, alloc: AllocId, upstreams: Iterable[ServiceName], *, guest: bool) -> None:
         """The responder may have answered for it all the while: nothing changes until the mesh is known."""
-        self._upstreams[alloc] = frozenset(upstreams)
+        self._remember(alloc, upstreams, guest=guest)
         self._changed.set()
 
     async def detach(self, alloc: AllocId) -> None:
         """Its sockets would keep the namespace alive. A responder that is away holds none."""
         self._upstreams.pop(alloc, None)
+        self._guests.discard(alloc)
         self._told.pop(alloc, None)
         try:
             await self._resolver.detach(alloc)
@@ -147,9 +149,15 @@ class Names:
     async def _tell(self, alloc: AllocId, *, attached: bool = False) -> None:
         names = self._names(alloc, self._view or {})
         if not attached:
-            await self._resolver.attach(alloc, *open_dns_sockets(alloc, self._networks.open_socket))
+            guest = alloc in self._guests
+            await self._resolver.attach(alloc, open_dns_sockets(alloc, self._networks.open_socket, guest=guest))
         await self._resolver.set_names(alloc, names)
         self._told[alloc] = names
+
+    def _remember(self, alloc: AllocId, upstreams: Iterable[ServiceName], *, guest: bool) -> None:
+        self._upstreams[alloc] = frozenset(upstreams)
+        if guest:
+            self._guests.add(alloc)
 
     def _names(self, alloc: AllocId, view: Mapping[ServiceName, str]) -> Mapping[str, str]:
         return {name: view[name] for name in self._upstreams.get(alloc, ()) if name in view}

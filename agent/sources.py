@@ -10,6 +10,7 @@ from agent.sandbox.runtime import SandboxRuntime
 from agent.store import Store
 from outrider.errors import RefusedError
 from outrider.ids import AllocId, TaskName
+from outrider.model.job import has_guest
 
 
 class Sources:
@@ -27,6 +28,8 @@ class Sources:
         task = self._task(alloc, task)
         if task == SIDECAR:
             raise RefusedError("denied", "nothing can be run in a sidecar: its namespace and its key are its own")
+        if self._is_guest(alloc):
+            raise RefusedError("unsupported", f"{task} of {alloc} is a vm: nothing can be run inside it from here")
         if not await self._runs(sandbox_id(alloc, task)):
             raise RefusedError(
                 "not-running", f"{task} of {alloc} does not run; `outrider alloc status {alloc}` says why"
@@ -62,6 +65,9 @@ class Sources:
             return known[0]
         what = f"no task {task!r}" if task else "several tasks"
         raise RefusedError("ambiguous", f"allocation {alloc} has {what}; say which: {', '.join(known)} or {SIDECAR}")
+
+    def _is_guest(self, alloc: AllocId) -> bool:
+        return any(held.assignment.alloc == alloc and has_guest(held.assignment.group) for held in self._held())
 
     async def _runs(self, sandbox: str) -> bool:
         return any(status.id == sandbox and status.running for status in await self._runtime.list())

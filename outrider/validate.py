@@ -19,6 +19,7 @@ from outrider.model.job import (
     Driver,
     File,
     Group,
+    GuestFile,
     Image,
     ImageKind,
     Job,
@@ -30,6 +31,7 @@ from outrider.model.job import (
     Task,
     UpdatePolicy,
     Value,
+    has_guest,
     inner_ports,
 )
 from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
@@ -45,6 +47,7 @@ RESERVED_PORTS = frozenset({VIRTUAL_PORT, *range(PUBLIC_PORT, PUBLIC_PORT + SERV
 RESERVED_TASK = "sidecar"  # `logs` names Envoy's so
 
 _TEXT_CHARS_MAX = 128 * 1024  # the kernel's limit of one argument or variable
+_KERNEL_ARGUMENTS_CHARS_MAX = 2000  # the kernel's own limit is 2,048, and ours go before
 _ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _NAME_RULE = "lower-case letters, digits and dashes, at most 63, no dash at either end"
@@ -95,6 +98,27 @@ def _group(path: Path, group: Group) -> Iterator[Problem]:
     for task in group.tasks:
         yield from _task((*path, "tasks", task.name), task)
     yield from _services((*path, "services"), group)
+    if has_guest(group):
+        yield from _guest(path, group)
+
+
+def _guest(path: Path, group: Group) -> Iterator[Problem]:
+    """A guest is behind an address of its own: what is a matter of course beside a process is not there."""
+    if len(group.tasks) > 1:
+        yield Problem(path=(*path, "tasks"), message="a vm is alone in its group; put the other tasks in another group")
+    for task in group.tasks:
+        for key, given in (("command", task.command), ("env", task.env), ("files", task.files)):
+            if given:
+                yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
+    for index, service in enumerate(group.services):
+        at: Path = (*path, "services", index)
+        if service.check is not None and service.check.kind is CheckKind.COMMAND:
+            message = "nothing can be run inside a vm; use an http, tcp or grpc check"
+            yield Problem(path=(*at, "check"), message=message)
+        for place, upstream in enumerate(service.upstreams):
+            if upstream.port is not None:
+                message = f"a vm has a 127.0.0.1 of its own; call http://{upstream.service}.mesh, and leave port out"
+                yield Problem(path=(*at, "upstreams", place, "port"), message=message)
 
 
 def _update(path: Path, update: UpdatePolicy) -> Iterator[Problem]:
@@ -159,12 +183,26 @@ def _task(path: Path, task: Task) -> Iterator[Problem]:
 def _image(path: Path, driver: Driver, image: Image) -> Iterator[Problem]:
     if (image.kind is ImageKind.DISK) != (driver is Driver.VM):
         yield Problem(path=path, message="a vm boots a disk, a process needs host, oci, oci-layout or dir")
-    if image.kind is not ImageKind.HOST and not image.reference:
+    if image.kind is not ImageKind.HOST and not image.reference and image.kernel is None:
         yield Problem(path=path, message=f"{image.kind} needs a reference")
-    if image.sha256 and not _SHA256.match(image.sha256):
-        yield Problem(path=(*path, "sha256"), message="expected 64 hexadecimal digits in lower case")
-    if image.kind is ImageKind.DISK and not image.sha256:
-        yield Problem(path=(*path, "sha256"), message="a disk needs its checksum")
+    if image.initrd is not None and image.kernel is None:
+        yield Problem(path=(*path, "initrd"), message="an initrd needs a kernel to be given too")
+    if len(image.kernel_arguments) > _KERNEL_ARGUMENTS_CHARS_MAX or "\0" in image.kernel_arguments:
+        message = f"holds a NUL, or more than {_KERNEL_ARGUMENTS_CHARS_MAX} characters"
+        yield Problem(path=(*path, "kernel_arguments"), message=message)
+    if image.kernel_arguments and image.kernel is None:
+        yield Problem(path=(*path, "kernel_arguments"), message="without a kernel, the disk's boot loader has them")
+    yield from _range((*path, "boot_deadline"), image.boot_deadline_s, 1, DURATION_S_MAX)
+    disk = GuestFile(reference=image.reference, sha256=image.sha256) if image.reference else None
+    is_guest = image.kind is ImageKind.DISK
+    for name, file in (("disk", disk), ("kernel", image.kernel), ("initrd", image.initrd)):
+        at: Path = (*path, "sha256") if name == "disk" else (*path, "sha256", name)
+        if file is not None and file.sha256 and not _SHA256.match(file.sha256):
+            yield Problem(path=at, message="expected 64 hexadecimal digits in lower case")
+        if file is not None and is_guest and not file.sha256:
+            yield Problem(path=at, message=f"a {name} needs its checksum: sha256sum prints it")
+        if file is not None and is_guest and not file.reference.startswith("/"):
+            yield Problem(path=(*path, name), message="expected a whole path on the node, from / on")
 
 
 def _files(path: Path, files: tuple[File, ...]) -> Iterator[Problem]:

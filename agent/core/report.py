@@ -48,6 +48,8 @@ def alloc_record(alloc: AllocState) -> AllocRecord:
 
 def exit_message(task: Task, exit_: TaskExit) -> str:
     """How it ended, in words: "server exited with code 3"."""
+    if exit_.reason:
+        return f"{task.name}: {exit_.reason}"
     if exit_.oom_killed:
         return f"{task.name} was killed by the kernel: memory limit {task.resources.memory_bytes / MIB:.1f} MiB reached"
     if exit_.signal is not None:

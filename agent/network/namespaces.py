@@ -17,14 +17,15 @@ from typing import TypeVar
 
 import msgspec
 
+from agent.network.guest import TAP, guest_rules, make_tap
 from agent.network.nftables import Nftables
-from agent.network.plan import NetworkSpec, namespace_rules, node_elements, node_rules, node_table
+from agent.network.plan import INNER_LINK, NetworkSpec, namespace_rules, node_elements, node_rules, node_table
 from agent.network.rtnetlink import RouteSocket
 from outrider.errors import HostError
 from outrider.ids import AllocId
 from outrider.log import Log
 from outrider.model.job import Value
-from outrider.model.mesh import VIRTUAL_NETWORK
+from outrider.model.mesh import GUEST_ADDRESS, GUEST_GATEWAY, VIRTUAL_NETWORK
 
 T = TypeVar("T")
 _log = Log("agent.network")
@@ -32,7 +33,6 @@ _log = Log("agent.network")
 _CLONE_NEWNET = 0x40000000
 _MS_BIND = 4096
 _MNT_DETACH = 2
-_INNER_LINK = "eth0"
 _OUTER_PREFIX = "or"
 _SPEC_SUFFIX = ".json"
 _UNFINISHED_SUFFIX = ".making"
@@ -141,15 +141,22 @@ class AllocationNetworks:
         for setting, value in _INNER_SETTINGS.items():
             _set(setting, value)
         with Nftables() as inside:
-            inside.run(namespace_rules(spec), subject=f"allocation {spec.alloc}")
+            guest = guest_rules(spec) if spec.guest_uid is not None else ()
+            inside.run(namespace_rules(spec, guest), subject=f"allocation {spec.alloc}")
         with RouteSocket() as inside:
             inside.set_up("lo")
             inside.add_local_route("lo", VIRTUAL_NETWORK)
-            inside.add_veth(_INNER_LINK, peer=_outer_link(spec.alloc), peer_namespace=self._home)
-            inside.add_address(_INNER_LINK, spec.local_address)
-            inside.set_up(_INNER_LINK)
-            inside.add_link_route(_INNER_LINK, spec.host_side_address)
-            inside.add_default_route(_INNER_LINK, spec.host_side_address)
+            inside.add_veth(INNER_LINK, peer=_outer_link(spec.alloc), peer_namespace=self._home)
+            inside.add_address(INNER_LINK, spec.local_address)
+            inside.set_up(INNER_LINK)
+            inside.add_link_route(INNER_LINK, spec.host_side_address)
+            inside.add_default_route(INNER_LINK, spec.host_side_address)
+            if spec.guest_uid is not None:
+                _set("ipv4/ip_forward", "1")
+                make_tap(spec.guest_uid)
+                inside.add_address(TAP, GUEST_GATEWAY)
+                inside.set_up(TAP)
+                inside.add_link_route(TAP, GUEST_ADDRESS)
 
     def _delete(self, alloc: AllocId) -> None:
         """All but the link, which goes with the namespace: to wait for it costs 40 ms, all else half of one."""

@@ -5,7 +5,7 @@ adding one rewrites no chain. Addresses come from blocks of 1,024 out of 100.64.
 block, which makes `local_address` unique among all fleets of a host.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from outrider.ids import AllocId
@@ -16,6 +16,7 @@ _POOL = IPv4Network("100.64.0.0/10")
 _BLOCK_PREFIX = 22
 BLOCKS = 1 << (_BLOCK_PREFIX - _POOL.prefixlen)
 NAMESPACE_TABLE = "outrider"
+INNER_LINK = "eth0"  # the namespace's end of the veth
 
 
 class NetworkSpec(Value, frozen=True, kw_only=True):
@@ -30,6 +31,7 @@ class NetworkSpec(Value, frozen=True, kw_only=True):
     sidecar_uid: int
     workload_uids: tuple[int, int]  # the first, and how many
     dns_uid: int | None = None  # the responder's, where it has one of its own
+    guest_uid: int | None = None  # the emulator's, where the workload is a virtual machine
 
 
 def block_network(block: int) -> str:
@@ -102,8 +104,8 @@ def node_elements(spec: NetworkSpec, *, block: int) -> tuple[str, ...]:
     )
 
 
-def namespace_rules(spec: NetworkSpec) -> str:
-    """The rules inside the allocation's namespace, for `nft`.
+def namespace_rules(spec: NetworkSpec, guest: Sequence[str] = ()) -> str:
+    """The rules inside the allocation's namespace, for `nft`; `guest` has those of its virtual machine's link.
 
     Who sent a packet is told by its socket's owner. Packets without one (resets, the last of a closed socket) pass
     beyond `lo` only where they belong to a connection that was let through when it had one.
@@ -127,6 +129,7 @@ def namespace_rules(spec: NetworkSpec) -> str:
         networks = ", ".join(spec.egress)
         rules.append(f"{output} {workload} ip daddr != {block_of(spec.local_address)} ip daddr {{ {networks} }} accept")
     rules += [f"{output} {workload} {verdict}" for verdict in refuse]
+    rules += guest
     rules.append(f"{output} meta skuid != {{ 0 }} drop")
     rules.append(f"{output} ct state established,related accept")
     if entrances:

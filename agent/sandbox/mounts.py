@@ -18,10 +18,10 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def mount_tmpfs(target: Path, *, size_bytes: int, uid: int, mode: int) -> None:
+def mount_tmpfs(target: Path, *, size_bytes: int, uid: int, mode: int, devices: bool = False) -> None:
     """A private file system in memory at `target`, of at most `size_bytes`, owned by `uid` (and that gid)."""
     options = f"size={size_bytes},mode={mode:o},uid={uid},gid={uid}"
-    _mount("tmpfs", target, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+    _mount("tmpfs", target, "tmpfs", _MS_NOSUID | (0 if devices else _MS_NODEV), options)
 
 
 def mount_overlay(target: Path, *, layers: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from agent.sandbox import seccomp
 from agent.sandbox.json_values import Json
-from agent.sandbox.spec import UID_RANGE, HostRoot, Limits, Mount, SandboxSpec, Tmpfs
+from agent.sandbox.spec import UID_RANGE, Device, HostRoot, Limits, Mount, SandboxSpec, Tmpfs
 from outrider.model.job import MIB
 
 # What of the host's /etc a picked root shows live; `rootfs` copies or writes the rest of its /etc.
@@ -40,9 +40,12 @@ _MASKED_PATHS = (
 _READ_ONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
-def config(spec: SandboxSpec, *, cgroup: str, init: str, seccomp_filter: bytes | None) -> dict[str, Json]:
+def config(
+    spec: SandboxSpec, *, cgroup: str, init: str, seccomp_filter: bytes | None, devices: str = ""
+) -> dict[str, Json]:
     """`cgroup`: the sandbox's own group as a path from the hierarchy's root. `init`: the host's path of `INIT`.
 
+    `devices` is where `rootfs` made the nodes of `spec.devices`.
     `seccomp_filter` is the profile as crun compiled it once: to compile it takes longer than all the rest of a start.
     """
     mapping: Json = [{"containerID": 0, "hostID": spec.uid_first, "size": UID_RANGE}]
@@ -51,7 +54,7 @@ def config(spec: SandboxSpec, *, cgroup: str, init: str, seccomp_filter: bytes |
         "process": process((INIT, "--", *spec.argv), spec.env, spec.cwd, spec.user),
         "root": {"path": "rootfs", "readonly": True},
         "hostname": spec.hostname,
-        "mounts": _mounts(spec, init),
+        "mounts": [*_mounts(spec, init), *(_device(device, devices) for device in spec.devices)],
         "annotations": _compiled(seccomp_filter),
         "linux": {
             "uidMappings": mapping,
@@ -61,7 +64,7 @@ def config(spec: SandboxSpec, *, cgroup: str, init: str, seccomp_filter: bytes |
                 {"type": "network", "path": spec.network_namespace},
             ],
             "cgroupsPath": f"/{cgroup}",
-            "resources": _resources(spec.limits),
+            "resources": _resources(spec.limits, spec.devices),
             "seccomp": seccomp.profile(),
             "maskedPaths": _MASKED_PATHS,
             "readonlyPaths": _READ_ONLY_PATHS,
@@ -119,11 +122,17 @@ def _bind(mount: Mount) -> Json:
     return {"destination": mount.target, "type": "bind", "source": mount.source, "options": options}
 
 
+def _device(device: Device, directory: str) -> Json:
+    source = f"{directory}/{device.name}"
+    # Without "nodev", or the node would open nothing.
+    return {"destination": f"/dev/{device.name}", "type": "bind", "source": source, "options": ["bind", "nosuid", "rw"]}
+
+
 def _tmpfs(tmpfs: Tmpfs) -> Json:
     return _special(tmpfs.target, "tmpfs", "tmpfs", "nodev", f"mode={tmpfs.mode:o}", f"size={tmpfs.size_bytes}")
 
 
-def _resources(limits: Limits) -> dict[str, Json]:
+def _resources(limits: Limits, devices: Sequence[Device]) -> dict[str, Json]:
     cpu: dict[str, Json] = {"shares": max(_CPU_SHARES_MIN, limits.cpu_millis * 1024 // 1000)}
     if limits.cpu_max_millis is not None:
         cpu["period"] = _CPU_PERIOD_US
@@ -133,5 +142,11 @@ def _resources(limits: Limits) -> dict[str, Json]:
         # `swap` is memory and swap together: equal to memory, it leaves none to swap out to.
         "memory": {"limit": limits.memory_bytes, "swap": limits.memory_bytes},
         "pids": {"limit": limits.pids_max},
-        "devices": [{"allow": False, "access": "rwm"}],
+        "devices": [
+            {"allow": False, "access": "rwm"},
+            *(
+                {"allow": True, "type": "c", "major": device.major, "minor": device.minor, "access": "rw"}
+                for device in devices
+            ),
+        ],
     }

@@ -4,14 +4,19 @@ Owns the bundle's `rootfs` and `skeleton`. Never follows a link inside an image:
 directories that it has just made itself.
 """
 
+import os
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from agent.sandbox import mounts
 from agent.sandbox.oci import HOST_DIRECTORIES, INIT
 from agent.sandbox.spec import DirectoryRoot, HostRoot, SandboxSpec, StartError
+from outrider.errors import HostError
 
+DEVICES = "devices"
+_DEVICES_BYTES = 65_536
 _MERGED_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # Small files a libc, a resolver or TLS reads; everything else of the host's /etc stays out of sight.
 _COPIED = (
@@ -30,6 +35,8 @@ def prepare(spec: SandboxSpec, bundle: Path) -> None:
     rootfs = bundle / "rootfs"
     rootfs.mkdir(mode=0o755, parents=True)
     bundle.chmod(0o755)  # the sandbox's own uid must be able to pass; its parents decide who else can
+    if spec.devices:
+        _make_devices(bundle / DEVICES, spec)
     match spec.root:
         case HostRoot():
             _make_mount_points(rootfs, spec)
@@ -46,6 +53,7 @@ def prepare(spec: SandboxSpec, bundle: Path) -> None:
 
 def remove(bundle: Path) -> None:
     """Unmount and remove the bundle; gone already is fine."""
+    mounts.unmount(bundle / DEVICES)
     mounts.unmount(bundle / "rootfs")
     with suppress(FileNotFoundError):
         shutil.rmtree(bundle)
@@ -69,6 +77,20 @@ def _make_mount_points(tree: Path, spec: SandboxSpec) -> None:
             point = _inside(tree, target)
             point.parent.mkdir(parents=True, exist_ok=True)
             point.touch()
+
+
+def _make_devices(directory: Path, spec: SandboxSpec) -> None:
+    """Nodes that the sandbox's user may open: the host's own are closed to it, and stay so."""
+    directory.mkdir(mode=0o755)
+    mounts.mount_tmpfs(directory, size_bytes=_DEVICES_BYTES, uid=0, mode=0o755, devices=True)
+    for device in spec.devices:
+        node = directory / device.name
+        node.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(device.major, device.minor))
+            os.chown(node, spec.uid_first + spec.user, spec.uid_first + spec.user)
+        except OSError as error:
+            raise HostError(f"/dev/{device.name}", step=f"make a node of it for {spec.id}: {error.strerror}") from error
 
 
 def _inside(tree: Path, target: str) -> Path:

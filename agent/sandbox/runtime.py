@@ -98,6 +98,7 @@ class SandboxRuntime:
             cgroup=f"{self._parent}/{spec.id}",
             init=process.program("catatonit"),
             seccomp_filter=self._seccomp_filter(),
+            devices=str((directory.bundle / rootfs.DEVICES).absolute()),
         )
         (directory.bundle / "config.json").write_bytes(msgspec.json.encode(config))
 

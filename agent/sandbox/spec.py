@@ -29,6 +29,14 @@ class Tmpfs(Value, frozen=True, kw_only=True):
     mode: int = 0o1777
 
 
+class Device(Value, frozen=True, kw_only=True):
+    """A character device below the sandbox's /dev: a node of its own, that its user alone may open."""
+
+    name: str  # "net/tun"
+    major: int
+    minor: int
+
+
 class HostRoot(Value, frozen=True, kw_only=True, tag="host"):
     """A picked root (DESIGN, decision 11): /usr and a listed part of /etc, nothing else of the host."""
 
@@ -63,6 +71,7 @@ class SandboxSpec(Value, frozen=True, kw_only=True):
     cwd: str = "/"
     mounts: tuple[Mount, ...] = ()
     tmpfs: tuple[Tmpfs, ...] = ()
+    devices: tuple[Device, ...] = ()
     user: int = INNER_USER  # uid and gid inside; never 0
     hostname: str = "sandbox"
     log_bytes_max: int = 10 * MIB  # both log files together

@@ -7,14 +7,16 @@ from outrider.ids import TaskName
 from outrider.jobspec.document import Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
-from outrider.model.job import Driver, File, Image, ImageKind, Resources, Task
+from outrider.model.job import Driver, File, GuestFile, Image, ImageKind, Resources, Task
 
 FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "env", "resources", "kill_signal", "kill_timeout",
 )  # fmt: skip
-_IMAGE_EXAMPLES = "host, oci:REGISTRY/NAME:TAG, oci-layout:PATH, dir:PATH or {disk: URL, sha256: ...}"
+_IMAGE_EXAMPLES = "host, oci:REGISTRY/NAME:TAG, oci-layout:PATH, dir:PATH or {disk: PATH, sha256: ...}"
+_GUEST_FILES = ("kernel", "initrd", "disk")
+_GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline")
 _ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DIR}
 
 
@@ -69,10 +71,7 @@ def _image(task: Fields, faults: Faults) -> Image:
     if node is None:
         return Image()
     if not isinstance(node, Scalar):
-        fields = Fields(node, (*task.path, "image"), faults, ("disk", "sha256"))
-        fields.required("disk", "https://example.org/db.qcow2")
-        reference, checksum = fields.text("disk", ""), fields.text("sha256", "")
-        return Image(kind=ImageKind.DISK, reference=reference, sha256=checksum)
+        return _guest_image(Fields(node, (*task.path, "image"), faults, _GUEST_KEYS), faults)
     if node.text == ImageKind.HOST:
         return Image()
     scheme, _, reference = node.text.partition(":")
@@ -84,6 +83,31 @@ def _image(task: Fields, faults: Faults) -> Image:
     if kind in _ON_THE_NODE and not reference.startswith("/"):
         task.fault("image", f"{reference[:80]!r} is looked for on the node: give the whole path, from / on")
     return Image(kind=kind, reference=reference)
+
+
+def _guest_image(fields: Fields, faults: Faults) -> Image:
+    """`sha256` is one text where there is a disk alone, else one for each file."""
+    if "kernel" not in fields:
+        fields.required("disk", "/srv/images/db.qcow2")
+    node = fields.node("sha256")
+    sums = {"disk": fields.text("sha256", "")} if node is None or isinstance(node, Scalar) else {}
+    if node is not None and not isinstance(node, Scalar):
+        each = Fields(node, (*fields.path, "sha256"), faults, _GUEST_FILES)
+        sums = {name: each.text(name, "") for name in _GUEST_FILES}
+    files = {name: fields.text(name, "") for name in _GUEST_FILES}
+
+    def file(name: str) -> GuestFile | None:
+        return GuestFile(reference=files[name], sha256=sums.get(name, "")) if files[name] else None
+
+    return Image(
+        kind=ImageKind.DISK,
+        reference=files["disk"],
+        sha256=sums.get("disk", ""),
+        kernel=file("kernel"),
+        initrd=file("initrd"),
+        kernel_arguments=fields.text("kernel_arguments", ""),
+        boot_deadline_s=fields.quantity("boot_deadline", duration_s, Image().boot_deadline_s),
+    )
 
 
 def _files(task: Fields, budget: FilesBudget, faults: Faults) -> tuple[File, ...]:

@@ -92,10 +92,22 @@ class Service(Value, frozen=True, kw_only=True):
     allow: tuple[ServiceName, ...] = ()  # who may call it; "*" is everybody in the mesh
 
 
+class GuestFile(Value, frozen=True, kw_only=True):
+    """A file on the node that a guest boots from, and what it must contain."""
+
+    reference: str
+    sha256: str
+
+
 class Image(Value, frozen=True, kw_only=True):
     kind: ImageKind = ImageKind.HOST
-    reference: str = ""
+    reference: str = ""  # of a disk: "" for a guest that lives in its initrd
     sha256: str = ""
+    # Of a guest alone. Without a kernel the disk's own boot loader is started, by firmware.
+    kernel: GuestFile | None = None
+    initrd: GuestFile | None = None
+    kernel_arguments: str = ""
+    boot_deadline_s: float = 120.0  # until the guest's first packet
 
 
 class File(Value, frozen=True, kw_only=True):
@@ -160,6 +172,9 @@ class JobVersion(Value, frozen=True, kw_only=True):
 # What a sidecar costs its node: counted in placement and in the cgroup limit (DESIGN, decision 13).
 SIDECAR = Resources(cpu_millis=50, memory_bytes=96 * MIB, disk_bytes=0)
 
+# What QEMU takes beside its guest's memory: likewise. A guest of 128 MiB has some 207 MiB resident under emulation.
+EMULATOR = Resources(cpu_millis=50, memory_bytes=160 * MIB, disk_bytes=0, pids_max=0)
+
 _FIRST_INNER_PORT = 8080
 
 
@@ -173,14 +188,22 @@ def inner_ports(network: Network) -> dict[PortName, int]:
     return {port.name: port.to or port.static or next(free) for port in network.ports}
 
 
+def has_guest(group: Group) -> bool:
+    """Whether its workload is a virtual machine, behind an address of its own."""
+    return any(task.driver is Driver.VM for task in group.tasks)
+
+
 def group_resources(group: Group) -> Resources:
-    """What one allocation of `group` takes from its node, sidecar included."""
+    """What one allocation of `group` takes from its node, sidecar and emulator included."""
     parts = [task.resources for task in group.tasks]
     if group.services:
         parts.append(SIDECAR)
+    if has_guest(group):
+        parts.append(EMULATOR)
     return Resources(
         cpu_millis=sum(part.cpu_millis for part in parts),
         memory_bytes=sum(part.memory_bytes for part in parts),
-        disk_bytes=sum(2 * part.disk_bytes for part in parts),
+        # A process has a directory and a /tmp; a guest has a disk.
+        disk_bytes=sum((1 if task.driver is Driver.VM else 2) * task.resources.disk_bytes for task in group.tasks),
         pids_max=sum(part.pids_max for part in parts),
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from outrider.ids import AllocId, NodeId, ServiceName
-from outrider.model.job import Protocol, Value
+from outrider.model.job import Group, Protocol, Value, has_guest
 
 MESH_DOMAIN = "mesh"  # services answer as NAME.mesh
 # Inside every allocation's namespace, the same in each (DESIGN, decision 10). RFC 2544's range: on no real network.
@@ -12,6 +12,11 @@ VIRTUAL_NETWORK = "198.18.0.0/15"
 DNS_ADDRESS = "198.18.0.1"
 VIRTUAL_PORT = 15001  # each virtual address's listener; nftables leads every port of the address there
 PUBLIC_PORT = 15100  # the first service's mTLS listener on the allocation's own address, the next one's + 1
+# A guest and its side of the link, the same in every allocation. RFC 5737's: on no real network either.
+GUEST_GATEWAY = "192.0.2.1"
+GUEST_ADDRESS = "192.0.2.2"
+GUEST_PREFIX = 30
+LOOPBACK = "127.0.0.1"
 _FIRST_VIRTUAL = (198 << 24) | (18 << 16) | (1 << 8)
 
 
@@ -21,6 +26,11 @@ def virtual_address(index: int) -> str:
     if not 0 <= index < (1 << 17) - (1 << 8):
         raise ValueError(f"virtual address {index}: {VIRTUAL_NETWORK} is used up")
     return ".".join(str(number >> shift & 0xFF) for shift in (24, 16, 8, 0))
+
+
+def workload_address(group: Group) -> str:
+    """Where the sidecar and the checks find the workload, inside its namespace."""
+    return GUEST_ADDRESS if has_guest(group) else LOOPBACK
 
 
 class Endpoint(Value, frozen=True, kw_only=True):

@@ -306,25 +306,61 @@ class Service(_message.Message):
 Global___Service: _TypeAlias = Service  # noqa: Y015
 
 @_typing.final
+class GuestFile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    sha256: _builtins.str
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestFile: _TypeAlias = GuestFile  # noqa: Y015
+
+@_typing.final
 class Image(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KIND_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
+    INITRD_FIELD_NUMBER: _builtins.int
+    KERNEL_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    BOOT_DEADLINE_S_FIELD_NUMBER: _builtins.int
     kind: Global___ImageKind.ValueType
     reference: _builtins.str
     sha256: _builtins.str
+    kernel_arguments: _builtins.str
+    boot_deadline_s: _builtins.float
+    @_builtins.property
+    def kernel(self) -> Global___GuestFile: ...
+    @_builtins.property
+    def initrd(self) -> Global___GuestFile: ...
     def __init__(
         self,
         *,
         kind: Global___ImageKind.ValueType = ...,
         reference: _builtins.str = ...,
         sha256: _builtins.str = ...,
+        kernel: Global___GuestFile | None = ...,
+        initrd: Global___GuestFile | None = ...,
+        kernel_arguments: _builtins.str = ...,
+        boot_deadline_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_deadline_s", b"boot_deadline_s", "initrd", b"initrd", "kernel", b"kernel", "kernel_arguments", b"kernel_arguments", "kind", b"kind", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

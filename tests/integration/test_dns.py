@@ -263,7 +263,7 @@ async def share(resolver: Resolver, wanted: Mapping[AllocId, Mapping[str, str]],
         await resolver.detach(alloc)
     for alloc, names in wanted.items():
         if alloc not in held:
-            await resolver.attach(alloc, *open_dns_sockets(alloc, networks.open_socket))
+            await resolver.attach(alloc, open_dns_sockets(alloc, networks.open_socket))
         await resolver.set_names(alloc, names)
 
 

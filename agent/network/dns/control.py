@@ -1,6 +1,7 @@
 """What the agent and the responder say to each other: JSON, one message a packet of a SOCK_SEQPACKET unix socket.
 
-Every request gets one reply. ATTACH carries two descriptors: the allocation's UDP socket and its TCP listener, bound.
+Every request gets one reply. ATTACH carries two descriptors: the allocation's UDP socket and its TCP listener, bound;
+and for one with a guest a third: a UDP socket on which the guest asks for its address.
 """
 
 import json

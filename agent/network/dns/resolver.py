@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from agent.network.dns.control import MESSAGE_BYTES_MAX, Do, Reply, Request, decode_reply, encode
+from agent.network.guest import DHCP_PORT, TAP
 from outrider.errors import HostError, InputError, PeerError
 from outrider.ids import AllocId
 from outrider.model.mesh import DNS_ADDRESS, MESH_DOMAIN
@@ -13,6 +14,7 @@ from outrider.model.mesh import DNS_ADDRESS, MESH_DOMAIN
 _DEADLINE_S = 2.0
 _PORT = 53
 _BACKLOG = 8
+_SO_NO_CHECK = 11
 
 OpenSocket = Callable[[AllocId, socket.SocketKind], socket.socket]
 
@@ -27,14 +29,17 @@ class Resolver:
         self._path = socket
         self._turn = asyncio.Lock()
 
-    async def attach(self, alloc: AllocId, udp: socket.socket, tcp: socket.socket) -> None:
-        """Have these answered; both are closed here, whatever happens. Earlier ones of `alloc` are let go.
+    async def attach(self, alloc: AllocId, sockets: Sequence[socket.socket]) -> None:
+        """Have these answered; all are closed here, whatever happens. Earlier ones of `alloc` are let go.
 
         Its table is empty until `set_names`. An allocation that the responder holds already needs no new sockets, and
         their address is taken while it does: see `held`, after the agent or the responder started again.
         """
-        with udp, tcp:
-            await self._ask(Request(do=Do.ATTACH, alloc=alloc), (udp, tcp))
+        try:
+            await self._ask(Request(do=Do.ATTACH, alloc=alloc), sockets)
+        finally:
+            for each in sockets:
+                each.close()
 
     async def set_names(self, alloc: AllocId, names: Mapping[str, str]) -> None:
         """The allocation's whole table: service name -> virtual address. Raises InputError where it is too long."""
@@ -72,8 +77,8 @@ class Resolver:
             return await loop.sock_recv(connection, MESSAGE_BYTES_MAX)
 
 
-def open_dns_sockets(alloc: AllocId, open_socket: OpenSocket) -> tuple[socket.socket, socket.socket]:
-    """The DNS address of the allocation, bound: UDP, and TCP listening. Raises HostError."""
+def open_dns_sockets(alloc: AllocId, open_socket: OpenSocket, *, guest: bool = False) -> list[socket.socket]:
+    """The DNS address of the allocation, bound: UDP, and TCP listening; for a guest, DHCP's too. Raises HostError."""
     opened: list[socket.socket] = []
     try:
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
@@ -83,11 +88,23 @@ def open_dns_sockets(alloc: AllocId, open_socket: OpenSocket) -> tuple[socket.so
                 opened[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened[-1].bind((DNS_ADDRESS, _PORT))
         opened[1].listen(_BACKLOG)
+        if guest:
+            opened.append(open_socket(alloc, socket.SOCK_DGRAM))
+            _bind_dhcp(opened[-1])
     except OSError as error:
         for each in opened:
             each.close()
         raise HostError(f"allocation {alloc}", step=f"bind {DNS_ADDRESS}:{_PORT}", hint=str(error)) from error
-    return opened[0], opened[1]
+    return opened
+
+
+def _bind_dhcp(opened: socket.socket) -> None:
+    """To the guest's link alone: nobody else's broadcasts are meant, and its own must leave there."""
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, TAP.encode())
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    # Guests read it raw, before their kernel would have completed a checksum that the link leaves open.
+    opened.setsockopt(socket.SOL_SOCKET, _SO_NO_CHECK, 1)
+    opened.bind(("", DHCP_PORT))
 
 
 def resolv_conf() -> str:

@@ -1,4 +1,5 @@
 """The responder: one loop over the DNS sockets of all allocations of a node and the agent's control connections.
+Guests get their address from it too.
 
 Imports only the standard library, dnslib and its two neighbours, to stay small. Keeps nothing on disk: the agent
 pushes everything, and again after either of them restarted. No packet and no client ends it or makes it wait.
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.network.dhcp import CLIENT_PORT, PACKET_BYTES_MAX, reply
 from agent.network.dns.answers import QUERY_BYTES_MAX, MalformedQueryError, answer
 from agent.network.dns.control import MESSAGE_BYTES_MAX, Do, Reply, Request, decode_request, encode
 
@@ -63,7 +65,7 @@ class Responder:
 
     def _hear(self, agent: socket.socket) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(agent, MESSAGE_BYTES_MAX, 2)
+            data, descriptors, _, _ = socket.recv_fds(agent, MESSAGE_BYTES_MAX, 3)
             sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
             if data:
                 agent.send(encode(self._obey(data, sockets)))
@@ -93,8 +95,8 @@ class Responder:
         """What is wrong with the request; "" where it was done."""
         match request.do:
             case Do.ATTACH:
-                if len(sockets) != 2:
-                    return f"attach takes 2 sockets, not {len(sockets)}"
+                if len(sockets) not in (2, 3):
+                    return f"attach takes 2 or 3 sockets, not {len(sockets)}"
                 self._detach(request.alloc)
                 self._attach(request.alloc, *sockets)
             case Do.NAMES:
@@ -107,8 +109,11 @@ class Responder:
                 pass  # every reply tells
         return ""
 
-    def _attach(self, alloc: str, udp: socket.socket, tcp: socket.socket) -> None:
-        attached = self._attached[alloc] = _Attached(udp=udp, tcp=tcp)
+    def _attach(self, alloc: str, udp: socket.socket, tcp: socket.socket, dhcp: socket.socket | None = None) -> None:
+        attached = self._attached[alloc] = _Attached(udp=udp, tcp=tcp, dhcp=dhcp)
+        if dhcp is not None:
+            dhcp.setblocking(False)
+            self._watch(dhcp, lambda: self._lease(dhcp))
         udp.setblocking(False)
         tcp.setblocking(False)
         self._watch(udp, lambda: self._answer_datagrams(attached))
@@ -117,8 +122,9 @@ class Responder:
     def _detach(self, alloc: str) -> None:
         attached = self._attached.pop(alloc, None)
         if attached is not None:
-            for held in (attached.udp, attached.tcp, *attached.clients):
-                self._drop(held)
+            for held in (attached.udp, attached.tcp, attached.dhcp, *attached.clients):
+                if held is not None:
+                    self._drop(held)
 
     def _answer_datagrams(self, attached: "_Attached") -> None:
         for _ in range(_BATCH):
@@ -129,6 +135,15 @@ class Responder:
                     attached.udp.sendto(reply, sender)
             except OSError:
                 return  # nothing more to read, or the last one's sender is gone
+
+    def _lease(self, dhcp: socket.socket) -> None:
+        for _ in range(_BATCH):
+            try:
+                answered = reply(dhcp.recv(PACKET_BYTES_MAX))
+                if answered is not None:
+                    dhcp.sendto(answered[0], (answered[1], CLIENT_PORT))
+            except OSError:
+                return  # nothing more to read, or the guest's link is down
 
     def _accept_client(self, attached: "_Attached") -> None:
         try:
@@ -203,5 +218,6 @@ class _Client:
 class _Attached:
     udp: socket.socket
     tcp: socket.socket
+    dhcp: socket.socket | None
     names: Mapping[str, str] = field(default_factory=dict)
     clients: dict[socket.socket, _Client] = field(default_factory=dict)

@@ -1,0 +1,115 @@
+"""A virtual machine as a sandbox: QEMU's command line, what it sees of the host, its limits.
+
+Pure: owns the translation alone. `agent.vms` makes disks and speaks with the emulator, `agent.sandbox` runs it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+
+from agent.drivers.process import Place, sandbox_id
+from agent.network.guest import TAP
+from agent.sandbox.spec import INNER_USER, Device, HostRoot, Limits, Mount, SandboxSpec
+from outrider.model.allocation import Assignment
+from outrider.model.job import EMULATOR, MIB, Image, Task, Value
+
+DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
+OVERLAY, QMP, CONSOLE, TRACE = "overlay.qcow2", "qmp", "console", "trace"
+SHUTDOWN_TRACE = "qemu_system_shutdown_request"
+
+# Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
+_MACHINE = "pc-q35-7.2"
+# Always the same: it is alone on its link, and a clone or a moved guest keeps its own.
+_MAC = "52:54:00:00:00:02"
+_IMAGES = "/images"
+_TRANSLATED_MIB = 64  # what TCG may keep of translated code: counted in EMULATOR
+_CPUS_MAX = 64
+# `panic=-1` resets a guest that panicked at once, which ends its run.
+_KERNEL_ARGUMENTS = "console=ttyS0 panic=-1"
+_TUN = Device(name="net/tun", major=10, minor=200)
+_KVM = Device(name="kvm", major=10, minor=232)
+
+
+class GuestImages(Value, frozen=True, kw_only=True):
+    """The image's files in the node's cache. `disk_format`: "qcow2" or "raw"."""
+
+    disk: str = ""
+    disk_format: str = ""
+    kernel: str = ""
+    initrd: str = ""
+
+
+def guest_spec(assignment: Assignment, task: Task, place: Place, images: GuestImages, *, kvm: bool) -> SandboxSpec:
+    """The sandbox in which an emulator runs `task`. `place.task_directory` has its overlay, and gets its sockets."""
+    resources = task.resources
+    mounts = [Mount(source=place.task_directory, target=DIRECTORY, read_only=False), *place.mounts]
+    for name, source in (("disk", images.disk), ("kernel", images.kernel), ("initrd", images.initrd)):
+        if source:
+            mounts.append(Mount(source=source, target=f"{_IMAGES}/{name}"))
+    return SandboxSpec(
+        id=sandbox_id(assignment.alloc, task.name),
+        argv=("qemu-system-x86_64", *_arguments(assignment, task, images, kvm=kvm)),
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        cwd=DIRECTORY,
+        root=HostRoot(),
+        mounts=tuple(mounts),
+        devices=(_TUN, _KVM) if kvm else (_TUN,),
+        network_namespace=place.network_namespace,
+        uid_first=place.uid_first,
+        user=INNER_USER,
+        hostname="emulator",
+        limits=Limits(
+            cpu_millis=resources.cpu_millis + EMULATOR.cpu_millis,
+            cpu_max_millis=resources.cpu_max_millis,
+            memory_bytes=resources.memory_bytes + EMULATOR.memory_bytes,
+            pids_max=resources.pids_max,
+        ),
+        directory=place.directory,
+    )
+
+
+def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: bool) -> Iterator[str]:
+    resources = task.resources
+    cpus = -(-(resources.cpu_max_millis or resources.cpu_millis) // 1000)
+    yield from ("-name", f"{assignment.alloc}.{task.name}", "-no-user-config", "-nodefaults", "-display", "none")
+    yield from ("-machine", f"{_MACHINE},usb=off", "-cpu", "max", "-smp", str(min(cpus, _CPUS_MAX)))
+    yield from ("-accel", "kvm" if kvm else f"tcg,tb-size={_TRANSLATED_MIB}")
+    yield from ("-m", f"size={resources.memory_bytes // MIB}M")
+    # A guest that resets itself ends: its restart policy says whether and when it boots again. The trace says why.
+    yield from ("-action", "reboot=shutdown", "-D", f"{DIRECTORY}/{TRACE}", "-trace", SHUTDOWN_TRACE)
+    yield from _kernel(task.image, images)
+    yield from ("-device", "vmgenid,guid=auto", "-device", "virtio-rng-pci")
+    yield from ("-netdev", f"tap,id=mesh,ifname={TAP},script=no,downscript=no")
+    # Without a boot ROM: nothing is booted from the network, and its first packet is the guest's own.
+    yield from ("-device", f"virtio-net-pci,netdev=mesh,mac={_MAC},romfile=")
+    if images.disk:
+        yield from ("-blockdev", json.dumps(_disk(images)), "-device", "virtio-blk-pci,drive=disk,bootindex=1")
+    yield from (
+        "-chardev",
+        f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off",
+        "-mon",
+        "chardev=qmp,mode=control",
+    )
+    # All that the guest writes goes to our output, whether or not somebody sits at the console.
+    console = f"socket,id=console,path={DIRECTORY}/{CONSOLE},server=on,wait=off,logfile=/dev/fd/1,logappend=on"
+    yield from ("-chardev", console, "-serial", "chardev:console")
+
+
+def _kernel(image: Image, images: GuestImages) -> Iterator[str]:
+    if images.kernel:
+        yield from ("-kernel", f"{_IMAGES}/kernel")
+        yield from ("-append", f"{_KERNEL_ARGUMENTS} {image.kernel_arguments}".strip())
+    if images.initrd:
+        yield from ("-initrd", f"{_IMAGES}/initrd")
+
+
+def _disk(images: GuestImages) -> Mapping[str, object]:
+    """The whole chain by hand: what a header says of another file is never followed."""
+    base: dict[str, object] = {
+        "driver": images.disk_format,
+        "read-only": True,
+        "file": {"driver": "file", "filename": f"{_IMAGES}/disk"},
+    }
+    if images.disk_format == "qcow2":
+        base["backing"] = None
+    overlay = {"driver": "file", "filename": f"{DIRECTORY}/{OVERLAY}"}
+    return {"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": overlay, "backing": base}

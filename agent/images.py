@@ -1,0 +1,110 @@
+"""The node's cache of guests' files: DATA/images/SHA256, each whole, of the content that its name says, never changed.
+
+What a job names on the node is copied once; whatever becomes of the original, a guest boots from what was asked for.
+Blocks its caller: run it in a thread. Two calls for one file may overlap.
+"""
+
+import hashlib
+import os
+import struct
+import tempfile
+from io import FileIO
+from pathlib import Path
+
+from agent.sandbox.spec import StartError
+from outrider.errors import HostError
+from outrider.model.job import GuestFile
+
+_BLOCK_BYTES = 1024 * 1024
+_ZEROES = bytes(_BLOCK_BYTES)
+# docs/interop/qcow2.txt of QEMU: magic, version, backing file's place and length, cluster bits, size, encryption ...
+_HEADER = struct.Struct(">4sIQIIQI")
+_FEATURES = struct.Struct(">72xQ")
+_MAGIC = b"QFI\xfb"
+_EXTERNAL_DATA = 1 << 2
+_REFUSED = {b"KDMV": "VMDK", b"conectix": "VPC", b"vhdxfile": "VHDX", b"<<< ": "VDI"}
+
+
+class Images:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def fetch(self, file: GuestFile) -> Path:
+        """Where the file is in the cache. Raises StartError where it is absent or another, HostError without room."""
+        cached = self._directory / file.sha256
+        if cached.exists():
+            os.utime(cached)
+            return cached
+        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        try:
+            return self._copy(file, cached)
+        except OSError as error:
+            if error.filename == file.reference:
+                raise StartError(f"{file.reference}: {error.strerror} on this node") from error
+            raise HostError(str(self._directory), step=f"copy {file.reference}: {error.strerror}") from error
+
+    def _copy(self, file: GuestFile, cached: Path) -> Path:
+        # Not a device nor a pipe, which might never end, and no wait to open one.
+        source = os.open(file.reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(source, "rb", buffering=0) as reading:
+            if not Path(f"/proc/self/fd/{source}").is_file():
+                raise StartError(f"{file.reference} is no regular file")
+            descriptor, name = tempfile.mkstemp(dir=self._directory, prefix="new-")
+            unfinished = Path(name)
+            try:
+                with os.fdopen(descriptor, "wb", buffering=0) as writing:
+                    _check(file, _copy_blocks(reading, descriptor))
+                    writing.truncate(os.lseek(descriptor, 0, os.SEEK_CUR))
+                    os.fsync(descriptor)
+                unfinished.chmod(0o444)
+                unfinished.rename(cached)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return cached
+
+
+def disk_format(path: Path, reference: str) -> tuple[str, int]:
+    """("qcow2" or "raw", its virtual size in bytes). Raises StartError for a disk that leads to other files."""
+    with path.open("rb") as file:
+        head = file.read(_FEATURES.size)
+    for magic, name in _REFUSED.items():
+        if head.startswith(magic):
+            raise StartError(f"{reference} is a {name} disk: convert it, qemu-img convert -O qcow2")
+    if not head.startswith(_MAGIC):
+        return "raw", path.stat().st_size
+    if len(head) < _FEATURES.size:
+        raise StartError(f"{reference} is a qcow2 disk that ends within its header")
+    _, version, backing, _, _, size, encryption = _HEADER.unpack_from(head)
+    if backing:
+        hint = "make it whole: qemu-img convert -O qcow2"
+        raise StartError(f"{reference} has a backing file, which a guest's disk may not have; {hint}")
+    if version > 2 and _FEATURES.unpack_from(head)[0] & _EXTERNAL_DATA:
+        raise StartError(f"{reference} keeps its data in another file, which a guest's disk may not do")
+    if encryption:
+        raise StartError(f"{reference} is encrypted: no key for it travels with a job")
+    return "qcow2", size
+
+
+def _copy_blocks(reading: FileIO, descriptor: int) -> str:
+    """The sha256 of all that was copied."""
+    found = hashlib.sha256()
+    while block := reading.read(_BLOCK_BYTES):
+        found.update(block)
+        _write(descriptor, block)
+    return found.hexdigest()
+
+
+def _check(file: GuestFile, found: str) -> None:
+    if found != file.sha256:
+        asked = f"the job asks for {file.sha256}"
+        raise StartError(f"{file.reference} is another file: its sha256 is {found}, {asked}")
+
+
+def _write(descriptor: int, block: bytes) -> None:
+    """Zeroes become a hole: disks are mostly that."""
+    if block == _ZEROES[: len(block)]:
+        os.lseek(descriptor, len(block), os.SEEK_CUR)
+        return
+    view = memoryview(block)
+    while view:
+        view = view[os.write(descriptor, view) :]

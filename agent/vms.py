@@ -1,0 +1,125 @@
+"""Virtual machines on this node: their files, their emulators' conversations, whether they booted, why they ended.
+
+Owns DATA/images and each guest's own directory; the emulator itself is a sandbox like any other. Starts no task.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from agent import qmp
+from agent.drivers.process import Place
+from agent.drivers.vm import OVERLAY, QMP, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
+from agent.images import Images, disk_format
+from agent.network.guest import TAP
+from agent.sandbox import process
+from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
+from outrider.clock import wall_s
+from outrider.errors import HostError
+from outrider.model.allocation import Assignment
+from outrider.model.job import MIB, GuestFile, Task
+
+_QEMU_IMG_S = 30.0
+_BOOT_POLL_S = 0.25
+_TRACE_BYTES_MAX = 65_536
+_REASON = re.compile(SHUTDOWN_TRACE.encode() + rb" reason=(\d+)")
+_RESETS = (b"7", b"8")  # guest-reset and guest-panic of QEMU's ShutdownCause
+
+
+class Vms:
+    """`kvm` tells whether the node's self-test has booted a guest with it."""
+
+    def __init__(self, *, images: Images, kvm: Callable[[], bool]) -> None:
+        self._images = images
+        self._kvm = kvm
+
+    async def prepare(self, assignment: Assignment, task: Task, place: Place) -> SandboxSpec:
+        """Files fetched and checked, the overlay made unless an earlier run left one.
+
+        Raises StartError where job or image are at fault, HostError where this host is.
+        """
+        directory, owner = Path(place.task_directory), place.uid_first + INNER_USER
+        images = await asyncio.to_thread(self._fetch, task)
+        if not _is_ready(directory, owner) and images.disk:
+            await _make_overlay(directory / OVERLAY, task, images, owner)
+        return guest_spec(assignment, task, place, images, kvm=self._kvm())
+
+    def _fetch(self, task: Task) -> GuestImages:
+        image = task.image
+        disk = GuestFile(reference=image.reference, sha256=image.sha256) if image.reference else None
+        files = {"disk": disk, "kernel": image.kernel, "initrd": image.initrd}
+        paths = {name: str(self._images.fetch(file)) for name, file in files.items() if file is not None}
+        if disk is None:
+            return GuestImages(**paths)
+        kind, size = disk_format(Path(paths["disk"]), image.reference)
+        if size > task.resources.disk_bytes:
+            asked = f"`resources: {{disk: {-(-size // MIB)}Mi}}` or more"
+            raise StartError(
+                f"{image.reference} is a disk of {size} bytes, more than the job reserves: ask for {asked}"
+            )
+        return GuestImages(**paths, disk_format=kind)
+
+
+async def press_power_button(directory: Path) -> None:
+    """Ask the guest to end. Raises HostError where its emulator does not answer."""
+    await qmp.power_down(directory / QMP)
+
+
+async def booted(pid: int, *, packets: int, until_s: float) -> bool:
+    """Waits until the guest whose emulator is `pid` sent more than `packets`; False where it did not, until then."""
+    while packets_sent(pid) <= packets:
+        if wall_s() > until_s:
+            return False
+        await asyncio.sleep(_BOOT_POLL_S)  # nobody tells of an interface's first packet
+    return True
+
+
+def packets_sent(pid: int) -> int:
+    """By the guests before it on the same link too. 0 where it has ended: whoever watches it tells."""
+    try:
+        lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
+    except OSError:
+        return 0
+    figures = [line.split() for line in lines if line.strip().startswith(f"{TAP}:")]
+    return int(figures[0][2]) if figures else 0
+
+
+def bad_end(directory: Path) -> str:
+    """Why a guest ended that left its emulator well, where that was no orderly end; "" where it was, or is no guest."""
+    try:
+        # The emulator could have put anything there: no link is followed, nothing is waited for.
+        descriptor = os.open(directory / TRACE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    with os.fdopen(descriptor, "rb") as file:
+        found = _REASON.findall(file.read(_TRACE_BYTES_MAX) or b"")
+    return "the guest panicked, or reset itself" if found and found[-1] in _RESETS else ""
+
+
+def remove_guest(directory: Path) -> None:
+    """The guest's own directory: its disk is thrown away with it."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_ready(directory: Path, owner: int) -> bool:
+    """Whether an earlier run left its disk. What else it left goes: sockets, traces, a disk half made."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.chown(directory, owner, owner)
+    for path in directory.iterdir():
+        if path.name != OVERLAY:
+            path.unlink()
+    return (directory / OVERLAY).exists()
+
+
+async def _make_overlay(path: Path, task: Task, images: GuestImages, owner: int) -> None:
+    unfinished = path.with_suffix(".new")
+    # -u: the base is not opened. It was looked at already, and the emulator is told of it by hand.
+    argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", images.disk_format, "-b", "base"]
+    done = await process.run([*argv, str(unfinished), str(task.resources.disk_bytes)], timeout_s=_QEMU_IMG_S)
+    if done.code != 0:
+        raise HostError("qemu-img", step=f"make a disk: {done.output.strip()}")
+    os.chown(unfinished, owner, owner)
+    unfinished.rename(path)

@@ -1,0 +1,172 @@
+"""Builds the example's guest below .cache/guest: Debian's cloud kernel, an initrd, a disk, and the job file to run it.
+
+`python -m examples.vm.guest` prints the folder. What is there already for the same kernel and sources is kept. Needs
+apt-get, dpkg-deb, lz4, mke2fs, qemu-img and busybox-static; nothing is installed, and root is not needed.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+from outrider.errors import HostError
+
+_HERE = Path(__file__).parent
+_CACHE = _HERE.parent.parent / ".cache" / "guest"
+_KERNEL = "linux-image-cloud-amd64"
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev")
+_DISK_BYTES = 16 * 1024 * 1024
+_BUSYBOX = Path("/bin/busybox")
+_MEMBER = "070701"  # the "newc" cpio format
+
+
+def main() -> None:
+    print(build())
+
+
+def build() -> Path:
+    """The folder with vmlinux, initrd, disk.qcow2 and vm.yaml. Raises HostError."""
+    package = _kernel_package()
+    sources = b"".join(path.read_bytes() for path in sorted(_HERE.glob("*")) if path.is_file())
+    digest = hashlib.sha256(package.encode() + sources).hexdigest()[:16]
+    done = _CACHE / digest
+    if done.is_dir():
+        return done
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_CACHE) as name:
+        work = Path(name)
+        made = work / "made"
+        made.mkdir()
+        _download(package, work)
+        _kernel(work / "root", made / "vmlinux")
+        _initrd(work / "root", made / "initrd")
+        _disk(work, made / "disk.qcow2")
+        _job(made, done)
+        made.chmod(0o755)
+        if not done.is_dir():
+            made.rename(done)
+    return done
+
+
+def _kernel_package() -> str:
+    for line in _run("apt-cache", "depends", _KERNEL).splitlines():
+        if line.strip().startswith("Depends: linux-image-"):
+            return line.split()[1]
+    raise HostError(_KERNEL, step="no such Debian package", hint="apt-get update")
+
+
+def _download(package: str, work: Path) -> None:
+    _run("apt-get", "-q", "download", package, directory=work)
+    (archive,) = work.glob("*.deb")
+    _run("dpkg-deb", "-x", str(archive), str(work / "root"))
+
+
+def _kernel(root: Path, target: Path) -> None:
+    """The ELF kernel inside vmlinuz: QEMU enters it directly (PVH), so that nothing is unpacked under emulation."""
+    (image,) = (root / "boot").glob("vmlinuz-*")
+    data = image.read_bytes()
+    # Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length. The last word is the size unpacked.
+    setup = (data[0x1F1] or 4) + 1
+    offset, length = struct.unpack_from("<II", data, 0x248)
+    start = setup * 512 + offset
+    payload = target.with_suffix(".lz4")
+    payload.write_bytes(data[start : start + length - 4])
+    _run("lz4", "-q", "-d", "-f", str(payload), str(target))
+    payload.unlink()
+
+
+def _initrd(root: Path, target: Path) -> None:
+    modules = {path.name.removesuffix(".ko"): path for path in root.glob("lib/modules/*/kernel/**/*.ko")}
+    wanted = _with_dependencies(modules)
+    load = "".join(f"insmod /{name}.ko\n" for name in wanted)
+    init = (_HERE / "initrd.sh").read_text().replace("@modules@\n", load)
+    entries = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "root", "bin")]
+    entries.append(_entry("bin/busybox", stat.S_IFREG | 0o755, _BUSYBOX.read_bytes()))
+    entries.append(_entry("init", stat.S_IFREG | 0o755, init.encode()))
+    entries += [_entry(f"{name}.ko", stat.S_IFREG | 0o644, modules[name].read_bytes()) for name in wanted]
+    entries.append(_entry("TRAILER!!!", 0))
+    target.write_bytes(b"".join(entries))
+
+
+def _with_dependencies(modules: dict[str, Path]) -> list[str]:
+    """In the order to load them."""
+    order: list[str] = []
+
+    def add(name: str) -> None:
+        found = re.search(rb"\0depends=([^\0]*)\0", modules[name].read_bytes())
+        for dependency in found[1].decode().split(",") if found else ():
+            if dependency:
+                add(dependency)
+        if name not in order:
+            order.append(name)
+
+    for name in _MODULES:
+        add(name)
+    return order
+
+
+def _entry(name: str, mode: int, content: bytes = b"") -> bytes:
+    path = name.encode() + b"\0"
+    fields = (0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(path), 0)
+    header = _MEMBER.encode() + b"".join(b"%08X" % field for field in fields) + path
+    return _padded(header) + _padded(content)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + b"\0" * (-len(data) % 4)
+
+
+def _disk(work: Path, target: Path) -> None:
+    tree = work / "tree"
+    for name in ("bin", "dev", "proc", "sys", "tmp", "etc/acpi/PWRF", "www/cgi-bin"):
+        (tree / name).mkdir(parents=True)
+    shutil.copyfile(_BUSYBOX, tree / "bin/busybox")
+    scripts = {
+        "init.sh": "init",
+        "lease.sh": "lease",
+        "power.sh": "etc/acpi/PWRF/00000080",
+        "api.sh": "www/cgi-bin/api",
+    }
+    for source, inside in scripts.items():
+        shutil.copyfile(_HERE / source, tree / inside)
+        (tree / inside).chmod(0o755)
+    (tree / "bin/busybox").chmod(0o755)
+    (tree / "www/index.html").write_text("hello from a guest\n")
+    raw = work / "disk.raw"
+    with raw.open("wb") as file:
+        file.truncate(_DISK_BYTES)
+    owner = f"{os.getuid()}:{os.getgid()}"
+    _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", f"root_owner={owner}", "-d", str(tree), str(raw))
+    _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target))
+
+
+def _job(made: Path, done: Path) -> None:
+    """vm.yaml with the paths and checksums of what was built."""
+    text = (_HERE / "vm.yaml").read_text()
+    for name in ("vmlinux", "initrd", "disk.qcow2"):
+        checksum = hashlib.sha256((made / name).read_bytes()).hexdigest()
+        text = text.replace(f"@{name}@", str(done / name)).replace(f"@{name}.sha256@", checksum)
+    (made / "vm.yaml").write_text(text)
+    shutil.copyfile(_HERE / "api.html", made / "api.html")
+
+
+def _run(*argv: str, directory: Path | None = None) -> str:
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            argv, check=False, capture_output=True, text=True, cwd=directory, timeout=300, env=environment
+        )
+    except FileNotFoundError as error:
+        raise HostError(argv[0], step="not installed", hint="scripts/setup test installs it") from error
+    if done.returncode != 0:
+        raise HostError(argv[0], step=" ".join(argv[1:]), hint=done.stderr.strip()[-500:])
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

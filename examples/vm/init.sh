@@ -1,0 +1,13 @@
+#!/bin/busybox sh
+# The guest: an address, a web server, and an orderly end when the power button is pressed.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t sysfs sys /sys
+echo "guest up after $(cut -d' ' -f1 /proc/uptime) s"
+ip link set lo up
+ip link set eth0 up
+udhcpc -i eth0 -s /lease -q -n -t 10 -T 1 || echo "no address"
+acpid -d -l /dev/null >/dev/null 2>&1 &
+httpd -h /www -p 8080
+echo "guest serves"
+while true; do sleep 1000; done
