@@ -15,6 +15,7 @@ from outrider.model.allocation import Assignment
 
 SIDECAR = TaskName("sidecar")  # no task can be called so where there is one: `outrider alloc logs ALLOC sidecar`
 LOG_TAIL_LINES = 20
+GUEST_TAIL_LINES = 60  # a kernel's panic says why before some 40 lines of where
 
 
 class Held(msgspec.Struct, kw_only=True):
@@ -42,13 +43,14 @@ async def task_exit(runtime: SandboxRuntime, sandbox: str, directory: Path) -> T
     # A guest that panicked leaves its emulator well.
     reason = bad_end(guest_directory(directory)) if ended.code == 0 else ""
     code = 1 if reason else ended.code
-    tail = "" if code == 0 else await asyncio.to_thread(logs.last_lines, str(directory), LOG_TAIL_LINES)
+    lines = GUEST_TAIL_LINES if guest_directory(directory).is_dir() else LOG_TAIL_LINES
+    tail = "" if code == 0 else await asyncio.to_thread(logs.last_lines, str(directory), lines)
     return TaskExit(
         code=code,
         signal=ended.signal,
         oom_killed=ended.oom_killed,
         finished_at_s=ended.finished_at_s,
-        log_tail=tail,
+        log_tail=tail.replace("\r\n", "\n"),
         reason=reason,
     )
 

@@ -6,6 +6,7 @@ Blocks its caller: run it in a thread. Two calls for one file may overlap.
 
 import hashlib
 import os
+import stat
 import struct
 import tempfile
 from io import FileIO
@@ -46,9 +47,10 @@ class Images:
     def _copy(self, file: GuestFile, cached: Path) -> Path:
         # Not a device nor a pipe, which might never end, and no wait to open one.
         source = os.open(file.reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(source).st_mode):
+            os.close(source)
+            raise StartError(f"{file.reference} is no regular file")
         with os.fdopen(source, "rb", buffering=0) as reading:
-            if not Path(f"/proc/self/fd/{source}").is_file():
-                raise StartError(f"{file.reference} is no regular file")
             descriptor, name = tempfile.mkstemp(dir=self._directory, prefix="new-")
             unfinished = Path(name)
             try:

@@ -5,9 +5,9 @@ Owns DATA/images and each guest's own directory; the emulator itself is a sandbo
 
 import asyncio
 import os
-import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from agent import qmp
@@ -25,8 +25,7 @@ from outrider.model.job import MIB, GuestFile, Task
 _QEMU_IMG_S = 30.0
 _BOOT_POLL_S = 0.25
 _TRACE_BYTES_MAX = 65_536
-_REASON = re.compile(SHUTDOWN_TRACE.encode() + rb" reason=(\d+)")
-_RESETS = (b"7", b"8")  # guest-reset and guest-panic of QEMU's ShutdownCause
+_POWERED_OFF = f"{SHUTDOWN_TRACE} reason=6\n".encode()  # guest-shutdown of QEMU's ShutdownCause
 
 
 class Vms:
@@ -88,15 +87,19 @@ def packets_sent(pid: int) -> int:
 
 
 def bad_end(directory: Path) -> str:
-    """Why a guest ended that left its emulator well, where that was no orderly end; "" where it was, or is no guest."""
-    try:
-        # The emulator could have put anything there: no link is followed, nothing is waited for.
-        descriptor = os.open(directory / TRACE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+    """Why a guest ended that left its emulator well, where that was no orderly end; "" where it was, or is no guest.
+
+    QEMU traces who asks for its end, and a guest's power off is one of those; a reset it turns into an end untraced.
+    """
+    if not directory.is_dir():
         return ""
-    with os.fdopen(descriptor, "rb") as file:
-        found = _REASON.findall(file.read(_TRACE_BYTES_MAX) or b"")
-    return "the guest panicked, or reset itself" if found and found[-1] in _RESETS else ""
+    text = b""
+    # The emulator could have put anything there: no link is followed, nothing is waited for.
+    with suppress(OSError):
+        descriptor = os.open(directory / TRACE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            text = file.read(_TRACE_BYTES_MAX) or b""
+    return "" if _POWERED_OFF in text else "the guest panicked, or reset itself"
 
 
 def remove_guest(directory: Path) -> None:

@@ -71,7 +71,8 @@ def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: 
     resources = task.resources
     cpus = -(-(resources.cpu_max_millis or resources.cpu_millis) // 1000)
     yield from ("-name", f"{assignment.alloc}.{task.name}", "-no-user-config", "-nodefaults", "-display", "none")
-    yield from ("-machine", f"{_MACHINE},usb=off", "-cpu", "max", "-smp", str(min(cpus, _CPUS_MAX)))
+    # Without graphics the firmware speaks on the serial line: why a disk does not boot is in the logs.
+    yield from ("-machine", f"{_MACHINE},usb=off,graphics=off", "-cpu", "max", "-smp", str(min(cpus, _CPUS_MAX)))
     yield from ("-accel", "kvm" if kvm else f"tcg,tb-size={_TRANSLATED_MIB}")
     yield from ("-m", f"size={resources.memory_bytes // MIB}M")
     # A guest that resets itself ends: its restart policy says whether and when it boots again. The trace says why.

@@ -1,7 +1,7 @@
 """Builds the example's guest below .cache/guest: Debian's cloud kernel, an initrd, a disk, and the job file to run it.
 
 `python -m examples.vm.guest` prints the folder. What is there already for the same kernel and sources is kept. Needs
-apt-get, dpkg-deb, lz4, mke2fs, qemu-img and busybox-static; nothing is installed, and root is not needed.
+apt-get, dpkg-deb, lz4, mke2fs and qemu-img; nothing is installed, and root is not needed.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _CACHE = _HERE.parent.parent / ".cache" / "guest"
 _KERNEL = "linux-image-cloud-amd64"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev")
 _DISK_BYTES = 16 * 1024 * 1024
-_BUSYBOX = Path("/bin/busybox")
+_BUSYBOX = "bin/busybox"  # static: alone, in both
 _MEMBER = "070701"  # the "newc" cpio format
 
 
@@ -42,7 +42,8 @@ def build() -> Path:
         work = Path(name)
         made = work / "made"
         made.mkdir()
-        _download(package, work)
+        for each in (package, "busybox-static"):
+            _download(each, work)
         _kernel(work / "root", made / "vmlinux")
         _initrd(work / "root", made / "initrd")
         _disk(work, made / "disk.qcow2")
@@ -62,7 +63,7 @@ def _kernel_package() -> str:
 
 def _download(package: str, work: Path) -> None:
     _run("apt-get", "-q", "download", package, directory=work)
-    (archive,) = work.glob("*.deb")
+    (archive,) = work.glob(f"{package}_*.deb")
     _run("dpkg-deb", "-x", str(archive), str(work / "root"))
 
 
@@ -86,7 +87,7 @@ def _initrd(root: Path, target: Path) -> None:
     load = "".join(f"insmod /{name}.ko\n" for name in wanted)
     init = (_HERE / "initrd.sh").read_text().replace("@modules@\n", load)
     entries = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "root", "bin")]
-    entries.append(_entry("bin/busybox", stat.S_IFREG | 0o755, _BUSYBOX.read_bytes()))
+    entries.append(_entry(_BUSYBOX, stat.S_IFREG | 0o755, (root / _BUSYBOX).read_bytes()))
     entries.append(_entry("init", stat.S_IFREG | 0o755, init.encode()))
     entries += [_entry(f"{name}.ko", stat.S_IFREG | 0o644, modules[name].read_bytes()) for name in wanted]
     entries.append(_entry("TRAILER!!!", 0))
@@ -125,7 +126,8 @@ def _disk(work: Path, target: Path) -> None:
     tree = work / "tree"
     for name in ("bin", "dev", "proc", "sys", "tmp", "etc/acpi/PWRF", "www/cgi-bin"):
         (tree / name).mkdir(parents=True)
-    shutil.copyfile(_BUSYBOX, tree / "bin/busybox")
+    shutil.copyfile(work / "root" / _BUSYBOX, tree / _BUSYBOX)
+    (tree / _BUSYBOX).chmod(0o755)
     scripts = {
         "init.sh": "init",
         "lease.sh": "lease",
@@ -135,7 +137,6 @@ def _disk(work: Path, target: Path) -> None:
     for source, inside in scripts.items():
         shutil.copyfile(_HERE / source, tree / inside)
         (tree / inside).chmod(0o755)
-    (tree / "bin/busybox").chmod(0o755)
     (tree / "www/index.html").write_text("hello from a guest\n")
     raw = work / "disk.raw"
     with raw.open("wb") as file:

@@ -1,0 +1,265 @@
+"""Virtual machines under a real agent: real QEMU, a guest that the project builds, real sidecars around it."""
+# ruff: noqa: ASYNC240 - a test may block its own loop
+
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from examples.vm import guest as example
+from outrider.ids import AllocId, GroupName, JobName, PortName, ServiceName, TaskName
+from outrider.model.allocation import AllocStatus, Assignment, Desired
+from outrider.model.job import (
+    MIB,
+    Check,
+    CheckKind,
+    Driver,
+    File,
+    Group,
+    GuestFile,
+    Image,
+    ImageKind,
+    Network,
+    Port,
+    Resources,
+    RestartPolicy,
+    Service,
+    Task,
+    Upstream,
+)
+from outrider.model.job import Protocol as MeshProtocol
+from outrider.model.mesh import (
+    PUBLIC_PORT,
+    Action,
+    Endpoint,
+    Intention,
+    MeshService,
+    ServiceIntentions,
+    virtual_address,
+)
+from outrider.v1 import fleet_pb2
+from tests.integration.agent_fleet import AgentFleet, agent_fleet
+from tests.integration.network_lab import Lab, lab
+from tests.integration.processes import until
+
+pytestmark = pytest.mark.host
+
+GUEST, API, VISITOR = AllocId("00000000a1"), AllocId("00000000b1"), AllocId("00000000c1")
+BOOT_S = 60.0  # three at once on a busy machine
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    return example.build()
+
+
+@pytest.fixture
+def node() -> Iterator[Lab]:
+    with lab() as made:
+        yield made
+
+
+@pytest.fixture
+async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is where this thread then lives
+    async with agent_fleet() as made:
+        yield made
+
+
+def file(path: Path) -> GuestFile:
+    return GuestFile(reference=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def image(built: Path, disk: Path | None) -> Image:
+    whole = file(disk) if disk is not None else GuestFile(reference="", sha256="")
+    return Image(
+        kind=ImageKind.DISK,
+        reference=whole.reference,
+        sha256=whole.sha256,
+        kernel=file(built / "vmlinux"),
+        initrd=file(built / "initrd"),
+    )
+
+
+def machine(disk: Image, alloc: AllocId, *, attempts: int = 0, disk_bytes: int = 64 * MIB) -> Assignment:
+    """A guest that nobody calls."""
+    task = Task(
+        name=TaskName("machine"),
+        driver=Driver.VM,
+        image=disk,
+        resources=Resources(cpu_millis=500, memory_bytes=128 * MIB, disk_bytes=disk_bytes),
+        kill_timeout_s=20.0,
+    )
+    restart = RestartPolicy(attempts=attempts, delay_s=0.1)
+    group = Group(name=GroupName("guest"), tasks=(task,), restart=restart)
+    return Assignment(alloc=alloc, job=JobName("machines"), job_version=1, group=group, index=0)
+
+
+def serving(built: Path) -> Assignment:
+    """The example's guest: it serves `guest`, and calls `api`."""
+    alone = machine(image(built, built / "disk.qcow2"), GUEST, attempts=3)
+    service = Service(
+        name=ServiceName("guest"),
+        port=PortName("http"),
+        protocol=MeshProtocol.HTTP,
+        check=Check(kind=CheckKind.HTTP, path="/", interval_s=0.5, timeout_s=2.0),
+        upstreams=(Upstream(service=ServiceName("api")),),
+    )
+    network = Network(ports=(Port(name=PortName("http")),))
+    group = msgspec.structs.replace(alone.group, services=(service,), network=network)
+    return msgspec.structs.replace(alone, group=group, mesh_ports={ServiceName("guest"): 20001})
+
+
+def process(name: str, alloc: AllocId, service: Service, command: tuple[str, ...], mesh_port: int | None) -> Assignment:
+    task = Task(name=TaskName(name), command=command, files=(File(path="index.html", content=b"from a process\n"),))
+    ports = (Port(name=PortName("http")),) if service.port else ()
+    group = Group(name=GroupName(name), tasks=(task,), services=(service,), network=Network(ports=ports))
+    ports_outside = {service.name: mesh_port} if mesh_port else {}
+    return Assignment(
+        alloc=alloc, job=JobName("machines"), job_version=1, group=group, index=0, mesh_ports=ports_outside
+    )
+
+
+def neighbours() -> tuple[Assignment, Assignment]:
+    api = Service(
+        name=ServiceName("api"),
+        port=PortName("http"),
+        protocol=MeshProtocol.HTTP,
+        check=Check(kind=CheckKind.HTTP, path="/", interval_s=0.5),
+    )
+    visitor = Service(name=ServiceName("visitor"), upstreams=(Upstream(service=ServiceName("guest")),))
+    serve = ("python3", "-m", "http.server", "${port.http}", "--directory", "${task.dir}")
+    return process("api", API, api, serve, 20002), process("visitor", VISITOR, visitor, ("sleep", "600"), None)
+
+
+def mesh(fleet: AgentFleet) -> None:
+    """As the controller would tell of it: who is where, and who may call whom."""
+
+    def service(index: int, name: str, alloc: AllocId) -> MeshService:
+        report = fleet.controller.reports.get(alloc)
+        endpoint = Endpoint(
+            id=name,
+            node=fleet.run.name,
+            address="192.0.2.99",
+            port=1,
+            local_address=report.local_address if report else "",
+            local_port=PUBLIC_PORT,
+            healthy=fleet.controller.passing(alloc),
+            alloc=alloc,
+            outrider=True,
+        )
+        return MeshService(
+            name=ServiceName(name),
+            virtual_address=virtual_address(index),
+            protocol=MeshProtocol.HTTP,
+            endpoints=(endpoint,) if report and report.local_address else (),
+        )
+
+    def allow(source: str, destination: str) -> ServiceIntentions:
+        intention = Intention(source=source, destination=destination, action=Action.ALLOW, precedence=9)
+        return ServiceIntentions(service=ServiceName(destination), intentions=(intention,))
+
+    services = (service(0, "api", API), service(1, "guest", GUEST))
+    fleet.controller.mesh(*services, intentions=(allow("guest", "api"), allow("visitor", "guest")))
+
+
+async def calls(fleet: AgentFleet, url: str) -> str:
+    """What a process behind its own sidecar gets."""
+    script = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=8).read().decode(), end='')"
+    request = fleet_pb2.ExecRequest(alloc=VISITOR, command=["python3", "-c", script])
+    output, _ = await fleet.controller.tunnelled(fleet.controller.open_tunnel(exec=request))
+    return output.decode()
+
+
+async def logs(fleet: AgentFleet, alloc: AllocId) -> str:
+    request = fleet_pb2.LogsRequest(alloc=alloc, tail_lines=-1)
+    output, _ = await fleet.controller.tunnelled(fleet.controller.open_tunnel(logs=request))
+    return output.decode(errors="replace")
+
+
+def emulators(fleet: AgentFleet) -> list[int]:
+    """Without the inits before them."""
+    pids = fleet.workload_pids("qemu-system-x86_64 -name")
+    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("qemu")]
+
+
+async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_in_order(
+    fleet: AgentFleet, built: Path
+) -> None:
+    controller = fleet.controller
+    await fleet.start()
+    mesh(fleet)
+    wish = (serving(built), *neighbours())
+    controller.assign(*wish, full=True)
+    await until(lambda: all(map(controller.passing, (GUEST, API, VISITOR))), "all healthy", timeout_s=BOOT_S)
+    mesh(fleet)
+    await until(lambda: controller.mesh_applied == 2, "the mesh is known")
+    assert await calls(fleet, "http://guest.mesh/") == "hello from a guest\n"
+    assert await calls(fleet, "http://guest.mesh/cgi-bin/api") == "from a process\n"
+    (emulator,) = emulators(fleet)
+    status = Path(f"/proc/{emulator}/status").read_text()
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+
+    fleet.kill(signal.SIGKILL)
+    await fleet.start()
+    assert {report.alloc: report for report in controller.hellos[-1].reports}[GUEST].checks[0].passing
+    controller.assign(*wish, full=True)
+    mesh(fleet)
+    assert await calls(fleet, "http://guest.mesh/") == "hello from a guest\n"
+    assert emulators(fleet) == [emulator], "the guest noticed nothing"
+
+    os.kill(emulator, signal.SIGKILL)
+    await until(lambda: controller.reports[GUEST].tasks[0].restarts == 1, "seen")
+    await until(lambda: controller.passing(GUEST), "booted again", timeout_s=BOOT_S)
+    assert await calls(fleet, "http://guest.mesh/") == "hello from a guest\n"
+
+    stopped = msgspec.structs.replace(wish[0], desired=Desired.STOP)
+    controller.assign(stopped)
+    await until(lambda: controller.status(GUEST) is AllocStatus.COMPLETE, "ended", timeout_s=30)
+    assert controller.reports[GUEST].tasks[0].exit_code == 0, "of itself, not killed"
+    told = await logs(fleet, GUEST)
+    assert told.count("guest serves") == 2, "both runs' consoles"
+    assert "guest stops" in told
+    assert not emulators(fleet)
+    assert not list((fleet.data / "allocations" / GUEST).glob("*.vm")), "its disk is thrown away with it"
+
+
+async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None:
+    controller = fleet.controller
+    await fleet.start()
+    blank, based = fleet.directory / "blank.raw", fleet.directory / "based.qcow2"
+    blank.write_bytes(bytes(MIB))
+    fleet.shell(f"qemu-img create -q -u -f qcow2 -F raw -b /etc/shadow {based} 1M")
+    good = image(built, built / "disk.qcow2")
+    firmware = Image(kind=ImageKind.DISK, reference=str(blank), sha256=file(blank).sha256, boot_deadline_s=4.0)
+    absent = GuestFile(reference="/nowhere/vmlinux", sha256="0" * 64)
+    bad = {
+        "panic": machine(image(built, None), AllocId("00000000d1")),
+        "blank": machine(firmware, AllocId("00000000d2")),
+        "checksum": machine(msgspec.structs.replace(good, sha256="1" * 64), AllocId("00000000d3")),
+        "backing": machine(image(built, based), AllocId("00000000d4")),
+        "large": machine(good, AllocId("00000000d5"), disk_bytes=8 * MIB),
+        "absent": machine(msgspec.structs.replace(good, kernel=absent), AllocId("00000000d6")),
+    }
+    controller.assign(*bad.values(), full=True)
+
+    def failed(name: str) -> bool:
+        return controller.status(bad[name].alloc) is AllocStatus.FAILED
+
+    await until(lambda: all(map(failed, bad)), "all failed", timeout_s=BOOT_S)
+    reports = {name: controller.reports[each.alloc] for name, each in bad.items()}
+    assert "the guest panicked, or reset itself" in reports["panic"].message
+    assert "Kernel panic - not syncing" in reports["panic"].log_tail
+    assert "no packet within 4 s of its start" in reports["blank"].message
+    assert "No bootable device" in reports["blank"].log_tail
+    assert "is another file: its sha256 is" in reports["checksum"].message
+    assert "has a backing file" in reports["backing"].message
+    assert "disk: 16Mi" in reports["large"].message
+    assert "/nowhere/vmlinux: No such file or directory on this node" in reports["absent"].message
+    assert not emulators(fleet)
+    assert not list((fleet.data / "images").glob("new-*")), "what was refused is not kept"
