@@ -13,6 +13,8 @@ from outrider.model.job import (
     Check,
     CheckKind,
     Driver,
+    GuestFile,
+    Image,
     ImageKind,
     JobType,
     Protocol,
@@ -25,7 +27,8 @@ ROOT = Path(__file__).parents[4]
 FILE = Path("job.yaml")
 SMALLEST = "job: a\ngroups: {g: {tasks: {t: {command: [x]}}}}\n"
 
-WHOLE = """
+WHOLE = (
+    """
 job: shop
 type: batch
 priority: 70
@@ -54,10 +57,21 @@ groups:
         resources: {cpu: 200m, cpu_max: 1.5, memory: 64Mi, disk: 1G, pids: 32}
         kill_signal: SIGINT
         kill_timeout: 10s
+  machine:
+    tasks:
       disk:
         driver: vm
-        image: {disk: "https://example.org/db.qcow2", sha256: "%s"}
-""" % ("a" * 64)  # fmt: skip
+        image: {disk: /srv/db.qcow2, sha256: "@a@", boot_deadline: 30s}
+  direct:
+    tasks:
+      kernel:
+        driver: vm
+        image:
+          {kernel: /srv/vmlinux, initrd: /srv/initrd, kernel_arguments: quiet, sha256: {kernel: "@b@", initrd: "@c@"}}
+""".replace("@a@", "a" * 64)
+    .replace("@b@", "b" * 64)
+    .replace("@c@", "c" * 64)
+)
 
 
 def faults(text: str) -> list[str]:
@@ -76,7 +90,7 @@ def in_group(text: str) -> str:
 
 def test_everything_that_a_job_can_say_is_read() -> None:
     job = parse_job(WHOLE.encode(), FILE)
-    (group,) = job.groups
+    group, machine, direct = job.groups
     assert (job.name, job.type, job.priority, group.count) == ("shop", JobType.BATCH, 70, 3)
     assert group.update == UpdatePolicy(
         max_parallel=2, canary=1, min_healthy_s=5, healthy_deadline_s=120, auto_revert=True
@@ -97,14 +111,43 @@ def test_everything_that_a_job_can_say_is_read() -> None:
     assert health.check == Check(kind=CheckKind.GRPC, path="web.v1")
     assert probe.check == Check(kind=CheckKind.TCP)
     assert batch.check == Check(kind=CheckKind.COMMAND, command=("test", "-f", "/tmp/ready"))  # noqa: S108
-    server, disk = group.tasks
+    (server,) = group.tasks
     assert (server.image.kind, server.image.reference) == (ImageKind.OCI, "registry.example/web:1.2")
     assert server.env == {"DEBUG": "no", "PORT": "080", "EMPTY": ""}, "as written: no truth values, no octal numbers"
     assert server.resources == Resources(
         cpu_millis=200, cpu_max_millis=1500, memory_bytes=64 << 20, disk_bytes=10**9, pids_max=32
     )
     assert (server.kill_signal, server.kill_timeout_s) == ("SIGINT", 10.0)
-    assert (disk.driver, disk.image.kind) == (Driver.VM, ImageKind.DISK)
+    assert machine.tasks[0].driver is Driver.VM
+    assert machine.tasks[0].image == Image(
+        kind=ImageKind.DISK, reference="/srv/db.qcow2", sha256="a" * 64, boot_deadline_s=30.0
+    )
+    assert direct.tasks[0].image == Image(
+        kind=ImageKind.DISK,
+        kernel=GuestFile(reference="/srv/vmlinux", sha256="b" * 64),
+        initrd=GuestFile(reference="/srv/initrd", sha256="c" * 64),
+        kernel_arguments="quiet",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image: {disk: srv/d, sha256: x}", "expected a whole path on the node"),
+        ("image: {disk: /srv/d}", "a disk needs its checksum"),
+        ("image: {kernel: /k, sha256: {disk: x}}", "a kernel needs its checksum"),
+        ("image: {sha256: x}", "disk: missing; for example"),
+        ("image: {disk: /d, kernel_arguments: quiet, sha256: x}", "the disk's boot loader has them"),
+        ("image: {disk: /d, sha256: {dick: x}}", "unknown key; did you mean 'disk'?"),
+        ("files: {a: ./a}", "a vm brings its own; leave it out"),
+    ],
+)
+def test_a_guest_that_cannot_be_is_told_of(text: str, message: str, tmp_path: Path) -> None:
+    given = f"job: a\ngroups: {{g: {{tasks: {{t: {{driver: vm, {text}}}}}}}}}\n"
+    (tmp_path / "a").write_text("")
+    with pytest.raises(JobFileError) as caught:
+        parse_job(given.encode(), tmp_path / "job.yaml")
+    assert message in str(caught.value)
 
 
 def test_what_a_job_leaves_out_has_defaults() -> None:
