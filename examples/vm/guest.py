@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from outrider.errors import HostError
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def build() -> Path:
-    """The folder with vmlinux, initrd, disk.qcow2 and vm.yaml. Raises HostError."""
+    """The folder with vmlinux, initrd, disk.qcow2, vm.yaml and busybox. Raises HostError."""
     package = _kernel_package()
     sources = b"".join(path.read_bytes() for path in sorted(_HERE.glob("*")) if path.is_file())
     digest = hashlib.sha256(package.encode() + sources).hexdigest()[:16]
@@ -46,7 +47,8 @@ def build() -> Path:
             _download(each, work)
         _kernel(work / "root", made / "vmlinux")
         _initrd(work / "root", made / "initrd")
-        _disk(work, made / "disk.qcow2")
+        shutil.copyfile(work / "root" / _BUSYBOX, made / "busybox")
+        make_disk(_scripts(), made / "busybox", made / "disk.qcow2")
         _job(made, done)
         made.chmod(0o755)
         if not done.is_dir():
@@ -122,28 +124,34 @@ def _padded(data: bytes) -> bytes:
     return data + b"\0" * (-len(data) % 4)
 
 
-def _disk(work: Path, target: Path) -> None:
-    tree = work / "tree"
-    for name in ("bin", "dev", "proc", "sys", "tmp", "etc/acpi/PWRF", "www/cgi-bin"):
-        (tree / name).mkdir(parents=True)
-    shutil.copyfile(work / "root" / _BUSYBOX, tree / _BUSYBOX)
-    (tree / _BUSYBOX).chmod(0o755)
-    scripts = {
-        "init.sh": "init",
-        "lease.sh": "lease",
-        "power.sh": "etc/acpi/PWRF/00000080",
-        "api.sh": "www/cgi-bin/api",
+def make_disk(scripts: Mapping[str, str], busybox: Path, target: Path) -> None:
+    """A disk with busybox and `scripts` (path inside -> text), `init` among them, for the initrd to boot."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        work = Path(name)
+        tree, raw = work / "tree", work / "raw"
+        for each in ("bin", "dev", "proc", "sys", "tmp", "etc"):
+            (tree / each).mkdir(parents=True)
+        shutil.copyfile(busybox, tree / _BUSYBOX)
+        for inside, text in scripts.items():
+            (tree / inside).parent.mkdir(parents=True, exist_ok=True)
+            (tree / inside).write_text(text)
+        for path in (tree / _BUSYBOX, *(tree / inside for inside in scripts)):
+            path.chmod(0o755)
+        with raw.open("wb") as file:
+            file.truncate(_DISK_BYTES)
+        _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(tree), str(raw))
+        _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target))
+
+
+def _scripts() -> dict[str, str]:
+    sources = {
+        "init": "init.sh",
+        "lease": "lease.sh",
+        "etc/acpi/PWRF/00000080": "power.sh",
+        "www/cgi-bin/api": "api.sh",
     }
-    for source, inside in scripts.items():
-        shutil.copyfile(_HERE / source, tree / inside)
-        (tree / inside).chmod(0o755)
-    (tree / "www/index.html").write_text("hello from a guest\n")
-    raw = work / "disk.raw"
-    with raw.open("wb") as file:
-        file.truncate(_DISK_BYTES)
-    owner = f"{os.getuid()}:{os.getgid()}"
-    _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", f"root_owner={owner}", "-d", str(tree), str(raw))
-    _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target))
+    texts = {inside: (_HERE / source).read_text() for inside, source in sources.items()}
+    return {**texts, "www/index.html": "hello from a guest\n"}
 
 
 def _job(made: Path, done: Path) -> None:

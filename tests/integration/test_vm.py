@@ -4,12 +4,14 @@
 import hashlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from agent.network.plan import next_address
 from examples.vm import guest as example
 from outrider.ids import AllocId, GroupName, JobName, PortName, ServiceName, TaskName
 from outrider.model.allocation import AllocStatus, Assignment, Desired
@@ -43,7 +45,7 @@ from outrider.model.mesh import (
 )
 from outrider.v1 import fleet_pb2
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import NODE, Lab, lab
 from tests.integration.processes import until
 
 pytestmark = pytest.mark.host
@@ -227,6 +229,67 @@ async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_i
     assert "guest stops" in told
     assert not emulators(fleet)
     assert not list((fleet.data / "allocations" / GUEST).glob("*.vm")), "its disk is thrown away with it"
+
+
+# What a guest tries that is root in it: the allocation's own addresses, the node, the world, and another's address.
+PROBE = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t sysfs sys /sys
+ip link set lo up; ip link set eth0 up
+udhcpc -i eth0 -s /lease -q -n -t 10 -T 1 >/dev/null 2>&1
+try() { if nc -w 2 "$1" "$2" </dev/null >/dev/null 2>&1; then echo "reached $1:$2"; else echo "refused $1:$2"; fi; }
+try 198.18.0.1 53
+try 192.0.2.1 22
+try @local@ 15100
+try @local@ 15001
+try 198.18.1.1 80
+try @node@ @port@
+nslookup other.mesh >/dev/null 2>&1 && echo "knows other.mesh"
+ip address add @local@/32 dev eth0
+ip route del default; ip route add default via 192.0.2.1 src @local@
+ip route replace 198.18.0.1/32 via 192.0.2.1 src @local@
+try 198.18.0.1 53
+echo "probe done"
+poweroff -f
+"""
+
+
+async def test_a_guest_reaches_nothing_but_the_mesh(fleet: AgentFleet, built: Path) -> None:
+    controller = fleet.controller
+    await fleet.start()
+    controller.mesh()
+    # The first address that a fresh agent gives out: the guest knows it, as a patient one would find it out.
+    claims = Path("/run/outrider/claims").glob("addresses-*.json")
+    (block,) = (int(path.stem.partition("-")[2]) for path in claims if fleet.run.name in path.read_text())
+    local = next_address(block, ())
+    with socket.create_server((NODE, 0)) as listener:
+        assert local is not None
+        text = PROBE.replace("@local@", local).replace("@node@", NODE)
+        text = text.replace("@port@", str(listener.getsockname()[1]))
+        disk = fleet.directory / "probe.qcow2"
+        lease = (Path(example.__file__).parent / "lease.sh").read_text()
+        example.make_disk({"init": text, "lease": lease}, built / "busybox", disk)
+        alone = machine(image(built, disk), GUEST)
+        service = Service(name=ServiceName("guest"), port=PortName("http"))
+        network = Network(ports=(Port(name=PortName("http")),))
+        group = msgspec.structs.replace(alone.group, services=(service,), network=network)
+        wish = msgspec.structs.replace(alone, group=group, mesh_ports={ServiceName("guest"): 20001}, batch=True)
+        controller.assign(wish, full=True)
+        await until(lambda: controller.status(GUEST) is AllocStatus.COMPLETE, "ended of itself", timeout_s=BOOT_S)
+        assert any(report.local_address == local for report in controller.history)
+    told = [line.strip() for line in (await logs(fleet, GUEST)).splitlines() if line.startswith(("re", "knows", "pro"))]
+    assert told == [
+        "reached 198.18.0.1:53",
+        "refused 192.0.2.1:22",
+        f"refused {local}:15100",
+        f"refused {local}:15001",
+        "refused 198.18.1.1:80",
+        told[5],
+        "refused 198.18.0.1:53",
+        "probe done",
+    ]
+    assert told[5].startswith(f"refused {NODE}:")
 
 
 async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None:
