@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("start", "footprint")
+NAMES = ("start", "footprint", "vm")
 
 
 def main(arguments: list[str]) -> int:

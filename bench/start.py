@@ -48,13 +48,13 @@ def run() -> None:
     ):
         running, healthy, bare, docked = [], [], [], []
         bundle = _bundle(Path(directory))
-        fleet.submit(_prober())
+        fleet.submit(prober())
         changes = fleet.logs(fleet.healthy("prober", 1)[0], follow=True)
         for _ in range(ROUNDS):
-            _until(changes, "down")
+            until(changes, "down")
             submitted_s = time.time()
             fleet.submit(_target())
-            healthy.append(_until(changes, "up") - submitted_s)
+            healthy.append(until(changes, "up") - submitted_s)
             target = fleet.healthy("target", 1)[0]
             running.append(float(next(fleet.logs(target))) - submitted_s)
             fleet.stop("target")
@@ -96,7 +96,7 @@ def _target() -> Job:
     )
 
 
-def _prober() -> Job:
+def prober() -> Job:
     return _job(
         "prober",
         Task(name=TaskName("prober"), command=("/usr/bin/python3", "-c", _PROBER)),
@@ -109,7 +109,7 @@ def _job(name: str, task: Task, service: Service, *, ports: tuple[Port, ...] = (
     return Job(name=JobName(name), groups=(group,))
 
 
-def _until(changes: Iterator[str], word: str) -> float:
+def until(changes: Iterator[str], word: str) -> float:
     """The wall-clock second at which the prober saw `word`."""
     for line in changes:
         said, at_s = line.split()
