@@ -1,9 +1,12 @@
 """What operators may read and run on this node: logs, ended tasks' too, and programs beside a running task."""
 
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
+from agent.console import Console, open_console
 from agent.drivers.process import sandbox_id
-from agent.held import SIDECAR, Held, sandbox_directory
+from agent.drivers.vm import CONSOLE
+from agent.held import SIDECAR, Held, guest_directory, sandbox_directory
 from agent.sandbox import logs
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.runtime import SandboxRuntime
@@ -20,6 +23,7 @@ class Sources:
         self._store = store
         self._runtime = runtime
         self._held = held
+        self._consoles: set[Path] = set()  # those that somebody sits at
 
     async def exec(
         self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
@@ -35,6 +39,16 @@ class Sources:
                 "not-running", f"{task} of {alloc} does not run; `outrider alloc status {alloc}` says why"
             )
         return await self._runtime.exec(sandbox_id(alloc, task), command, tty=tty, rows=rows, columns=columns)
+
+    async def console(self, alloc: AllocId, task: TaskName) -> Console:
+        """Raises RefusedError where it is no vm that runs, or somebody sits there already."""
+        task = self._task(alloc, task)
+        if task == SIDECAR or not self._is_guest(alloc):
+            raise RefusedError("unsupported", f"{task} of {alloc} is a process: it has no console; use exec or logs")
+        sandbox = sandbox_directory(self._store.allocation_directory(alloc), task)
+        if not await self._runs(sandbox_id(alloc, task)):
+            raise RefusedError("not-running", f"{task} of {alloc} does not run")
+        return open_console(guest_directory(sandbox) / CONSOLE, self._consoles)
 
     async def logs(
         self, alloc: AllocId, task: TaskName, *, streams: frozenset[str], tail_lines: int, follow: bool

@@ -41,6 +41,10 @@ class Sources(Protocol):
         self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
     ) -> Process: ...
 
+    async def console(self, alloc: AllocId, task: TaskName) -> Process:
+        """The serial line of a vm: it ends with the emulator, or with the operator's input."""
+        ...
+
     def logs(
         self, alloc: AllocId, task: TaskName, *, streams: frozenset[str], tail_lines: int, follow: bool
     ) -> AsyncIterator[tuple[str, bytes]]:
@@ -94,19 +98,21 @@ class Tunnels:
 
     async def _exec(self, request: ExecRequest, stream: TunnelStream) -> None:
         try:
-            started = await self._sources.exec(
-                AllocId(request.alloc),
-                TaskName(request.task),
-                tuple(request.command),
-                tty=request.tty,
-                rows=request.rows or 24,
-                columns=request.columns or 80,
-            )
+            started = await self._start(request)
         except OutriderError as error:
             await _converse(stream, _failed(error))
             return
         async with started as process:  # killed where the call breaks off
             await _converse(stream, _output_of(process, stream), process)
+
+    async def _start(self, request: ExecRequest) -> Process:
+        alloc, task = AllocId(request.alloc), TaskName(request.task)
+        if request.console:
+            return await self._sources.console(alloc, task)
+        rows, columns = request.rows or 24, request.columns or 80
+        return await self._sources.exec(
+            alloc, task, tuple(request.command), tty=request.tty, rows=rows, columns=columns
+        )
 
 
 async def _converse(

@@ -10,4 +10,5 @@ udhcpc -i eth0 -s /lease -q -n -t 10 -T 1 || echo "no address"
 acpid -d -l /dev/null >/dev/null 2>&1 &
 httpd -h /www -p 8080
 echo "guest serves"
-while true; do sleep 1000; done
+# Somebody may sit at the console: `outrider vm console`.
+while true; do setsid cttyhack sh; done

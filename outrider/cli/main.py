@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from outrider import __version__
-from outrider.cli import allocations, events, intentions, jobs, nodes, programs
+from outrider.cli import allocations, events, intentions, jobs, nodes, programs, vms
 from outrider.cli.dev import commands as dev
 from outrider.cli.exits import Interrupt, RemoteExit
 from outrider.errors import OutriderError
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(jobs.app, name="job", help="Run jobs and see how they are.")
 app.add_typer(nodes.app, name="node", help="See the fleet's nodes.")
 app.add_typer(allocations.app, name="alloc", help="See what runs, its logs, and run commands beside it.")
+app.add_typer(vms.app, name="vm", help="Virtual machines.")
 app.add_typer(intentions.app, name="intention", help="Who may call whom.")
 app.add_typer(dev.app, name="dev", help="A fleet on this machine.")
 app.command("logs")(allocations.job_logs)

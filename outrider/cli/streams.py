@@ -23,6 +23,7 @@ from outrider.model.allocation import TERMINAL, Allocation
 from outrider.v1 import fleet_pb2, operator_pb2
 
 _CHUNK_BYTES = 32 * 1024
+_LEAVE = b"\x1d"  # Ctrl-]: telnet's, and virsh's
 _FRAMES_MAX = 16  # typed ahead; then the terminal, or the pipe, waits
 
 
@@ -67,6 +68,15 @@ def copy_job_logs(fleet: Fleet, job: str, request: fleet_pb2.LogsRequest) -> Non
         ending.set()
 
 
+def sit_at_console(fleet: Fleet, target: str) -> None:
+    """Until Ctrl-], the end of the input, or the guest's. Raises RefusedError where there is no console."""
+    with_tty = sys.stdin.isatty() and sys.stdout.isatty()
+    if with_tty:
+        output.say("at the console; Ctrl-] leaves it\r")
+    start = fleet_pb2.ExecRequest(alloc=_allocation(fleet, target), console=True, tty=with_tty)
+    _converse(fleet, start, f"{target}: console")
+
+
 def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty: bool | None) -> int:
     """Runs `command` in `target` and gives its exit code. Raises RefusedError where it could not be run."""
     with_tty = tty if tty is not None else sys.stdin.isatty() and sys.stdout.isatty()
@@ -79,18 +89,24 @@ def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty
         rows=size.lines,
         columns=size.columns,
     )
+    return _converse(fleet, start, " ".join(command))
+
+
+def _converse(fleet: Fleet, start: fleet_pb2.ExecRequest, what: str) -> int:
+    """Its exit code."""
     frames: queue.Queue[operator_pb2.ExecFrame | None] = queue.Queue(_FRAMES_MAX)
     frames.put(operator_pb2.ExecFrame(start=start))
-    reader = threading.Thread(target=_read_stdin, args=(frames,), name="exec-stdin", daemon=True)
-    with _raw_terminal(frames) if with_tty else contextlib.nullcontext():
+    leave = _LEAVE if start.console and start.tty else b""
+    reader = threading.Thread(target=_read_stdin, args=(frames, leave), name="exec-stdin", daemon=True)
+    with _raw_terminal(frames) if start.tty else contextlib.nullcontext():
         reader.start()
         for frame in fleet.stream(fleet.stub.Exec, iter(frames.get, None), STREAM_TIMEOUT_S):
             if frame.HasField("end"):
                 if frame.end.error:
-                    raise RefusedError("exec-failed", f"{' '.join(command)}: {frame.end.error}")
+                    raise RefusedError("exec-failed", f"{what}: {frame.end.error}")
                 return frame.end.exit_code
             _copy(frame)
-    raise PeerError(f"{target}: broke off before the command ended")
+    raise PeerError(f"{start.alloc}: broke off before its end")
 
 
 def _allocation(fleet: Fleet, target: str) -> str:
@@ -152,8 +168,11 @@ def _write(file: BinaryIO, data: bytes) -> None:
     file.flush()
 
 
-def _read_stdin(frames: "queue.Queue[operator_pb2.ExecFrame | None]") -> None:
+def _read_stdin(frames: "queue.Queue[operator_pb2.ExecFrame | None]", leave: bytes) -> None:
+    """Until its end, or `leave` is typed."""
     while data := os.read(sys.stdin.fileno(), _CHUNK_BYTES):
+        if leave and leave in data:
+            break
         frames.put(operator_pb2.ExecFrame(stdin=data))
     frames.put(operator_pb2.ExecFrame(stdin_closed=True))
 

@@ -505,11 +505,14 @@ class ExecRequest(_message.Message):
     TTY_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
+    CONSOLE_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     task: _builtins.str
     tty: _builtins.bool
     rows: _builtins.int
     columns: _builtins.int
+    console: _builtins.bool
+    """the serial line of a vm, instead of a command"""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -521,10 +524,11 @@ class ExecRequest(_message.Message):
         tty: _builtins.bool = ...,
         rows: _builtins.int = ...,
         columns: _builtins.int = ...,
+        console: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "columns", b"columns", "command", b"command", "rows", b"rows", "task", b"task", "tty", b"tty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "columns", b"columns", "command", b"command", "console", b"console", "rows", b"rows", "task", b"task", "tty", b"tty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

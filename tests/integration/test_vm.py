@@ -1,6 +1,7 @@
 """Virtual machines under a real agent: real QEMU, a guest that the project builds, real sidecars around it."""
 # ruff: noqa: ASYNC240 - a test may block its own loop
 
+import asyncio
 import hashlib
 import os
 import signal
@@ -176,6 +177,23 @@ async def calls(fleet: AgentFleet, url: str) -> str:
     return output.decode()
 
 
+async def typed(fleet: AgentFleet, keys: str, *, until_seen: str, alloc: AllocId = GUEST) -> str:
+    """Types at the console, reads until the answer, leaves: what went wrong, if anything did."""
+    controller = fleet.controller
+    tunnel = controller.open_tunnel(exec=fleet_pb2.ExecRequest(alloc=alloc, console=True))
+    controller.tunnel_inputs[tunnel].put_nowait(fleet_pb2.TunnelFrame(stdin=keys.encode()))
+    seen = ""
+    async with asyncio.timeout(20):
+        while (frame := await controller.tunnels[tunnel].get()) is not None:
+            if frame.WhichOneof("frame") == "end":
+                error: str = frame.end.error
+                return error
+            seen += frame.stdout.decode(errors="replace")
+            if f"{until_seen}\r\n" in seen:
+                controller.tunnel_inputs[tunnel].put_nowait(fleet_pb2.TunnelFrame(stdin_closed=True))
+    raise AssertionError(f"the console broke off after {seen!r}")
+
+
 async def logs(fleet: AgentFleet, alloc: AllocId) -> str:
     request = fleet_pb2.LogsRequest(alloc=alloc, tail_lines=-1)
     output, _ = await fleet.controller.tunnelled(fleet.controller.open_tunnel(logs=request))
@@ -214,6 +232,9 @@ async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_i
     mesh(fleet)
     assert await calls(fleet, "http://guest.mesh/") == "hello from a guest\n"
     assert emulators(fleet) == [emulator], "the guest noticed nothing"
+
+    assert await typed(fleet, "expr 20 + 22\n", until_seen="42") == ""
+    assert "no console" in await typed(fleet, "", until_seen="", alloc=VISITOR)
 
     os.kill(emulator, signal.SIGKILL)
     await until(lambda: controller.reports[GUEST].tasks[0].restarts == 1, "seen")
