@@ -6,9 +6,11 @@ Blocks its caller: run it in a thread. Two calls for one file may overlap.
 
 import hashlib
 import os
+import shutil
 import stat
 import struct
 import tempfile
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from outrider.errors import HostError
 from outrider.model.job import GuestFile
 
 _BLOCK_BYTES = 1024 * 1024
+_RESERVE_BYTES = 1024 * _BLOCK_BYTES  # for what guests write meanwhile
 _ZEROES = bytes(_BLOCK_BYTES)
 # docs/interop/qcow2.txt of QEMU: magic, version, backing file's place and length, cluster bits, size, encryption ...
 _HEADER = struct.Struct(">4sIQIIQI")
@@ -27,8 +30,11 @@ _REFUSED = {b"KDMV": "VMDK", b"conectix": "VPC", b"vhdxfile": "VHDX", b"<<< ": "
 
 
 class Images:
-    def __init__(self, directory: Path) -> None:
+    """`free_bytes` tells how much room the cache's file system has: what was used least recently makes more."""
+
+    def __init__(self, directory: Path, *, free_bytes: Callable[[Path], int] | None = None) -> None:
         self._directory = directory
+        self._free_bytes = free_bytes or (lambda path: shutil.disk_usage(path).free)
 
     def fetch(self, file: GuestFile) -> Path:
         """Where the file is in the cache. Raises StartError where it is absent or another, HostError without room."""
@@ -51,6 +57,7 @@ class Images:
             os.close(source)
             raise StartError(f"{file.reference} is no regular file")
         with os.fdopen(source, "rb", buffering=0) as reading:
+            self._make_room(os.fstat(source).st_size)
             descriptor, name = tempfile.mkstemp(dir=self._directory, prefix="new-")
             unfinished = Path(name)
             try:
@@ -63,6 +70,12 @@ class Images:
             finally:
                 unfinished.unlink(missing_ok=True)
         return cached
+
+    def _make_room(self, size: int) -> None:
+        """A guest that runs keeps what it has open; one that starts again has its image fetched again."""
+        oldest = sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime)
+        while oldest and self._free_bytes(self._directory) < size + _RESERVE_BYTES:
+            oldest.pop(0).unlink(missing_ok=True)
 
 
 def disk_format(path: Path, reference: str) -> tuple[str, int]:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from agent import qmp
+from agent import qmp, seed
 from agent.drivers.process import Place
-from agent.drivers.vm import OVERLAY, QMP, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
+from agent.drivers.vm import OVERLAY, QMP, SEED, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
 from agent.images import Images, disk_format
 from agent.network.guest import TAP
 from agent.sandbox import process
@@ -44,6 +44,8 @@ class Vms:
         images = await asyncio.to_thread(self._fetch, task)
         if not _is_ready(directory, owner) and images.disk:
             await _make_overlay(directory / OVERLAY, task, images, owner)
+        if task.files:
+            await seed.make(directory / SEED, assignment, task, owner)
         return guest_spec(assignment, task, place, images, kvm=self._kvm())
 
     def _fetch(self, task: Task) -> GuestImages:

@@ -107,7 +107,7 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
     if len(group.tasks) > 1:
         yield Problem(path=(*path, "tasks"), message="a vm is alone in its group; put the other tasks in another group")
     for task in group.tasks:
-        for key, given in (("command", task.command), ("env", task.env), ("files", task.files)):
+        for key, given in (("command", task.command), ("env", task.env)):
             if given:
                 yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
     for index, service in enumerate(group.services):

@@ -13,7 +13,7 @@ from outrider.model.allocation import Assignment
 from outrider.model.job import EMULATOR, MIB, Image, Task, Value
 
 DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
-OVERLAY, QMP, CONSOLE, TRACE = "overlay.qcow2", "qmp", "console", "trace"
+OVERLAY, SEED, QMP, CONSOLE, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "trace"
 SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 
 # Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
@@ -84,12 +84,10 @@ def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: 
     yield from ("-device", f"virtio-net-pci,netdev=mesh,mac={_MAC},romfile=")
     if images.disk:
         yield from ("-blockdev", json.dumps(_disk(images)), "-device", "virtio-blk-pci,drive=disk,bootindex=1")
-    yield from (
-        "-chardev",
-        f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off",
-        "-mon",
-        "chardev=qmp,mode=control",
-    )
+    if task.files:
+        yield from ("-blockdev", json.dumps(_seed()), "-device", "virtio-blk-pci,drive=seed")
+    control = f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off"
+    yield from ("-chardev", control, "-mon", "chardev=qmp,mode=control")
     # All that the guest writes goes to our output, whether or not somebody sits at the console.
     console = f"socket,id=console,path={DIRECTORY}/{CONSOLE},server=on,wait=off,logfile=/dev/fd/1,logappend=on"
     yield from ("-chardev", console, "-serial", "chardev:console")
@@ -101,6 +99,11 @@ def _kernel(image: Image, images: GuestImages) -> Iterator[str]:
         yield from ("-append", f"{_KERNEL_ARGUMENTS} {image.kernel_arguments}".strip())
     if images.initrd:
         yield from ("-initrd", f"{_IMAGES}/initrd")
+
+
+def _seed() -> Mapping[str, object]:
+    file = {"driver": "file", "filename": f"{DIRECTORY}/{SEED}"}
+    return {"driver": "raw", "node-name": "seed", "read-only": True, "file": file}
 
 
 def _disk(images: GuestImages) -> Mapping[str, object]:

@@ -20,7 +20,7 @@ from outrider.errors import HostError
 _HERE = Path(__file__).parent
 _CACHE = _HERE.parent.parent / ".cache" / "guest"
 _KERNEL = "linux-image-cloud-amd64"
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev")
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "isofs")
 _DISK_BYTES = 16 * 1024 * 1024
 _BUSYBOX = "bin/busybox"  # static: alone, in both
 _MEMBER = "070701"  # the "newc" cpio format
@@ -129,7 +129,7 @@ def make_disk(scripts: Mapping[str, str], busybox: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
         tree, raw = work / "tree", work / "raw"
-        for each in ("bin", "dev", "proc", "sys", "tmp", "etc"):
+        for each in ("bin", "dev", "proc", "sys", "tmp", "etc", "mnt"):
             (tree / each).mkdir(parents=True)
         shutil.copyfile(busybox, tree / _BUSYBOX)
         for inside, text in scripts.items():
@@ -151,7 +151,7 @@ def _scripts() -> dict[str, str]:
         "www/cgi-bin/api": "api.sh",
     }
     texts = {inside: (_HERE / source).read_text() for inside, source in sources.items()}
-    return {**texts, "www/index.html": "hello from a guest\n"}
+    return {**texts, "www/index.html": "an empty house\n"}
 
 
 def _job(made: Path, done: Path) -> None:
@@ -161,7 +161,8 @@ def _job(made: Path, done: Path) -> None:
         checksum = hashlib.sha256((made / name).read_bytes()).hexdigest()
         text = text.replace(f"@{name}@", str(done / name)).replace(f"@{name}.sha256@", checksum)
     (made / "vm.yaml").write_text(text)
-    shutil.copyfile(_HERE / "api.html", made / "api.html")
+    for name in ("api.html", "guest.html"):
+        shutil.copyfile(_HERE / name, made / name)
 
 
 def _run(*argv: str, directory: Path | None = None) -> str:

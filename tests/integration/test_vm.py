@@ -112,7 +112,10 @@ def serving(built: Path) -> Assignment:
         upstreams=(Upstream(service=ServiceName("api")),),
     )
     network = Network(ports=(Port(name=PortName("http")),))
-    group = msgspec.structs.replace(alone.group, services=(service,), network=network)
+    given = File(path="www/index.html", content=b"hello from a guest\n")
+    (task,) = alone.group.tasks
+    tasks = (msgspec.structs.replace(task, files=(given,)),)
+    group = msgspec.structs.replace(alone.group, tasks=tasks, services=(service,), network=network)
     return msgspec.structs.replace(alone, group=group, mesh_ports={ServiceName("guest"): 20001})
 
 

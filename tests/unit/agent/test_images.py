@@ -34,6 +34,21 @@ def test_a_file_is_copied_once_and_stays_what_it_was(tmp_path: Path) -> None:
     assert cached.stat().st_blocks * 512 < len(content), "zeroes are a hole"
 
 
+def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
+    directory = tmp_path / "images"
+    images = Images(directory, free_bytes=lambda path: (3 - len([*path.iterdir()])) << 30)
+    files = []
+    for number in range(3):
+        (tmp_path / str(number)).write_bytes(bytes([number]))
+        files.append(named(tmp_path / str(number)))
+    first, second = (images.fetch(file) for file in files[:2])
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    images.fetch(files[0])
+    images.fetch(files[2])
+    assert {path.name for path in directory.iterdir()} == {files[0].sha256, files[2].sha256}
+
+
 def test_another_content_is_refused_and_not_kept(tmp_path: Path) -> None:
     original = tmp_path / "disk"
     original.write_bytes(b"tampered with")

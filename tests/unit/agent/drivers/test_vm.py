@@ -7,12 +7,14 @@ import pytest
 from agent.drivers.process import Place
 from agent.drivers.vm import GuestImages, guest_spec
 from agent.sandbox.spec import SandboxSpec
+from agent.seed import with_names
 from outrider.ids import AllocId, GroupName, JobName, NodeId, TaskName
 from outrider.model.allocation import Assignment
 from outrider.model.job import (
     EMULATOR,
     MIB,
     Driver,
+    File,
     Group,
     GuestFile,
     Image,
@@ -68,6 +70,17 @@ def test_a_disks_chain_is_told_by_hand_and_its_base_is_never_written(kind: str) 
     assert disk["backing"]["read-only"] is True
     assert kind == "raw" or disk["backing"]["backing"] is None
     assert "-kernel" not in made.argv, "firmware boots it"
+
+
+def test_the_jobs_files_are_a_disk_for_cloud_init_with_a_name_of_its_own() -> None:
+    given = Task(name=TaskName("db"), driver=Driver.VM, files=(File(path="user-data", content=b"#cloud-config"),))
+    group = Group(name=GroupName("g"), tasks=(given,))
+    assignment = Assignment(alloc=AllocId("a1"), job=JobName("j"), job_version=1, group=group, index=2)
+    files = {file.path: file.content for file in with_names(assignment, given)}
+    assert files == {"user-data": b"#cloud-config", "meta-data": b"instance-id: a1\nlocal-hostname: g-2\n"}
+    made = guest_spec(assignment, given, PLACE, IMAGES, kvm=False)
+    seed = json.loads(after("-blockdev", made.argv)[1])
+    assert (seed["driver"], seed["read-only"], seed["file"]["filename"]) == ("raw", True, "/vm/seed.iso")
 
 
 def test_it_sees_its_own_files_alone_and_writes_only_to_its_directory() -> None:

@@ -139,7 +139,7 @@ def test_everything_that_a_job_can_say_is_read() -> None:
         ("image: {sha256: x}", "disk: missing; for example"),
         ("image: {disk: /d, kernel_arguments: quiet, sha256: x}", "the disk's boot loader has them"),
         ("image: {disk: /d, sha256: {dick: x}}", "unknown key; did you mean 'disk'?"),
-        ("files: {a: ./a}", "a vm brings its own; leave it out"),
+        ("env: {A: b}", "a vm brings its own; leave it out"),
     ],
 )
 def test_a_guest_that_cannot_be_is_told_of(text: str, message: str, tmp_path: Path) -> None:

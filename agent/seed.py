@@ -1,0 +1,53 @@
+"""The job's `files:` as a disk for a guest: a read-only ISO 9660 image labelled `cidata`, as NoCloud has it.
+
+https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html: a guest with cloud-init takes `user-data` from
+it; any other may mount it. Owns the image alone.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from agent.drivers.task_directory import safe_path
+from agent.sandbox import process
+from outrider.errors import HostError, InputError
+from outrider.model.allocation import Assignment
+from outrider.model.job import File, Task
+
+LABEL = "cidata"
+META_DATA, USER_DATA = "meta-data", "user-data"
+_GENISOIMAGE_S = 30.0
+
+
+async def make(path: Path, assignment: Assignment, task: Task, owner: int) -> None:
+    """Raises InputError for files that cannot be in one place, HostError where it cannot be made."""
+    with tempfile.TemporaryDirectory(prefix="outrider-seed-") as name:
+        tree = Path(name)
+        for file in with_names(assignment, task):
+            _write(tree, file)
+        # Joliet and Rock Ridge: names stay as they are, whatever the guest reads.
+        argv = ["genisoimage", "-quiet", "-J", "-r", "-V", LABEL, "-o", str(path), str(tree)]
+        done = await process.run(argv, timeout_s=_GENISOIMAGE_S)
+    if done.code != 0:
+        raise HostError("genisoimage", step=f"make {path}: {done.output.strip()}")
+    os.chown(path, owner, owner)
+
+
+def with_names(assignment: Assignment, task: Task) -> tuple[File, ...]:
+    """The job's files, and what cloud-init wants beside them unless the job has its own."""
+    group = assignment.group.name
+    names = f"instance-id: {assignment.alloc}\nlocal-hostname: {group}-{assignment.index}\n"
+    given = {file.path for file in task.files}
+    ours = {META_DATA: names, USER_DATA: "#cloud-config\n"}
+    added = (File(path=path, content=text.encode()) for path, text in ours.items() if path not in given)
+    return (*task.files, *added)
+
+
+def _write(tree: Path, file: File) -> None:
+    target = tree / safe_path(file.path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.content)
+        target.chmod(file.mode & 0o777)
+    except OSError as error:
+        raise InputError(f"files: {file.path}: {error.strerror}") from error
