@@ -41,6 +41,7 @@ GROUPS_MAX = 100
 TASKS_MAX = 32
 SERVICES_MAX = 32
 FILES_BYTES_MAX = MIB
+GUEST_MEMORY_MIN = 128 * MIB
 DURATION_S_MAX = 7 * 24 * 3600.0
 # Inside the allocation's namespace the sidecar listens here.
 RESERVED_PORTS = frozenset({VIRTUAL_PORT, *range(PUBLIC_PORT, PUBLIC_PORT + SERVICES_MAX)})
@@ -110,8 +111,11 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
         for key, given in (("command", task.command), ("env", task.env)):
             if given:
                 yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
+        if task.resources.memory_bytes < GUEST_MEMORY_MIN:
+            at: Path = (*path, "tasks", task.name, "resources", "memory")
+            yield Problem(path=at, message="a vm needs at least 128Mi: a Linux kernel does not start in less")
     for index, service in enumerate(group.services):
-        at: Path = (*path, "services", index)
+        at = (*path, "services", index)
         if service.check is not None and service.check.kind is CheckKind.COMMAND:
             message = "nothing can be run inside a vm; use an http, tcp or grpc check"
             yield Problem(path=(*at, "check"), message=message)

@@ -25,6 +25,8 @@ _TRANSLATED_MIB = 64  # what TCG may keep of translated code: counted in EMULATO
 _CPUS_MAX = 64
 # `panic=-1` resets a guest that panicked at once, which ends its run.
 _KERNEL_ARGUMENTS = "console=ttyS0 panic=-1"
+# A disk that fails is the guest's to see; by default QEMU would stop the guest, and tell only who asks.
+_ERRORS = "werror=report,rerror=report"
 _TUN = Device(name="net/tun", major=10, minor=200)
 _KVM = Device(name="kvm", major=10, minor=232)
 
@@ -83,7 +85,12 @@ def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: 
     # Without a boot ROM: nothing is booted from the network, and its first packet is the guest's own.
     yield from ("-device", f"virtio-net-pci,netdev=mesh,mac={_MAC},romfile=")
     if images.disk:
-        yield from ("-blockdev", json.dumps(_disk(images)), "-device", "virtio-blk-pci,drive=disk,bootindex=1")
+        yield from (
+            "-blockdev",
+            json.dumps(_disk(images)),
+            "-device",
+            f"virtio-blk-pci,drive=disk,bootindex=1,{_ERRORS}",
+        )
     if task.files:
         yield from ("-blockdev", json.dumps(_seed()), "-device", "virtio-blk-pci,drive=seed")
     control = f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off"

@@ -17,6 +17,7 @@ from outrider.errors import HostError
 from outrider.model.job import Value
 
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+_PACKAGES = {"qemu-img": "qemu-utils"}  # where the name is another's
 _OUTPUT_BYTES_MAX = 65_536
 _POLL_S = 0.001
 _STARTED_TICKS_FIELD = 19  # of /proc/PID/stat, counted after the closing parenthesis of the command's name
@@ -32,7 +33,7 @@ def program(name: str) -> str:
     """The path of a host's program. Raises HostError naming the Debian package to install."""
     path = shutil.which(name, path=_ENVIRONMENT["PATH"])
     if path is None:
-        raise HostError(name, step="not installed", hint=f"apt-get install {name}")
+        raise HostError(name, step="not installed", hint=f"apt-get install {_PACKAGES.get(name, name)}")
     return path
 
 

@@ -3,7 +3,10 @@
 
 import asyncio
 import hashlib
+import json
 import os
+import platform
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -350,3 +353,27 @@ async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None
     assert "/nowhere/vmlinux: No such file or directory on this node" in reports["absent"].message
     assert not emulators(fleet)
     assert not list((fleet.data / "images").glob("new-*")), "what was refused is not kept"
+
+
+async def test_kvm_is_open_to_the_emulator_where_the_self_test_booted_a_guest_with_it(
+    fleet: AgentFleet, built: Path
+) -> None:
+    """That the guest gets far is not asked: a software KVM kills it sooner or later."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("this host has no /dev/kvm")
+    version = re.search(r"\d+(\.\d+)+", fleet.shell("qemu-system-x86_64 --version"))
+    assert version is not None
+    fleet.data.mkdir(parents=True, exist_ok=True)
+    verdict = {"kernel": platform.release(), "qemu": version[0], "kvm": "works"}
+    (fleet.data / "kvm.json").write_text(json.dumps(verdict))
+    controller = fleet.controller
+    await fleet.start()
+    controller.assign(machine(image(built, built / "disk.qcow2"), GUEST), full=True)
+    await until(lambda: bool(emulators(fleet)), "it runs")
+    (emulator,) = emulators(fleet)
+    assert b"\0-accel\0kvm\0" in Path(f"/proc/{emulator}/cmdline").read_bytes()
+
+    def has_a_machine() -> bool:
+        return any("kvm-vm" in str(path.readlink()) for path in Path(f"/proc/{emulator}/fd").iterdir())
+
+    await until(has_a_machine, "KVM made it a machine")

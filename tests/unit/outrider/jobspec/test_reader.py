@@ -62,12 +62,14 @@ groups:
       disk:
         driver: vm
         image: {disk: /srv/db.qcow2, sha256: "@a@", boot_deadline: 30s}
+        resources: {memory: 128Mi}
   direct:
     tasks:
       kernel:
         driver: vm
         image:
           {kernel: /srv/vmlinux, initrd: /srv/initrd, kernel_arguments: quiet, sha256: {kernel: "@b@", initrd: "@c@"}}
+        resources: {memory: 256Mi}
 """.replace("@a@", "a" * 64)
     .replace("@b@", "b" * 64)
     .replace("@c@", "c" * 64)
