@@ -5,8 +5,9 @@ from pathlib import Path
 
 from agent.console import Console, open_console
 from agent.drivers.process import sandbox_id
-from agent.drivers.vm import CONSOLE
+from agent.drivers.vm import AGENT, CONSOLE
 from agent.held import SIDECAR, Held, guest_directory, sandbox_directory
+from agent.qmp.guest_agent import GuestAgents, GuestProgram
 from agent.sandbox import logs
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.runtime import SandboxRuntime
@@ -23,22 +24,33 @@ class Sources:
         self._store = store
         self._runtime = runtime
         self._held = held
+        self._agents = GuestAgents()
         self._consoles: set[Path] = set()  # those that somebody sits at
 
     async def exec(
         self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
-    ) -> ExecProcess:
+    ) -> ExecProcess | GuestProgram:
         """Raises RefusedError where there is nothing to run it in, HostError where the host objects."""
         task = self._task(alloc, task)
         if task == SIDECAR:
             raise RefusedError("denied", "nothing can be run in a sidecar: its namespace and its key are its own")
-        if self._is_guest(alloc):
-            raise RefusedError("unsupported", f"{task} of {alloc} is a vm: nothing can be run inside it from here")
         if not await self._runs(sandbox_id(alloc, task)):
             raise RefusedError(
                 "not-running", f"{task} of {alloc} does not run; `outrider alloc status {alloc}` says why"
             )
+        if self._is_guest(alloc):
+            return await self._guest_exec(alloc, task, command, tty=tty)
         return await self._runtime.exec(sandbox_id(alloc, task), command, tty=tty, rows=rows, columns=columns)
+
+    async def _guest_exec(self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool) -> GuestProgram:
+        if tty:
+            raise RefusedError(
+                "unsupported", f"{task} is a vm: no terminal there; --no-tty, or `outrider vm console {alloc}`"
+            )
+        if not command:
+            raise RefusedError("invalid", "no command")
+        sandbox = sandbox_directory(self._store.allocation_directory(alloc), task)
+        return await self._agents.start(guest_directory(sandbox) / AGENT, command)
 
     async def console(self, alloc: AllocId, task: TaskName) -> Console:
         """Raises RefusedError where it is no vm that runs, or somebody sits there already."""

@@ -117,7 +117,7 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
     for index, service in enumerate(group.services):
         at = (*path, "services", index)
         if service.check is not None and service.check.kind is CheckKind.COMMAND:
-            message = "nothing can be run inside a vm; use an http, tcp or grpc check"
+            message = "a command check is for processes; use an http, tcp or grpc check"
             yield Problem(path=(*at, "check"), message=message)
         for place, upstream in enumerate(service.upstreams):
             if upstream.port is not None:

@@ -13,7 +13,7 @@ from outrider.model.allocation import Assignment
 from outrider.model.job import EMULATOR, MIB, Image, Task, Value
 
 DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
-OVERLAY, SEED, QMP, CONSOLE, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "trace"
+OVERLAY, SEED, QMP, CONSOLE, AGENT, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "agent", "trace"
 SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 
 # Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
@@ -95,6 +95,10 @@ def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: 
         yield from ("-blockdev", json.dumps(_seed()), "-device", "virtio-blk-pci,drive=seed")
     control = f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off"
     yield from ("-chardev", control, "-mon", "chardev=qmp,mode=control")
+    # For the QEMU guest agent, under the name by which it looks for its line.
+    line = f"socket,id=agent,path={DIRECTORY}/{AGENT},server=on,wait=off"
+    yield from ("-device", "virtio-serial-pci", "-chardev", line)
+    yield from ("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0")
     # All that the guest writes goes to our output, whether or not somebody sits at the console.
     console = f"socket,id=console,path={DIRECTORY}/{CONSOLE},server=on,wait=off,logfile=/dev/fd/1,logappend=on"
     yield from ("-chardev", console, "-serial", "chardev:console")

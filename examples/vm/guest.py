@@ -1,7 +1,7 @@
 """Builds the example's guest below .cache/guest: Debian's cloud kernel, an initrd, a disk, and the job file to run it.
 
 `python -m examples.vm.guest` prints the folder. What is there already for the same kernel and sources is kept. Needs
-apt-get, dpkg-deb, lz4, mke2fs and qemu-img; nothing is installed, and root is not needed.
+apt-get, ldd, dpkg-deb, lz4, mke2fs and qemu-img; nothing is installed, and root is not needed.
 """
 
 import hashlib
@@ -20,8 +20,9 @@ from outrider.errors import HostError
 _HERE = Path(__file__).parent
 _CACHE = _HERE.parent.parent / ".cache" / "guest"
 _KERNEL = "linux-image-cloud-amd64"
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "isofs")
-_DISK_BYTES = 16 * 1024 * 1024
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "isofs", "virtio_console")
+_DISK_BYTES = 32 * 1024 * 1024
+_AGENT = "usr/sbin/qemu-ga"
 _BUSYBOX = "bin/busybox"  # static: alone, in both
 _MEMBER = "070701"  # the "newc" cpio format
 
@@ -43,12 +44,13 @@ def build() -> Path:
         work = Path(name)
         made = work / "made"
         made.mkdir()
-        for each in (package, "busybox-static"):
+        for each in (package, "busybox-static", "qemu-guest-agent"):
             _download(each, work)
         _kernel(work / "root", made / "vmlinux")
         _initrd(work / "root", made / "initrd")
         shutil.copyfile(work / "root" / _BUSYBOX, made / "busybox")
-        make_disk(_scripts(), made / "busybox", made / "disk.qcow2")
+        agent = _with_libraries(_AGENT, work / "root" / _AGENT)
+        make_disk(_scripts(), {_BUSYBOX: made / "busybox", **agent}, made / "disk.qcow2")
         _job(made, done)
         made.chmod(0o755)
         if not done.is_dir():
@@ -124,19 +126,30 @@ def _padded(data: bytes) -> bytes:
     return data + b"\0" * (-len(data) % 4)
 
 
-def make_disk(scripts: Mapping[str, str], busybox: Path, target: Path) -> None:
-    """A disk with busybox and `scripts` (path inside -> text), `init` among them, for the initrd to boot."""
+def _with_libraries(inside: str, program: Path) -> dict[str, Path]:
+    """A program and the libraries that it needs, which QEMU needs too: path inside -> file here."""
+    libraries = re.findall(r"(/lib\S+) \(0x", _run("ldd", str(program)))
+    return {inside: program, **{path.removeprefix("/"): Path(path) for path in libraries}}
+
+
+def make_disk(scripts: Mapping[str, str], programs: Mapping[str, Path], target: Path) -> None:
+    """A disk with `programs` (path inside -> file here) and `scripts` (path inside -> text), for the initrd to boot.
+
+    Busybox must be one of the first, `init` one of the second.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
         tree, raw = work / "tree", work / "raw"
         for each in ("bin", "dev", "proc", "sys", "tmp", "etc", "mnt"):
             (tree / each).mkdir(parents=True)
-        shutil.copyfile(busybox, tree / _BUSYBOX)
+        for inside, source in programs.items():
+            (tree / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, tree / inside)
         for inside, text in scripts.items():
             (tree / inside).parent.mkdir(parents=True, exist_ok=True)
             (tree / inside).write_text(text)
-        for path in (tree / _BUSYBOX, *(tree / inside for inside in scripts)):
-            path.chmod(0o755)
+        for inside in (*programs, *scripts):
+            (tree / inside).chmod(0o755)
         with raw.open("wb") as file:
             file.truncate(_DISK_BYTES)
         _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(tree), str(raw))

@@ -200,6 +200,13 @@ async def typed(fleet: AgentFleet, keys: str, *, until_seen: str, alloc: AllocId
     raise AssertionError(f"the console broke off after {seen!r}")
 
 
+async def ran(fleet: AgentFleet, *command: str) -> tuple[bytes, int, str]:
+    """What a program inside the guest said, its code, and why it did not run."""
+    request = fleet_pb2.ExecRequest(alloc=GUEST, command=command)
+    output, end = await fleet.controller.tunnelled(fleet.controller.open_tunnel(exec=request))
+    return output, end.exit_code, end.error
+
+
 async def logs(fleet: AgentFleet, alloc: AllocId) -> str:
     request = fleet_pb2.LogsRequest(alloc=alloc, tail_lines=-1)
     output, _ = await fleet.controller.tunnelled(fleet.controller.open_tunnel(logs=request))
@@ -239,6 +246,8 @@ async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_i
     assert await calls(fleet, "http://guest.mesh/") == "hello from a guest\n"
     assert emulators(fleet) == [emulator], "the guest noticed nothing"
 
+    assert await ran(fleet, "sh", "-c", "echo $((6 * 7)); echo oh >&2; exit 3") == (b"42\noh\n", 3, "")
+    assert "the guest says" in (await ran(fleet, "/nowhere"))[2]
     assert await typed(fleet, "expr 20 + 22\n", until_seen="42") == ""
     assert "no console" in await typed(fleet, "", until_seen="", alloc=VISITOR)
 
@@ -296,7 +305,7 @@ async def test_a_guest_reaches_nothing_but_the_mesh(fleet: AgentFleet, built: Pa
         text = text.replace("@port@", str(listener.getsockname()[1]))
         disk = fleet.directory / "probe.qcow2"
         lease = (Path(example.__file__).parent / "lease.sh").read_text()
-        example.make_disk({"init": text, "lease": lease}, built / "busybox", disk)
+        example.make_disk({"init": text, "lease": lease}, {"bin/busybox": built / "busybox"}, disk)
         alone = machine(image(built, disk), GUEST)
         service = Service(name=ServiceName("guest"), port=PortName("http"))
         network = Network(ports=(Port(name=PortName("http")),))
@@ -349,7 +358,7 @@ async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None
     assert "No bootable device" in reports["blank"].log_tail
     assert "is another file: its sha256 is" in reports["checksum"].message
     assert "has a backing file" in reports["backing"].message
-    assert "disk: 16Mi" in reports["large"].message
+    assert "disk: 32Mi" in reports["large"].message
     assert "/nowhere/vmlinux: No such file or directory on this node" in reports["absent"].message
     assert not emulators(fleet)
     assert not list((fleet.data / "images").glob("new-*")), "what was refused is not kept"

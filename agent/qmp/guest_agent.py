@@ -1,0 +1,119 @@
+"""Programs run inside a guest through the QEMU guest agent, where the guest has one: `qemu-guest-agent` on Debian.
+
+https://qemu-project.gitlab.io/qemu/interop/qemu-ga-ref.html. There is one line to it: every request has it to itself
+for as long as its answer takes. It has no terminal and takes no input, and a program's output comes at its end.
+"""
+
+import asyncio
+import base64
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+from weakref import WeakValueDictionary
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from agent.qmp import connect
+from outrider.errors import HostError, RefusedError
+
+_ANSWER_S = 3.0
+_POLL_S = 0.1
+_POLL_S_MAX = 1.0
+
+
+class GuestAgents:
+    """The lines to all guests of this node, each used by one request at a time."""
+
+    def __init__(self) -> None:
+        self._lines: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
+
+    async def start(self, path: Path, argv: Sequence[str]) -> "GuestProgram":
+        """`path`: the emulator's socket. Raises RefusedError where the guest has no agent, or no such program."""
+        arguments = {"path": argv[0], "arg": [*argv[1:]], "capture-output": True}
+        try:
+            answer = await self.ask(path, "guest-exec", arguments)
+        except ExecuteError as error:
+            raise RefusedError("not-started", f"{argv[0]}: the guest says: {error}") from error
+        pid = answer.get("pid")
+        if not isinstance(pid, int):
+            raise HostError(f"guest agent at {path}", step="guest-exec answered without a pid")
+        return GuestProgram(self, path, pid)
+
+    async def ask(self, path: Path, command: str, arguments: Mapping[str, object]) -> dict[str, object]:
+        """Raises RefusedError where nobody answers, ExecuteError where the guest's agent objects."""
+        client = QMPClient()
+        client.await_greeting = client.negotiate = False
+        try:
+            async with self._lines.setdefault(path, asyncio.Lock()), asyncio.timeout(_ANSWER_S):
+                await client.connect(connect(path))
+                try:
+                    answer = await client.execute(command, {**arguments})
+                finally:
+                    await client.disconnect()
+        except TimeoutError as error:
+            hint = "install and start qemu-guest-agent in its image"
+            raise RefusedError("no-guest-agent", f"nobody answers inside the guest: {hint}") from error
+        except (OSError, EOFError) as error:
+            raise HostError(f"guest agent at {path}", step=str(error)) from error
+        except QMPError as error:
+            if isinstance(error, ExecuteError):
+                raise
+            raise HostError(f"guest agent at {path}", step=str(error)) from error
+        return answer if isinstance(answer, dict) else {}
+
+
+class GuestProgram:
+    """As `agent.tunnels.Process` has it."""
+
+    def __init__(self, agents: GuestAgents, path: Path, pid: int) -> None:
+        self._agents = agents
+        self._path = path
+        self._pid = pid
+        self._code: int | None = None
+        self._pieces: deque[tuple[str, bytes]] = deque()
+
+    async def read(self) -> tuple[str, bytes] | None:
+        await self.wait()
+        return self._pieces.popleft() if self._pieces else None
+
+    async def wait(self) -> int:
+        wait_s = _POLL_S
+        while self._code is None:
+            status = await self._ask_status()
+            if status.get("exited") is not True:
+                await asyncio.sleep(wait_s)  # the guest's agent tells only who asks
+                wait_s = min(2 * wait_s, _POLL_S_MAX)
+                continue
+            self._pieces.extend(
+                (name, base64.b64decode(data))
+                for name, key in (("stdout", "out-data"), ("stderr", "err-data"))
+                if isinstance(data := status.get(key), str)
+            )
+            code, number = status.get("exitcode"), status.get("signal")
+            self._code = code if isinstance(code, int) else 128 + number if isinstance(number, int) else 1
+        return self._code
+
+    async def _ask_status(self) -> dict[str, object]:
+        try:
+            return await self._agents.ask(self._path, "guest-exec-status", {"pid": self._pid})
+        except ExecuteError as error:
+            raise HostError(f"guest agent at {self._path}", step=str(error)) from error
+
+    async def write(self, data: bytes) -> None:
+        """Its input is closed: what is typed meets nobody."""
+
+    def close_stdin(self) -> None:
+        """It is."""
+
+    def resize(self, rows: int, columns: int) -> None:
+        """It has no terminal."""
+
+    def kill(self) -> None:
+        """It runs on: the guest's agent ends no program."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Nothing is held between requests."""
