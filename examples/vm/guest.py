@@ -1,7 +1,7 @@
 """Builds the example's guest below .cache/guest: Debian's cloud kernel, an initrd, a disk, and the job file to run it.
 
 `python -m examples.vm.guest` prints the folder. What is there already for the same kernel and sources is kept. Needs
-apt-get, ldd, dpkg-deb, lz4, mke2fs and qemu-img; nothing is installed, and root is not needed.
+apt-get, ldd, dpkg-deb, lz4, mke2fs and qemu-img; nothing is installed. Root is needed only where apt's lists are stale.
 """
 
 import hashlib
@@ -59,14 +59,14 @@ def build() -> Path:
 
 
 def _kernel_package() -> str:
-    for line in _run("apt-cache", "depends", _KERNEL).splitlines():
+    for line in _with_fresh_lists("apt-cache", "depends", _KERNEL).splitlines():
         if line.strip().startswith("Depends: linux-image-"):
             return line.split()[1]
-    raise HostError(_KERNEL, step="no such Debian package", hint="apt-get update")
+    raise HostError(_KERNEL, step="no such Debian package")
 
 
 def _download(package: str, work: Path) -> None:
-    _run("apt-get", "-q", "download", package, directory=work)
+    _with_fresh_lists("apt-get", "-q", "download", package, directory=work)
     (archive,) = work.glob(f"{package}_*.deb")
     _run("dpkg-deb", "-x", str(archive), str(work / "root"))
 
@@ -176,6 +176,15 @@ def _job(made: Path, done: Path) -> None:
     (made / "vm.yaml").write_text(text)
     for name in ("api.html", "guest.html"):
         shutil.copyfile(_HERE / name, made / name)
+
+
+def _with_fresh_lists(*argv: str, directory: Path | None = None) -> str:
+    """Once more where apt's lists are absent, or name what the archive no longer has. That takes root."""
+    try:
+        return _run(*argv, directory=directory)
+    except HostError:
+        _run("apt-get", "-q", "update")
+        return _run(*argv, directory=directory)
 
 
 def _run(*argv: str, directory: Path | None = None) -> str:
