@@ -36,6 +36,9 @@ from agent.names import Names
 from agent.network.dns.resolver import resolv_conf
 from agent.network.namespaces import AllocationNetworks
 from agent.network.plan import BLOCKS
+from agent.pull.cache import Cache
+from agent.pull.keeper import Keeper
+from agent.pull.puller import Puller, Registries
 from agent.record_writer import RecordWriter
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sources import Sources
@@ -188,6 +191,7 @@ class Agent:
             leaves=self._leaves,
             envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
             vms=Vms(images=Images(config.data / "images"), kvm=self._kvm_works),
+            images=self._make_images(),
             tell=self._engine.tell,
             write=self._writer.put,
             report=self._reported,
@@ -204,6 +208,7 @@ class Agent:
         self._fingerprint = await fingerprint(config, kvm="")
         known = self._kvm_known()
         self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known)
+        self._cache.open(self._host.store.directories())
         await self._take_over()
         if config.metrics_listen is not None:
             await stack.enter_async_context(http_listener(config.metrics_listen, self))
@@ -300,6 +305,13 @@ class Agent:
         self._executor.found(discovery.networks)
         recovered = Recovered(acknowledged=host.loaded.acknowledged, found=found)
         self._engine.begin(recovered, execute=self._executor.execute)
+
+    def _make_images(self) -> Keeper:
+        config = self._config.images
+        self._cache = Cache(self._config.data / "roots", bytes_max=config.cache_bytes)
+        registries = Registries(auth_file=config.auth_file, certificates=config.certificates)
+        puller = Puller(cache=self._cache, registries=registries, tasks=self._tasks, log=self._log)
+        return Keeper(cache=self._cache, puller=puller, tell=self._engine.tell, tasks=self._tasks)
 
     def _make_broker(self) -> Broker | None:
         config = self._config

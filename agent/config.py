@@ -9,7 +9,7 @@ import msgspec
 
 from outrider.config import host_port
 from outrider.ids import NAME_PATTERN, NodeId
-from outrider.model.job import Value
+from outrider.model.job import MIB, Value
 from outrider.tls import TlsFiles
 
 # The longest path below `run` is a socket's, and sun_path holds 108.
@@ -40,6 +40,14 @@ class MqttConfig(Value, frozen=True, kw_only=True):
     port: TcpPort = 8883
 
 
+class ImagesConfig(Value, frozen=True, kw_only=True):
+    """Container images. `auth_file`: as `skopeo login` writes it. `certificates`: holds HOST:PORT/ca.crt."""
+
+    auth_file: Path | None = None
+    certificates: Path | None = None
+    cache_bytes: Annotated[int, msgspec.Meta(ge=1)] = 20 * 1024 * MIB  # of all; what runs may exceed it
+
+
 class PortRange(Value, frozen=True, kw_only=True):
     """The host ports that the scheduler may give out, both ends included."""
 
@@ -64,6 +72,7 @@ class Config(Value, frozen=True, kw_only=True):
     host_image: bool = False  # whether jobs may use `image: host` here
     attributes: Mapping[str, str] = {}
     ports: PortRange = PortRange()
+    images: ImagesConfig = ImagesConfig()
     log: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:

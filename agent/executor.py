@@ -37,6 +37,7 @@ from agent.leaves import Leaves
 from agent.names import Names
 from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
+from agent.pull.keeper import Keeper
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
 from agent.store import Store
@@ -71,6 +72,7 @@ class Executor:
         leaves: Leaves,
         envoys: Envoys,
         vms: Vms,
+        images: Keeper,
         tell: Callable[[AllocEvent], Awaitable[None]],
         write: Callable[[c.Save | c.Acknowledge | c.Forget], None],
         report: Callable[[c.Report], None],
@@ -89,6 +91,7 @@ class Executor:
         self._leaves = leaves
         self._envoys = envoys
         self._vms = vms
+        self._images = images
         self._checks = CheckRunner(open_socket=networks.open_socket)
         self._tell = tell
         self._write = write
@@ -108,8 +111,11 @@ class Executor:
                 self._report(command)
             case c.Note():
                 self._log.info(command.event, alloc=command.alloc, message=command.message)
+            case c.PullImages():
+                self._images.begin(self._hold(command.assignment).assignment)
             case c.StartTask():
-                self._watch(command.assignment.alloc, command.task.name, self._run_task(command))
+                alloc = self._hold(command.assignment).assignment.alloc
+                self._watch(alloc, command.task.name, self._run_task(command))
             case c.AdoptTask():
                 alloc = self._hold(command.assignment).assignment.alloc
                 self._watch(alloc, command.task, self._watch_task(alloc, command.task))
@@ -256,8 +262,11 @@ class Executor:
         )
         if is_guest:
             return await self._vms.prepare(assignment, task, place)
-        spec = sandbox_spec(assignment, task, place)
-        task_directory.prepare(directory, files=task.files, size_bytes=task.resources.disk_bytes, uid_first=uid_first)
+        image = self._images.unpacked(assignment.alloc, task.image)
+        spec = sandbox_spec(assignment, task, place, image)
+        task_directory.prepare(
+            directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=uid_first + spec.user
+        )
         return spec
 
     async def _watch_task(self, alloc: AllocId, task: TaskName, *, packets: int = 0) -> None:
@@ -343,6 +352,7 @@ class Executor:
             for status in await self._runtime.list():
                 if (owner := split(status.id)) is not None and owner[0] == alloc:
                     await self._runtime.delete(status.id)
+            await self._images.release(alloc)
             await self._envoys.forget(alloc)
             await self._names.detach(alloc)
             await self._networks.delete(alloc)

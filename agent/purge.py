@@ -21,7 +21,8 @@ async def purge(config: Config) -> None:
         await host.networks.reap(())
         task_directory.remove(config.run / "tasks")
         shutil.rmtree(config.data / "allocations", ignore_errors=True)
-        shutil.rmtree(config.data / "dns", ignore_errors=True)
+        for name in ("dns", "roots"):
+            shutil.rmtree(config.data / name, ignore_errors=True)
         for name in ("agent.json", "kvm.json"):
             (config.data / name).unlink(missing_ok=True)
         _remove_groups(config.cluster)

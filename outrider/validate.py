@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from outrider.ids import is_name
 from outrider.model.job import (
     MIB,
+    PULLED,
     Check,
     CheckKind,
     Driver,
@@ -25,6 +26,7 @@ from outrider.model.job import (
     Job,
     JobType,
     Network,
+    PullPolicy,
     Resources,
     RestartPolicy,
     Service,
@@ -50,6 +52,12 @@ RESERVED_TASK = "sidecar"  # `logs` names Envoy's so
 _TEXT_CHARS_MAX = 128 * 1024  # the kernel's limit of one argument or variable
 _KERNEL_ARGUMENTS_CHARS_MAX = 2000  # the kernel's own limit is 2,048, and ours go before
 _ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+# https://github.com/distribution/reference: the registry must be named, for there is no default one.
+_REGISTRY_IMAGE = re.compile(
+    r"^(localhost|[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+|[A-Za-z0-9.-]+(?=:))(:[0-9]+)?"
+    r"(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+)
+_UID_MAX = 65_535
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _NAME_RULE = "lower-case letters, digits and dashes, at most 63, no dash at either end"
 
@@ -108,8 +116,8 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
     if len(group.tasks) > 1:
         yield Problem(path=(*path, "tasks"), message="a vm is alone in its group; put the other tasks in another group")
     for task in group.tasks:
-        for key, given in (("command", task.command), ("env", task.env)):
-            if given:
+        for key in ("command", "env", "user", "workdir"):
+            if getattr(task, key):
                 yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
         if task.resources.memory_bytes < GUEST_MEMORY_MIN:
             at: Path = (*path, "tasks", task.name, "resources", "memory")
@@ -168,10 +176,14 @@ def _task(path: Path, task: Task) -> Iterator[Problem]:
     yield from _name(path, task.name)
     if task.name == RESERVED_TASK:
         yield Problem(path=path, message=f"{RESERVED_TASK!r} names the sidecar; choose another name")
-    if task.driver is Driver.PROCESS and not task.command:
+    if task.driver is Driver.PROCESS and not task.command and task.image.kind not in PULLED:
         yield Problem(path=(*path, "command"), message="a process needs a command")
-    for index, word in enumerate(task.command):
-        yield from _text((*path, "command", index), word)
+    for key, words in (("command", task.command), ("args", task.args)):
+        for index, word in enumerate(words):
+            yield from _text((*path, key, index), word)
+    if task.args and (task.command or task.image.kind not in PULLED):
+        yield Problem(path=(*path, "args"), message="args are for an image's entrypoint; add them to the command")
+    yield from _identity(path, task)
     yield from _image((*path, "image"), task.driver, task.image)
     yield from _files((*path, "files"), task.files)
     for name, text in task.env.items():
@@ -184,11 +196,27 @@ def _task(path: Path, task: Task) -> Iterator[Problem]:
     yield from _range((*path, "kill_timeout"), task.kill_timeout_s, 0, DURATION_S_MAX)
 
 
+def _identity(path: Path, task: Task) -> Iterator[Problem]:
+    if task.user is not None and not 1 <= task.user <= _UID_MAX:
+        message = f"{task.user} is not within 1 and {_UID_MAX}: the uid inside; a workload is never root"
+        yield Problem(path=(*path, "user"), message=message)
+    if task.workdir and not task.workdir.startswith("/"):
+        yield Problem(path=(*path, "workdir"), message=f"{task.workdir[:80]!r} is no whole path, from / on")
+    yield from _text((*path, "workdir"), task.workdir)
+
+
 def _image(path: Path, driver: Driver, image: Image) -> Iterator[Problem]:
     if (image.kind is ImageKind.DISK) != (driver is Driver.VM):
-        yield Problem(path=path, message="a vm boots a disk, a process needs host, oci, oci-layout or dir")
+        yield Problem(path=path, message="a disk is what a vm boots; a process has another kind of image")
     if image.kind is not ImageKind.HOST and not image.reference and image.kernel is None:
         yield Problem(path=path, message=f"{image.kind} needs a reference")
+    if image.kind is ImageKind.OCI and image.reference and not _REGISTRY_IMAGE.match(image.reference):
+        message = (
+            f"{image.reference[:80]!r} is no image in a registry; expected REGISTRY/NAME:TAG or NAME@sha256:DIGEST"
+        )
+        yield Problem(path=path, message=message)
+    if image.pull is not PullPolicy.IF_ABSENT and image.kind is not ImageKind.OCI:
+        yield Problem(path=(*path, "pull"), message="only for images in a registry; others are looked at each time")
     if image.initrd is not None and image.kernel is None:
         yield Problem(path=(*path, "initrd"), message="an initrd needs a kernel to be given too")
     if len(image.kernel_arguments) > _KERNEL_ARGUMENTS_CHARS_MAX or "\0" in image.kernel_arguments:

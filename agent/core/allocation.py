@@ -5,7 +5,7 @@ Two rules hold throughout: no task starts before its sidecar serves, and the sid
 
 from typing import assert_never
 
-from agent.core import health
+from agent.core import health, images
 from agent.core.commands import (
     Clean,
     CreateNetwork,
@@ -20,6 +20,9 @@ from agent.core.events import (
     AllocEvent,
     CheckRan,
     Cleaned,
+    ImagesFailed,
+    ImagesOnTheirWay,
+    ImagesReady,
     NetworkReady,
     Saved,
     SidecarDrained,
@@ -50,6 +53,10 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
             _start_tasks(alloc, turn)
         case NetworkReady():
             _network_ready(alloc, event, turn)
+        case ImagesOnTheirWay() | ImagesReady() | ImagesFailed():
+            if images.handle(alloc, event, turn):
+                stop(alloc, turn)
+            _start_tasks(alloc, turn)
         case StepFailed():
             _step_failed(alloc, event, turn)
         case Cleaned():
@@ -107,6 +114,7 @@ def tick(alloc: AllocState, turn: Turn) -> None:
     if alloc.sidecar_retry_at_s is not None and alloc.sidecar_retry_at_s <= now_s:
         alloc.sidecar_retry_at_s = None
         _start_sidecar(alloc, turn)
+    images.tick(alloc, turn)
     _start_tasks(alloc, turn)
     for probe in alloc.probes.values():
         if probe.due_s is not None and probe.due_s <= now_s:
@@ -128,12 +136,14 @@ def prepare(alloc: AllocState, turn: Turn) -> None:
         alloc.become(Phase.PREPARING)
     alloc.retry_at_s = None
     turn.emit(CreateNetwork(assignment=alloc.assignment))
+    images.want(alloc, turn)
 
 
 def stop(alloc: AllocState, turn: Turn) -> None:
     """On the way out, by request or by failure. From then on nothing of it is started."""
     alloc.stopping = True
     alloc.sidecar_retry_at_s = None
+    images.abandon(alloc)
     for task in alloc.tasks.values():
         task.retry_at_s = None
     if alloc.phase in _UP:
@@ -169,6 +179,7 @@ def start_sidecar_phase(alloc: AllocState, turn: Turn) -> None:
 
 def clean(alloc: AllocState, turn: Turn) -> None:
     alloc.become(Phase.CLEANING)
+    images.let_go(alloc)
     turn.emit(Clean(alloc=alloc.id))
 
 
@@ -266,12 +277,15 @@ def _given_up(message: str, policy: RestartPolicy) -> str:
 
 
 def _start_tasks(alloc: AllocState, turn: Turn) -> None:
-    """Every task that is due, once record and sidecar are there."""
+    """Every task that is due, once record, images and sidecar are there."""
     if alloc.phase not in _UP or not alloc.durable or (alloc.has_sidecar and not alloc.sidecar_ready):
         return
     for task in alloc.tasks.values():
         waits = task.retry_at_s is not None and task.retry_at_s > turn.now_s
-        if task.status in (TaskStatus.PENDING, TaskStatus.BACKOFF) and not task.starting and not waits:
+        if task.status not in (TaskStatus.PENDING, TaskStatus.BACKOFF) or task.starting or waits:
+            continue
+        images.want(alloc, turn)
+        if alloc.images_ready:
             task.starting, task.retry_at_s = True, None
             turn.emit(StartTask(assignment=alloc.assignment, task=task.task, local_address=alloc.local_address))
 

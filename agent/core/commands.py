@@ -31,6 +31,15 @@ class CreateNetwork(Value, frozen=True, kw_only=True):
     assignment: Assignment
 
 
+class PullImages(Value, frozen=True, kw_only=True):
+    """Have its tasks' images on the node: `ImagesReady` or `ImagesFailed`, and `ImagesOnTheirWay` before.
+
+    They stay until `Clean`: from then on they may go, and an answer that is still due does not come.
+    """
+
+    assignment: Assignment
+
+
 class StartSidecar(Value, frozen=True, kw_only=True):
     """Start Envoy: `SidecarReady` or `StepFailed`; `SidecarExited` if it ends later. An older one's rest goes first."""
 
@@ -115,6 +124,7 @@ Command = (
     | Acknowledge
     | Forget
     | CreateNetwork
+    | PullImages
     | StartSidecar
     | AdoptSidecar
     | StartTask

@@ -84,6 +84,25 @@ class NetworkReady(Value, frozen=True, kw_only=True):
     local_address: str
 
 
+class ImagesOnTheirWay(Value, frozen=True, kw_only=True):
+    """They are being fetched: "pulling REFERENCE, 12 MiB so far"."""
+
+    alloc: AllocId
+    message: str
+
+
+class ImagesReady(Value, frozen=True, kw_only=True):
+    alloc: AllocId
+
+
+class ImagesFailed(Value, frozen=True, kw_only=True):
+    """Not `retry`: it would fail again just the same."""
+
+    alloc: AllocId
+    message: str
+    retry: bool
+
+
 class SidecarReady(Value, frozen=True, kw_only=True):
     """It serves its first configuration."""
 
@@ -150,6 +169,9 @@ class Tick(Value, frozen=True, kw_only=True):
 AllocEvent = (
     Saved
     | NetworkReady
+    | ImagesOnTheirWay
+    | ImagesReady
+    | ImagesFailed
     | SidecarReady
     | SidecarExited
     | StepFailed

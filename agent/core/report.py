@@ -18,7 +18,8 @@ def alloc_report(alloc: AllocState) -> AllocReport:
         status=status,
         tasks=tuple(_task_report(task) for task in alloc.tasks.values()),
         checks=tuple(_check_report(alloc, service, status) for service in alloc.assignment.group.services),
-        message=alloc.failure or alloc.message,
+        message=alloc.failure or alloc.images_message or alloc.message,
+        pulling=alloc.pulling,
         local_address=alloc.local_address,
         log_tail=alloc.log_tail,
     )

@@ -10,6 +10,10 @@ _JITTER = 0.2  # either way: neighbours that failed together do not come back to
 PERSISTENT = RestartPolicy(attempts=1_000_000, interval_s=60.0, delay_s=0.1, delay_max_s=5.0)
 
 
+# For images: a registry that is away, or has had enough of us, is left alone longer and longer.
+PULL = RestartPolicy(attempts=1_000_000, interval_s=3600.0, delay_s=1.0, delay_max_s=60.0)
+
+
 class Retry(Value, frozen=True, kw_only=True):
     at_s: float
     tried_at_s: tuple[float, ...]  # with this try; those beyond the interval are gone

@@ -13,7 +13,7 @@ from agent.core.health import Probe
 from agent.core.lifecycle import Phase, check_transition
 from outrider.ids import AllocId, ServiceName, TaskName
 from outrider.model.allocation import AllocReport, Assignment, Desired, Generation, TaskStatus
-from outrider.model.job import Task, inner_ports
+from outrider.model.job import PULLED, Task, inner_ports
 
 NEVER_S = float("inf")
 
@@ -42,6 +42,12 @@ class AllocState(msgspec.Struct, kw_only=True):
     probes: dict[ServiceName, Probe]
     durable: bool = False  # its first record is on disk
     local_address: str = ""
+    images_ready: bool  # nothing has to be fetched before a task can start
+    images_asked: bool = False  # PullImages is under way
+    pulling: bool = False
+    images_message: str = ""
+    images_tried_at_s: tuple[float, ...] = ()
+    images_retry_at_s: float | None = None
     sidecar_ready: bool = False
     sidecar_tried_at_s: tuple[float, ...] = ()
     sidecar_retry_at_s: float | None = None
@@ -117,16 +123,21 @@ def new_alloc(assignment: Assignment) -> AllocState:
             for service in group.services
             if service.check is not None
         },
+        images_ready=not needs_images(assignment),
         stopping=assignment.desired is Desired.STOP,
     )
 
 
+def needs_images(assignment: Assignment) -> bool:
+    return any(task.image.kind in PULLED for task in assignment.group.tasks)
+
+
 def deadline_s(alloc: AllocState) -> float:
     """When the allocation needs a Tick, on the core's clock; `NEVER_S` where only events move it."""
-    times = [alloc.clean_retry_at_s, alloc.sidecar_retry_at_s]
+    times = [alloc.clean_retry_at_s, alloc.sidecar_retry_at_s, alloc.images_retry_at_s]
     if alloc.phase is Phase.BACKOFF:
         times.append(alloc.retry_at_s)
-    if not alloc.has_sidecar or alloc.sidecar_ready:
+    if alloc.images_ready and (not alloc.has_sidecar or alloc.sidecar_ready):
         times += [task.retry_at_s for task in alloc.tasks.values()]
     times += [probe.due_s for probe in alloc.probes.values()]
     return min((time for time in times if time is not None), default=NEVER_S)

@@ -5,11 +5,14 @@ Pure: owns the translation alone; `task_directory` writes files, `agent.sandbox`
 
 import re
 from collections.abc import Mapping
+from typing import assert_never
 
+from agent.pull.image import UnpackedImage
 from agent.sandbox.spec import (
     INNER_USER,
     DirectoryRoot,
     HostRoot,
+    ImageRoot,
     Limits,
     Mount,
     Root,
@@ -20,7 +23,7 @@ from agent.sandbox.spec import (
 from outrider.errors import InputError
 from outrider.ids import AllocId, NodeId, TaskName
 from outrider.model.allocation import Assignment
-from outrider.model.job import Image, ImageKind, Task, Value, inner_ports
+from outrider.model.job import ImageKind, Task, Value, inner_ports
 
 TASK_DIRECTORY = "/task"  # inside; writable, of limited size, kept over restarts of the task
 
@@ -47,15 +50,19 @@ def sandbox_id(alloc: AllocId, task: TaskName) -> str:
     return f"{alloc}.{task}"
 
 
-def sandbox_spec(assignment: Assignment, task: Task, place: Place) -> SandboxSpec:
-    """The sandbox that runs `task`.
+def sandbox_spec(assignment: Assignment, task: Task, place: Place, image: UnpackedImage | None = None) -> SandboxSpec:
+    """The sandbox that runs `task`. `image`: what its image says, where that had to be fetched.
 
     Raises InputError where the command or the environment names something unknown, StartError where this agent cannot
     run such an image.
     """
     names = references(assignment, task, place.node)
+    user, group = identity(task, image)
     where = f"job {assignment.job}, task {task.name}"
-    if not task.command:
+    command = task.command
+    if image is not None and not command:
+        command = (*image.entrypoint, *(task.args or image.command))
+    if not command:
         raise InputError(f"{where}: no command; give one as a list, such as command: [python3, app.py]")
     mounts = [Mount(source=place.task_directory, target=TASK_DIRECTORY, read_only=False), *place.mounts]
     if place.resolv_conf:
@@ -63,15 +70,16 @@ def sandbox_spec(assignment: Assignment, task: Task, place: Place) -> SandboxSpe
     resources = task.resources
     return SandboxSpec(
         id=sandbox_id(assignment.alloc, task.name),
-        argv=tuple(interpolate(part, names, f"{where}, command") for part in task.command),
-        env=environment(assignment, task, place.node, names, where),
-        cwd=TASK_DIRECTORY,
-        root=_root(task.image, where),
+        argv=_argv(task, command, names, where),
+        env=environment(assignment, task, place.node, names, image),
+        cwd=task.workdir or (TASK_DIRECTORY if image is None else image.workdir or "/"),
+        root=_root(task, image, where),
         mounts=tuple(mounts),
         tmpfs=(Tmpfs(target=_PRIVATE, size_bytes=resources.disk_bytes),),
         network_namespace=place.network_namespace,
         uid_first=place.uid_first,
-        user=INNER_USER,
+        user=user,
+        group=group,
         hostname=f"{assignment.group.name}-{assignment.index}"[-_HOSTNAME_CHARS_MAX:].lstrip("-"),
         limits=Limits(
             cpu_millis=resources.cpu_millis,
@@ -81,6 +89,12 @@ def sandbox_spec(assignment: Assignment, task: Task, place: Place) -> SandboxSpe
         ),
         directory=place.directory,
     )
+
+
+def identity(task: Task, image: UnpackedImage | None) -> tuple[int, int]:
+    """The uid and gid inside: the job's, or the image's, or those of a sandbox that nobody says anything about."""
+    user, group = (INNER_USER, INNER_USER) if image is None else (image.user, image.group)
+    return (user, group) if task.user in (None, user) else (task.user, task.user)
 
 
 def references(assignment: Assignment, task: Task, node: NodeId) -> dict[str, str]:
@@ -99,15 +113,21 @@ def references(assignment: Assignment, task: Task, node: NodeId) -> dict[str, st
 
 
 def environment(
-    assignment: Assignment, task: Task, node: NodeId, names: Mapping[str, str], where: str
+    assignment: Assignment,
+    task: Task,
+    node: NodeId,
+    names: Mapping[str, str],
+    image: UnpackedImage | None,
 ) -> dict[str, str]:
-    """The workload's environment; what the job sets goes before what the agent would set."""
+    """The workload's environment; what the job sets goes before what the agent would set, and the image before both."""
     ports = inner_ports(assignment.group.network)
+    where = f"job {assignment.job}, task {task.name}"
     given = {name: interpolate(value, names, f"{where}, env {name}") for name, value in task.env.items()}
     return {
         "PATH": _PATH,
         "HOME": TASK_DIRECTORY,
         "LANG": "C.UTF-8",
+        **({} if image is None else image.env),
         "OUTRIDER_ALLOC_ID": assignment.alloc,
         "OUTRIDER_ALLOC_INDEX": str(assignment.index),
         "OUTRIDER_JOB": assignment.job,
@@ -134,12 +154,22 @@ def interpolate(text: str, names: Mapping[str, str], where: str) -> str:
     return _REFERENCE.sub(value, text)
 
 
-def _root(image: Image, where: str) -> Root:
-    match image.kind:
+def _argv(task: Task, command: tuple[str, ...], names: Mapping[str, str], where: str) -> tuple[str, ...]:
+    """What the job says has its names filled in; what the image says is left as it is."""
+    given = set(task.command or task.args)
+    return tuple(interpolate(part, names, f"{where}, command") if part in given else part for part in command)
+
+
+def _root(task: Task, image: UnpackedImage | None, where: str) -> Root:
+    match task.image.kind:
         case ImageKind.HOST:
             return HostRoot()
         case ImageKind.DIR:
-            return DirectoryRoot(path=image.reference)
-        case ImageKind.OCI | ImageKind.OCI_LAYOUT | ImageKind.DISK:
-            given = f"{image.kind.value}:{image.reference}"
-            raise StartError(f"{where}: this agent runs no image {given} as a process; use host or dir:PATH")
+            return DirectoryRoot(path=task.image.reference)
+        case ImageKind.OCI | ImageKind.OCI_LAYOUT | ImageKind.DOCKER_ARCHIVE:
+            assert image is not None, "an allocation's images are there before its tasks are started"
+            return ImageRoot(path=image.root, writable_bytes=task.resources.disk_bytes)
+        case ImageKind.DISK:
+            raise StartError(f"{where}: {task.image.reference} is a disk for a vm; say `driver: vm`")
+        case _:
+            assert_never(task.image.kind)

@@ -11,13 +11,12 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from agent.sandbox import mounts
-from agent.sandbox.spec import INNER_USER
 from outrider.errors import InputError
 from outrider.model.job import File
 
 
-def prepare(directory: Path, *, files: Iterable[File], size_bytes: int, uid_first: int) -> None:
-    """Make `directory` and fill it; what a restarted task left there is kept.
+def prepare(directory: Path, *, files: Iterable[File], size_bytes: int, owner: int) -> None:
+    """Make `directory` and fill it; what a restarted task left there is kept. `owner`: the host's uid, and gid.
 
     Raises InputError for a path outside of it, or files that do not fit; HostError where the host refuses the mount.
     """
@@ -28,7 +27,6 @@ def prepare(directory: Path, *, files: Iterable[File], size_bytes: int, uid_firs
     mark.unlink(missing_ok=True)
     mounts.unmount(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    owner = uid_first + INNER_USER
     mounts.mount_tmpfs(directory, size_bytes=size_bytes, uid=owner, mode=0o755)
     for path, file in paths:
         try:

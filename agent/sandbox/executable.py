@@ -3,20 +3,13 @@
 Looks through the eyes of its first process, links resolved within its root: an image cannot point out of itself.
 """
 
-import ctypes
 import os
 import stat
 from pathlib import PurePosixPath
 
-_OPENAT2 = 437  # on every architecture that has it
-_RESOLVE_IN_ROOT = 0x10
+from agent.sandbox.beneath import open_beneath
+
 _PATH_DEFAULT = "/usr/local/bin:/usr/bin:/bin"
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 def find(pid: int, command: str, path: str, cwd: str) -> str | None:
@@ -39,9 +32,9 @@ def candidates(command: str, path: str, cwd: str) -> tuple[str, ...]:
 
 
 def _is_executable(root: int, path: str) -> bool:
-    how = _OpenHow(flags=os.O_PATH | os.O_CLOEXEC, mode=0, resolve=_RESOLVE_IN_ROOT)
-    descriptor = _libc.syscall(_OPENAT2, root, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-    if descriptor < 0:
+    try:
+        descriptor = open_beneath(root, path, os.O_PATH)
+    except OSError:
         return False
     try:
         mode = os.fstat(descriptor).st_mode

@@ -24,11 +24,17 @@ def mount_tmpfs(target: Path, *, size_bytes: int, uid: int, mode: int, devices: 
     _mount("tmpfs", target, "tmpfs", _MS_NOSUID | (0 if devices else _MS_NODEV), options)
 
 
-def mount_overlay(target: Path, *, layers: tuple[str, ...]) -> None:
-    """`layers`, the uppermost first, as one read-only tree."""
+def mount_overlay(
+    target: Path, *, layers: tuple[str, ...], upper: Path | None = None, work: Path | None = None
+) -> None:
+    """`layers`, the uppermost first, as one tree: read-only, or with what is written to it in `upper`."""
     # A colon parts layers and a backslash escapes: a path that has either must carry it escaped.
-    lower = ":".join(layer.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,") for layer in layers)
-    _mount("overlay", target, "overlay", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, f"lowerdir={lower}")
+    lower = ":".join(_escaped(layer).replace(":", "\\:") for layer in layers)
+    options = f"lowerdir={lower}"
+    if upper is not None:
+        options += f",upperdir={_escaped(upper)},workdir={_escaped(work)}"
+    flags = _MS_NOSUID | _MS_NODEV | (_MS_RDONLY if upper is None else 0)
+    _mount("overlay", target, "overlay", flags, options)
 
 
 def unmount(target: Path) -> bool:
@@ -53,6 +59,10 @@ def mount_points() -> list[str]:
     """Where anything is mounted in this mount namespace, in the order of mounting."""
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     return [_OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split(" ", 5)[4]) for line in lines]
+
+
+def _escaped(path: object) -> str:
+    return str(path).replace("\\", "\\\\").replace(",", "\\,")
 
 
 def _mount(source: str, target: Path, kind: str, flags: int, options: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from agent.sandbox import seccomp
 from agent.sandbox.json_values import Json
-from agent.sandbox.spec import UID_RANGE, Device, HostRoot, Limits, Mount, SandboxSpec, Tmpfs
+from agent.sandbox.spec import UID_RANGE, Device, HostRoot, ImageRoot, Limits, Mount, SandboxSpec, Tmpfs
 from outrider.model.job import MIB
 
 # What of the host's /etc a picked root shows live; `rootfs` copies or writes the rest of its /etc.
@@ -51,8 +51,8 @@ def config(
     mapping: Json = [{"containerID": 0, "hostID": spec.uid_first, "size": UID_RANGE}]
     return {
         "ociVersion": "1.0.2",
-        "process": process((INIT, "--", *spec.argv), spec.env, spec.cwd, spec.user),
-        "root": {"path": "rootfs", "readonly": True},
+        "process": process((INIT, "--", *spec.argv), spec.env, spec.cwd, spec.user, spec.group),
+        "root": {"path": "rootfs", "readonly": not isinstance(spec.root, ImageRoot)},
         "hostname": spec.hostname,
         "mounts": [*_mounts(spec, init), *(_device(device, devices) for device in spec.devices)],
         "annotations": _compiled(seccomp_filter),
@@ -72,12 +72,14 @@ def config(
     }
 
 
-def process(argv: Sequence[str], env: Mapping[str, str], cwd: str, user: int, *, tty: bool = False) -> dict[str, Json]:
+def process(
+    argv: Sequence[str], env: Mapping[str, str], cwd: str, user: int, group: int, *, tty: bool = False
+) -> dict[str, Json]:
     """The `process` part: the workload's own, and that of an exec beside it. Never uid 0, never a capability."""
     assert user != 0, "a sandbox's process is never root, not even inside"
     return {
         "terminal": tty,
-        "user": {"uid": user, "gid": user},
+        "user": {"uid": user, "gid": group},
         "args": [*argv],
         "env": [f"{name}={value}" for name, value in env.items()],
         "cwd": cwd,

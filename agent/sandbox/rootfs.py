@@ -1,4 +1,5 @@
-"""Prepares what a sandbox sees as its root: an empty tree of mount points, or those laid over an unpacked image.
+"""Prepares what a sandbox sees as its root: an empty tree of mount points, those laid over a directory, or an unpacked
+image under a layer of the sandbox's own.
 
 Owns the bundle's `rootfs` and `skeleton`. Never follows a link inside an image: what it writes, it writes into
 directories that it has just made itself.
@@ -10,9 +11,9 @@ import stat
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from agent.sandbox import mounts
+from agent.sandbox import idmap, mounts
 from agent.sandbox.oci import HOST_DIRECTORIES, INIT
-from agent.sandbox.spec import DirectoryRoot, HostRoot, SandboxSpec, StartError
+from agent.sandbox.spec import UID_RANGE, DirectoryRoot, HostRoot, ImageRoot, SandboxSpec, StartError
 from outrider.errors import HostError
 
 DEVICES = "devices"
@@ -27,6 +28,7 @@ _COPIED = (
     "/etc/services",
     "/etc/ssl/openssl.cnf",
 )
+_IMAGE, _WRITABLE = "image", "writable"  # an overlay's layers, mounted here while it is put together
 _NSSWITCH = "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n"
 
 
@@ -49,14 +51,39 @@ def prepare(spec: SandboxSpec, bundle: Path) -> None:
             skeleton.mkdir(mode=0o755)
             _make_mount_points(skeleton, spec)
             mounts.mount_overlay(rootfs, layers=(str(skeleton), path))
+        case ImageRoot(path=path, writable_bytes=writable_bytes):
+            _mount_image(bundle, Path(path), writable_bytes, spec.uid_first)
 
 
 def remove(bundle: Path) -> None:
     """Unmount and remove the bundle; gone already is fine."""
-    mounts.unmount(bundle / DEVICES)
-    mounts.unmount(bundle / "rootfs")
+    for name in (DEVICES, "rootfs", _IMAGE, _WRITABLE):
+        mounts.unmount(bundle / name)
     with suppress(FileNotFoundError):
         shutil.rmtree(bundle)
+
+
+def _mount_image(bundle: Path, image: Path, writable_bytes: int, uid_first: int) -> None:
+    """The overlay keeps its layers to itself: once it is mounted, both are taken off their places.
+
+    crun makes the mount points: in here it owns what the image's root owns, and it resolves links within the root.
+    """
+    lower, upper = bundle / _IMAGE, bundle / _WRITABLE
+    for directory in (lower, upper):
+        directory.mkdir(mode=0o700)
+    try:
+        idmap.bind(image, lower, uid_first=uid_first, uids=UID_RANGE)
+        mounts.mount_tmpfs(upper, size_bytes=writable_bytes, uid=0, mode=0o700)
+        (upper / "work").mkdir()
+        # The root of the tree is the upper layer's: it must have the image's owner and mode.
+        top, given = upper / "top", lower.stat()
+        top.mkdir()
+        os.chown(top, given.st_uid, given.st_gid)
+        top.chmod(given.st_mode & 0o7777)
+        mounts.mount_overlay(bundle / "rootfs", layers=(str(lower),), upper=top, work=upper / "work")
+    finally:
+        mounts.unmount(upper)
+        mounts.unmount(lower)
 
 
 def _make_mount_points(tree: Path, spec: SandboxSpec) -> None:

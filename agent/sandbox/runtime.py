@@ -73,6 +73,7 @@ class SandboxRuntime:
             id=spec.id,
             directory=spec.directory,
             user=spec.user,
+            group=spec.group,
             env=spec.env,
             cwd=spec.cwd,
         )
@@ -208,7 +209,9 @@ class SandboxRuntime:
         if not executable.find(record.pid, argv[0], record.env.get("PATH", ""), record.cwd):
             raise StartError(f"command {argv[0]!r} is not an executable file in {sandbox}")
         terminal = {"TERM": "xterm-256color"} if tty else {}
-        values = oci.process(argv, {**record.env, **terminal, **(env or {})}, record.cwd, record.user, tty=tty)
+        values = oci.process(
+            argv, {**record.env, **terminal, **(env or {})}, record.cwd, record.user, record.group, tty=tty
+        )
         try:
             if tty:
                 return await execution.start_with_terminal(

@@ -47,7 +47,17 @@ class DirectoryRoot(Value, frozen=True, kw_only=True, tag="directory"):
     path: str
 
 
-Root = HostRoot | DirectoryRoot
+class ImageRoot(Value, frozen=True, kw_only=True, tag="image"):
+    """An unpacked image at `path` whose files have the owners that the image gave them, to be shown as this sandbox's.
+
+    What the sandbox writes goes into memory, at most `writable_bytes`, and is gone with it.
+    """
+
+    path: str
+    writable_bytes: int
+
+
+Root = HostRoot | DirectoryRoot | ImageRoot
 
 
 class Limits(Value, frozen=True, kw_only=True):
@@ -72,7 +82,8 @@ class SandboxSpec(Value, frozen=True, kw_only=True):
     mounts: tuple[Mount, ...] = ()
     tmpfs: tuple[Tmpfs, ...] = ()
     devices: tuple[Device, ...] = ()
-    user: int = INNER_USER  # uid and gid inside; never 0
+    user: int = INNER_USER  # inside; never 0
+    group: int = INNER_USER
     hostname: str = "sandbox"
     log_bytes_max: int = 10 * MIB  # both log files together
 
@@ -108,6 +119,7 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     user: int
     env: Mapping[str, str]
     cwd: str
+    group: int = INNER_USER
 
     pid: int = 0  # 0: its start was never completed
     started_ticks: int = 0

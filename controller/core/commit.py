@@ -225,7 +225,7 @@ def _tell_endings(state: State, record: AllocTransitions, now_s: float) -> None:
     live, table = state.live, state.table
     for serial in np.frombuffer(record.serials, np.int64).tolist():
         live.withdrawing.pop(serial, None)
-        live.reports.pop(serial, None)
+        live.forget_report(serial)
         row = table.row(serial)
         assert row is not None, "only what lives ends"
         group, ref = state.group_of(row), int(table.node[row])

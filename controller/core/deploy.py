@@ -18,7 +18,7 @@ from controller.core.records import Record, RolloutEnded
 from controller.core.schedule import suits
 from controller.core.state import State
 from controller.core.submit import added
-from controller.core.table import Bools, Ints
+from controller.core.table import Bools, Ints, Times
 from controller.core.volatile import Backoff
 from outrider.ids import JobName
 from outrider.model.fleet import RolloutState
@@ -202,7 +202,7 @@ def _note_failure(state: State, group: GroupEntry, sick: Ints, progress: Progres
         reason = f"allocation {state.alloc_id(serial)} of group {group.group.name} failed" + (f": {why}" if why else "")
     elif len(sick) and group.type is not JobType.BATCH:
         started_s = max(state.live.started_at_s or 0.0, entry.versions[entry.latest].submitted_at_s)
-        deadlines = np.maximum(table.changed_s[sick], started_s) + update.healthy_deadline_s
+        deadlines = np.maximum(table.changed_s[sick], started_s) + update.healthy_deadline_s + _pulled_s(state, sick)
         first = int(np.argmin(deadlines))
         if deadlines[first] <= now_s:
             reason = _sick_text(state, group, int(sick[first]))
@@ -210,6 +210,17 @@ def _note_failure(state: State, group: GroupEntry, sick: Ints, progress: Progres
             progress.wake_s = min(progress.wake_s, float(deadlines[first]))
     if reason and not progress.failure:
         progress.failure, progress.auto_revert = reason, update.auto_revert
+
+
+def _pulled_s(state: State, rows: Ints) -> Times:
+    """How long each waited for its images; for ever where they are on their way."""
+    waited = np.zeros(len(rows))
+    if state.live.pulling:
+        for at, serial in enumerate(state.table.serial[rows].tolist()):
+            pulling = state.live.pulling.get(serial)
+            if pulling is not None:
+                waited[at] = pulling.total_s if pulling.since_s == np.inf else np.inf
+    return waited
 
 
 def _sick_text(state: State, group: GroupEntry, row: int) -> str:

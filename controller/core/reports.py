@@ -8,7 +8,7 @@ from controller.core import table as columns
 from controller.core.kinds import Kind
 from controller.core.state import State
 from controller.core.table import OBSERVED_CODES
-from controller.core.volatile import Ended
+from controller.core.volatile import Ended, Pulling
 from outrider.model.allocation import TERMINAL, AllocReport, AllocStatus
 from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType
@@ -26,7 +26,7 @@ def take_reports(state: State, ref: int, reports: Iterable[AllocReport], now_s: 
     if whole:
         for row in state.node_rows(ref).tolist():
             serial = int(state.table.serial[row])
-            if serial not in told and state.live.reports.pop(serial, None) is not None:
+            if serial not in told and state.live.forget_report(serial) is not None:
                 _observe(state, row, AllocStatus.PENDING, healthy=False, now_s=now_s)
                 state.live.mesh_nodes[ref] = None
 
@@ -66,6 +66,7 @@ def _remember(state: State, row: int, report: AllocReport, now_s: float) -> None
     moved = before is None or before.status is not report.status
     if moved and report.status in _KINDS:
         notices.of_alloc(state, _KINDS[report.status], row, report.message)
+    _note_pulling(state, serial, now_s, pulling=report.pulling)
     restarts = sum(task.restarts for task in report.tasks)
     if before is not None and restarts > sum(task.restarts for task in before.tasks):
         why = next((task.message for task in report.tasks if task.restarts and task.message), report.message)
@@ -74,6 +75,17 @@ def _remember(state: State, row: int, report: AllocReport, now_s: float) -> None
     changed = before is None or before.checks != report.checks or before.local_address != report.local_address
     if (moved or changed) and serial in state.nodes.serving[ref]:
         live.mesh_nodes[ref] = None
+
+
+def _note_pulling(state: State, serial: int, now_s: float, *, pulling: bool) -> None:
+    waited = state.live.pulling.get(serial)
+    if waited is None:
+        if pulling:
+            state.live.pulling[serial] = Pulling(since_s=now_s)
+    elif pulling:
+        waited.since_s = min(waited.since_s, now_s)
+    elif waited.since_s <= now_s:
+        waited.total_s, waited.since_s = waited.total_s + now_s - waited.since_s, math.inf
 
 
 def _observe(state: State, row: int, status: AllocStatus, *, healthy: bool, now_s: float) -> None:

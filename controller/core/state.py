@@ -323,7 +323,7 @@ class State:
         for serial in gone.tolist():
             self.reasons.pop(serial, None)
             self.last_reports.pop(serial, None)
-            self.live.reports.pop(serial, None)
+            self.live.forget_report(serial)
         self.table.forget(oldest)
 
     def _allocations_snapshot(self) -> AllocationsSnapshot:

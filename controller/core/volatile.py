@@ -100,6 +100,14 @@ class Backoff:
 
 
 @dataclass(slots=True)
+class Pulling:
+    """How long an allocation has waited for images that were on their way: no deadline counts that."""
+
+    since_s: float = np.inf  # inf: none is on its way now
+    total_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Volatile:
     started_at_s: float | None = None
     now_s: float = 0.0  # of the newest step, for views
@@ -108,6 +116,7 @@ class Volatile:
     heartbeat_s: Times = field(default_factory=lambda: np.full(64, np.inf))  # of ready nodes; else inf
     braked: str = ""  # why
     reports: dict[int, AllocReport] = field(default_factory=dict)
+    pulling: dict[int, Pulling] = field(default_factory=dict)  # of those that ever waited
     unclaimed: dict[AllocId, NodeId] = field(default_factory=dict)
     counter: int = 0  # of the generations that assignments carry
     # For the journal.
@@ -130,6 +139,10 @@ class Volatile:
     withdrawals: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by timer
     withdraw_now: list[int] = field(default_factory=list)
     out: list[Command] = field(default_factory=list)
+
+    def forget_report(self, serial: int) -> AllocReport | None:
+        self.pulling.pop(serial, None)
+        return self.reports.pop(serial, None)
 
     def to(self, ref: int) -> Outgoing:
         return self.outgoing.setdefault(ref, Outgoing())

@@ -4,20 +4,23 @@ import stat
 from pathlib import Path as FilePath
 
 from outrider.ids import TaskName
-from outrider.jobspec.document import Node, Scalar
+from outrider.jobspec.document import Mapping, Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
-from outrider.model.job import Driver, File, GuestFile, Image, ImageKind, Resources, Task
+from outrider.model.job import Driver, File, GuestFile, Image, ImageKind, PullPolicy, Resources, Task
 
 FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
-    "driver", "image", "files", "command", "env", "resources", "kill_signal", "kill_timeout",
+    "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
 )  # fmt: skip
-_IMAGE_EXAMPLES = "host, oci:REGISTRY/NAME:TAG, oci-layout:PATH, dir:PATH or {disk: PATH, sha256: ...}"
+_IMAGE_EXAMPLES = (
+    "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
+    "dir:PATH or {disk: PATH, sha256: ...}"
+)
 _GUEST_FILES = ("kernel", "initrd", "disk")
 _GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline")
-_ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DIR}
+_ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR}
 
 
 class FilesBudget:
@@ -59,7 +62,10 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
         image=_image(fields, faults),
         files=_files(fields, budget, faults),
         command=fields.texts("command", 'write [sh, -c, "..."] for a shell'),
+        args=fields.texts("args"),
         env=_env(fields, faults),
+        user=fields.integer("user", 0) if "user" in fields else None,
+        workdir=fields.text("workdir", default.workdir),
         resources=_resources(fields, faults),
         kill_signal=fields.text("kill_signal", default.kill_signal),
         kill_timeout_s=fields.quantity("kill_timeout", duration_s, default.kill_timeout_s),
@@ -70,19 +76,25 @@ def _image(task: Fields, faults: Faults) -> Image:
     node = task.node("image")
     if node is None:
         return Image()
+    if isinstance(node, Mapping) and any(key.text == ImageKind.OCI for key, _ in node.entries):
+        return _registry_image(Fields(node, (*task.path, "image"), faults, (ImageKind.OCI, "pull")))
     if not isinstance(node, Scalar):
         return _guest_image(Fields(node, (*task.path, "image"), faults, _GUEST_KEYS), faults)
     if node.text == ImageKind.HOST:
         return Image()
     scheme, _, reference = node.text.partition(":")
-    kinds = {ImageKind.OCI, ImageKind.OCI_LAYOUT, ImageKind.DIR}
-    if scheme not in kinds or not reference:
+    if scheme not in {ImageKind.OCI, *_ON_THE_NODE} or not reference:
         task.fault("image", f"{node.text[:80]!r} is no image; expected {_IMAGE_EXAMPLES}")
         return Image()
     kind = ImageKind(scheme)
     if kind in _ON_THE_NODE and not reference.startswith("/"):
         task.fault("image", f"{reference[:80]!r} is looked for on the node: give the whole path, from / on")
     return Image(kind=kind, reference=reference)
+
+
+def _registry_image(fields: Fields) -> Image:
+    reference = fields.text(ImageKind.OCI, "")
+    return Image(kind=ImageKind.OCI, reference=reference, pull=fields.choice("pull", PullPolicy, Image().pull))
 
 
 def _guest_image(fields: Fields, faults: Faults) -> Image:

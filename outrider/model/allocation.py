@@ -70,6 +70,7 @@ class AllocReport(Value, frozen=True, kw_only=True):
     message: str = ""
     local_address: str = ""  # of the allocation's own veth: where sidecars of the same node dial it
     log_tail: str = ""  # the last lines of the failed task, for `job run`
+    pulling: bool = False  # an image is on its way to the node: no deadline of the rollout runs meanwhile
 
 
 class Assignment(Value, frozen=True, kw_only=True):

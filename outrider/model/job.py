@@ -47,8 +47,20 @@ class ImageKind(StrEnum):
     HOST = "host"
     OCI = "oci"
     OCI_LAYOUT = "oci-layout"
+    DOCKER_ARCHIVE = "docker-archive"
     DIR = "dir"
     DISK = "disk"
+
+
+PULLED = frozenset({ImageKind.OCI, ImageKind.OCI_LAYOUT, ImageKind.DOCKER_ARCHIVE})  # unpacked by the node
+
+
+class PullPolicy(StrEnum):
+    """When the registry is asked what a tag means. What is pinned by its digest is never asked for twice."""
+
+    IF_ABSENT = "if-absent"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class Resources(Value, frozen=True, kw_only=True):
@@ -108,6 +120,7 @@ class Image(Value, frozen=True, kw_only=True):
     initrd: GuestFile | None = None
     kernel_arguments: str = ""
     boot_deadline_s: float = 120.0  # until the guest's first packet
+    pull: PullPolicy = PullPolicy.IF_ABSENT  # of one in a registry
 
 
 class File(Value, frozen=True, kw_only=True):
@@ -118,7 +131,8 @@ class File(Value, frozen=True, kw_only=True):
 
 class Task(Value, frozen=True, kw_only=True):
     name: TaskName
-    command: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()  # instead of all that the image would run; () where it brings its own
+    args: tuple[str, ...] = ()  # for the image's entrypoint, instead of its own arguments
     driver: Driver = Driver.PROCESS
     image: Image = Image()
     files: tuple[File, ...] = ()
@@ -126,6 +140,8 @@ class Task(Value, frozen=True, kw_only=True):
     resources: Resources = Resources()
     kill_signal: str = "SIGTERM"
     kill_timeout_s: float = 5.0
+    user: int | None = None  # uid and gid inside, never root; None: the image's, or 1000
+    workdir: str = ""  # "": the image's; the task's directory where there is no image
 
 
 class RestartPolicy(Value, frozen=True, kw_only=True):

@@ -205,11 +205,13 @@ class AllocReport(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     LOCAL_ADDRESS_FIELD_NUMBER: _builtins.int
+    PULLING_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     status: Global___AllocStatus.ValueType
     message: _builtins.str
     log_tail: _builtins.str
     local_address: _builtins.str
+    pulling: _builtins.bool
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskReport]: ...
     @_builtins.property
@@ -224,10 +226,11 @@ class AllocReport(_message.Message):
         message: _builtins.str = ...,
         log_tail: _builtins.str = ...,
         local_address: _builtins.str = ...,
+        pulling: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "checks", b"checks", "local_address", b"local_address", "log_tail", b"log_tail", "message", b"message", "status", b"status", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "checks", b"checks", "local_address", b"local_address", "log_tail", b"log_tail", "message", b"message", "pulling", b"pulling", "status", b"status", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

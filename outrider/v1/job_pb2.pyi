@@ -110,6 +110,7 @@ class _ImageKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageKind.V
     IMAGE_KIND_OCI_LAYOUT: _ImageKind.ValueType  # 3
     IMAGE_KIND_DIR: _ImageKind.ValueType  # 4
     IMAGE_KIND_DISK: _ImageKind.ValueType  # 5
+    IMAGE_KIND_DOCKER_ARCHIVE: _ImageKind.ValueType  # 6
 
 class ImageKind(_ImageKind, metaclass=_ImageKindEnumTypeWrapper): ...
 
@@ -119,7 +120,27 @@ IMAGE_KIND_OCI: ImageKind.ValueType  # 2
 IMAGE_KIND_OCI_LAYOUT: ImageKind.ValueType  # 3
 IMAGE_KIND_DIR: ImageKind.ValueType  # 4
 IMAGE_KIND_DISK: ImageKind.ValueType  # 5
+IMAGE_KIND_DOCKER_ARCHIVE: ImageKind.ValueType  # 6
 Global___ImageKind: _TypeAlias = ImageKind  # noqa: Y015
+
+class _PullPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PullPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PullPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PULL_POLICY_UNSPECIFIED: _PullPolicy.ValueType  # 0
+    PULL_POLICY_IF_ABSENT: _PullPolicy.ValueType  # 1
+    PULL_POLICY_ALWAYS: _PullPolicy.ValueType  # 2
+    PULL_POLICY_NEVER: _PullPolicy.ValueType  # 3
+
+class PullPolicy(_PullPolicy, metaclass=_PullPolicyEnumTypeWrapper): ...
+
+PULL_POLICY_UNSPECIFIED: PullPolicy.ValueType  # 0
+PULL_POLICY_IF_ABSENT: PullPolicy.ValueType  # 1
+PULL_POLICY_ALWAYS: PullPolicy.ValueType  # 2
+PULL_POLICY_NEVER: PullPolicy.ValueType  # 3
+Global___PullPolicy: _TypeAlias = PullPolicy  # noqa: Y015
 
 @_typing.final
 class Resources(_message.Message):
@@ -338,11 +359,13 @@ class Image(_message.Message):
     INITRD_FIELD_NUMBER: _builtins.int
     KERNEL_ARGUMENTS_FIELD_NUMBER: _builtins.int
     BOOT_DEADLINE_S_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     kind: Global___ImageKind.ValueType
     reference: _builtins.str
     sha256: _builtins.str
     kernel_arguments: _builtins.str
     boot_deadline_s: _builtins.float
+    pull: Global___PullPolicy.ValueType
     @_builtins.property
     def kernel(self) -> Global___GuestFile: ...
     @_builtins.property
@@ -357,10 +380,11 @@ class Image(_message.Message):
         initrd: Global___GuestFile | None = ...,
         kernel_arguments: _builtins.str = ...,
         boot_deadline_s: _builtins.float = ...,
+        pull: Global___PullPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_deadline_s", b"boot_deadline_s", "initrd", b"initrd", "kernel", b"kernel", "kernel_arguments", b"kernel_arguments", "kind", b"kind", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_deadline_s", b"boot_deadline_s", "initrd", b"initrd", "kernel", b"kernel", "kernel_arguments", b"kernel_arguments", "kind", b"kind", "pull", b"pull", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -424,10 +448,15 @@ class Task(_message.Message):
     RESOURCES_FIELD_NUMBER: _builtins.int
     KILL_SIGNAL_FIELD_NUMBER: _builtins.int
     KILL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    WORKDIR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
     kill_signal: _builtins.str
     kill_timeout_s: _builtins.float
+    user: _builtins.int
+    workdir: _builtins.str
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -438,6 +467,8 @@ class Task(_message.Message):
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def resources(self) -> Global___Resources: ...
+    @_builtins.property
+    def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -450,12 +481,17 @@ class Task(_message.Message):
         resources: Global___Resources | None = ...,
         kill_signal: _builtins.str = ...,
         kill_timeout_s: _builtins.float = ...,
+        args: _abc.Iterable[_builtins.str] | None = ...,
+        user: _builtins.int | None = ...,
+        workdir: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
+    _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__user) -> _WhichOneofReturnType__user | None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
 

@@ -18,7 +18,7 @@ from agent.sandbox import logs, mounts, process
 from agent.sandbox.cgroup import Version, detect
 from agent.sandbox.conmon import Directory
 from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import Mount, SandboxRecord, StartError
+from agent.sandbox.spec import INNER_USER, Mount, SandboxRecord, StartError
 from outrider.errors import HostError, InputError
 from outrider.model.job import MIB, File
 from tests.integration.sandboxes import Sandboxes, sandboxes
@@ -286,7 +286,7 @@ async def test_task_directory_is_the_workloads_alone_and_bounded(
 ) -> None:
     task = tmp_path / "task"
     files = (File(path="bin/app.sh", content=b"#!/bin/sh\necho from a file\n", mode=0o755),)
-    task_directory.prepare(task, files=files, size_bytes=MIB, uid_first=place.uid_first)
+    task_directory.prepare(task, files=files, size_bytes=MIB, owner=place.uid_first + INNER_USER)
     try:
         mount = Mount(source=str(task), target="/task", read_only=False)
         script = (
@@ -296,11 +296,13 @@ async def test_task_directory_is_the_workloads_alone_and_bounded(
         await runtime.start(spec)
         assert (await runtime.wait(spec.id)).code in (0, 1)
         assert logs.last_lines(spec.directory, 2) == "from a file\nfull\n"
-        task_directory.prepare(task, files=files, size_bytes=MIB, uid_first=place.uid_first)
+        task_directory.prepare(task, files=files, size_bytes=MIB, owner=place.uid_first + INNER_USER)
         assert (task / "big").exists()  # what a task left is there when it is restarted
         too_large = (File(path="x", content=bytes(2 * MIB)),)
         with pytest.raises(InputError, match="No space left"):
-            task_directory.prepare(tmp_path / "other", files=too_large, size_bytes=MIB, uid_first=place.uid_first)
+            task_directory.prepare(
+                tmp_path / "other", files=too_large, size_bytes=MIB, owner=place.uid_first + INNER_USER
+            )
     finally:
         task_directory.remove(task)
         task_directory.remove(tmp_path / "other")

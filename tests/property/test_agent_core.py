@@ -11,19 +11,32 @@ from agent.core.state import State, next_deadline_s
 from agent.core.step import all_reports, step
 from outrider.ids import AllocId, GroupName, JobName, PortName, ServiceName, TaskName
 from outrider.model.allocation import TERMINAL, Assignment, Desired, Generation
-from outrider.model.job import Check, CheckKind, Group, Network, Port, RestartPolicy, Service, Task
+from outrider.model.job import (
+    PULLED,
+    Check,
+    CheckKind,
+    Group,
+    Image,
+    ImageKind,
+    Network,
+    Port,
+    RestartPolicy,
+    Service,
+    Task,
+)
 
 ALLOCS = tuple(AllocId(f"{number:010x}") for number in range(4))
 
 
 def assignment(alloc: AllocId, desired: Desired = Desired.RUN) -> Assignment:
-    """Of four kinds: with and without a service, service and batch."""
+    """Of four kinds: with and without a service, service and batch. One task of each has its image fetched."""
     number = int(alloc, 16)
     check = Check(kind=CheckKind.TCP, interval_s=1.0)
     service = Service(name=ServiceName("web"), port=PortName("http"), check=check)
+    fetched = Image(kind=ImageKind.OCI, reference="registry.test/app:1")
     group = Group(
         name=GroupName("web"),
-        tasks=(Task(name=TaskName("a")), Task(name=TaskName("b"))),
+        tasks=(Task(name=TaskName("a"), image=fetched), Task(name=TaskName("b"))),
         restart=RestartPolicy(attempts=2, interval_s=20.0, delay_s=0.5),
         network=Network(ports=(Port(name=PortName("http")),)),
         services=(service,) if number % 2 else (),
@@ -43,6 +56,7 @@ class Host:
         self.disk: dict[AllocId, events.AllocRecord] = {}
         self.acknowledged = Generation()
         self.networks: set[AllocId] = set()
+        self.images: set[AllocId] = set()  # kept on the node
         self.sidecars: dict[AllocId, bool] = {}  # whether it serves
         self.tasks: dict[tuple[AllocId, TaskName], events.TaskExit | None] = {}
         self.pending: list[commands.Command] = []
@@ -62,6 +76,7 @@ class Host:
                 assert alloc in self.disk, "a restarted agent would not know it"
                 assert not command.assignment.group.services or self.sidecars.get(alloc), "before its sidecar serves"
                 assert self.tasks.get((alloc, command.task.name), 0) is not None, "it runs already"
+                assert alloc in self.images or command.task.image.kind not in PULLED, "its image may be gone"
             case commands.StartSidecar():
                 assert command.assignment.alloc in self.networks
                 assert command.assignment.alloc not in self.sidecars, "a second sidecar"
@@ -102,6 +117,15 @@ class Host:
                     self.tell(events.StepFailed(alloc=alloc, message="no", retry=self.rng.random() < 0.9))
                 else:
                     self.tell(events.NetworkReady(alloc=alloc, local_address="100.64.0.2"))
+            case commands.PullImages(assignment=assignment):
+                if self.rng.random() < 0.5:
+                    self.tell(events.ImagesOnTheirWay(alloc=assignment.alloc, message="pulling"))
+                if self.fails():
+                    retry = self.rng.random() < 0.9
+                    self.tell(events.ImagesFailed(alloc=assignment.alloc, message="no", retry=retry))
+                else:
+                    self.images.add(assignment.alloc)
+                    self.tell(events.ImagesReady(alloc=assignment.alloc))
             case commands.StartSidecar() | commands.AdoptSidecar():
                 alloc = command.assignment.alloc
                 if isinstance(command, commands.StartSidecar) and self.fails():
@@ -139,6 +163,8 @@ class Host:
                     self.tell(events.StepFailed(alloc=alloc, message="busy"))
                     return
                 self.networks.discard(alloc)
+                self.images.discard(alloc)
+                self.drop_pending(alloc, commands.PullImages)
                 self.sidecars.pop(alloc, None)
                 for key in [key for key in self.tasks if key[0] == alloc]:
                     del self.tasks[key]

@@ -16,6 +16,7 @@ from outrider.model.job import (
     JobType,
     Network,
     Port,
+    PullPolicy,
     Resources,
     RestartPolicy,
     Service,
@@ -88,6 +89,23 @@ def test_a_good_job_has_no_problem() -> None:
         (_with(TASK, command=("a\0b",)), "groups.web.tasks.server.command[0]"),
         (_with(TASK, driver=Driver.VM), "groups.web.tasks.server.image"),
         (_with(TASK, image=Image(kind=ImageKind.OCI)), "groups.web.tasks.server.image"),
+        *(
+            (_with(TASK, image=Image(kind=ImageKind.OCI, reference=reference)), "groups.web.tasks.server.image")
+            for reference in (
+                "nginx:1",
+                "library/nginx",
+                "r.test/A",
+                "r.test/a b",
+                "r.test/a@sha256:1",
+                "-o/x",
+                "r.test",
+            )
+        ),
+        (_with(TASK, image=Image(pull=PullPolicy.ALWAYS)), "groups.web.tasks.server.image.pull"),
+        (_with(TASK, args=("x",)), "groups.web.tasks.server.args"),
+        (_with(TASK, user=0), "groups.web.tasks.server.user"),
+        (_with(TASK, user=70000), "groups.web.tasks.server.user"),
+        (_with(TASK, workdir="app"), "groups.web.tasks.server.workdir"),
         (_with(TASK, files=(File(path="../x", content=b""),)), "groups.web.tasks.server.files.../x"),
         (_with(TASK, files=(File(path="/x", content=b""),)), "groups.web.tasks.server.files./x"),
         (_with(TASK, files=(File(path="x", content=b"", mode=0o4755),)), "groups.web.tasks.server.files.x"),

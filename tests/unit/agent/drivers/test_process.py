@@ -6,7 +6,8 @@ import pytest
 from agent.drivers import process
 from agent.drivers.process import Place, sandbox_spec
 from agent.drivers.task_directory import safe_path
-from agent.sandbox.spec import DirectoryRoot, HostRoot, Mount, StartError
+from agent.pull.image import UnpackedImage
+from agent.sandbox.spec import DirectoryRoot, HostRoot, ImageRoot, Mount, StartError
 from outrider.errors import InputError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, TaskName
 from outrider.model.allocation import Assignment
@@ -91,9 +92,38 @@ def test_images() -> None:
     assert sandbox_spec(assignment(), TASK, PLACE).root == HostRoot()
     task = changed(image=Image(kind=ImageKind.DIR, reference="/images/x"))
     assert sandbox_spec(assignment(task), task, PLACE).root == DirectoryRoot(path="/images/x")
-    task = changed(image=Image(kind=ImageKind.OCI, reference="redis:7"))
-    with pytest.raises(StartError, match="runs no image oci:redis:7 as a process"):
+    task = changed(image=Image(kind=ImageKind.DISK, reference="/images/x.qcow2"))
+    with pytest.raises(StartError, match="say `driver: vm`"):
         sandbox_spec(assignment(task), task, PLACE)
+
+
+UNPACKED = UnpackedImage(
+    digest="sha256:aa",
+    root="/data/roots/aa/root",
+    entrypoint=("/bin/redis", "${literally}"),
+    command=("--port", "1"),
+    env={"PATH": "/opt/bin", "WHO": "image", "VERSION": "7"},
+    workdir="/data",
+    user=999,
+    group=998,
+)
+
+
+def test_an_image_says_how_it_runs_and_the_job_has_the_last_word() -> None:
+    image = Image(kind=ImageKind.OCI, reference="registry.test/redis:7")
+    plain = changed(image=image, command=())
+    spec = sandbox_spec(assignment(plain), plain, PLACE, UNPACKED)
+    assert spec.root == ImageRoot(path=UNPACKED.root, writable_bytes=8 * MIB)
+    assert spec.argv == ("/bin/redis", "${literally}", "--port", "1")
+    assert (spec.user, spec.group, spec.cwd) == (999, 998, "/data")
+    assert (spec.env["PATH"], spec.env["VERSION"]) == ("/opt/bin", "7")
+    assert spec.env["WHO"].startswith("shop/")
+    other = changed(image=image, command=(), args=("--port", "${port.http}"), user=5, workdir="/task")
+    spec = sandbox_spec(assignment(other), other, PLACE, UNPACKED)
+    assert spec.argv == ("/bin/redis", "${literally}", "--port", "8080")
+    assert (spec.user, spec.group, spec.cwd) == (5, 5, "/task")
+    whole = changed(image=image, command=("sh",))
+    assert sandbox_spec(assignment(whole), whole, PLACE, UNPACKED).argv == ("sh",)
 
 
 def test_interpolation_is_done_once() -> None:

@@ -14,7 +14,7 @@ from controller.core.submit import job_warnings
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.allocation import Allocation, AllocReport, AllocStatus, Desired, TaskReport, TaskStatus
 from outrider.model.fleet import RolloutState
-from outrider.model.job import JobType, Protocol
+from outrider.model.job import JobType, Protocol, UpdatePolicy
 from outrider.model.node import NodeStatus
 from tests.scenarios.world import World, group, job, node, service
 
@@ -250,6 +250,34 @@ def test_a_restart_of_a_task_is_an_event_with_its_reason(world: World) -> None:
     report = AllocReport(alloc=alloc.id, status=AllocStatus.RUNNING, tasks=(task,))
     world.report(world.agents[alloc.node], report)
     assert [event.message for event in world.events if event.kind == Kind.ALLOC_RESTARTED] == ["killed by signal 9"]
+
+
+def test_no_deadline_runs_while_an_image_is_on_its_way(world: World) -> None:
+    for agent in world.agents.values():
+        agent.obedient = False
+    world.submit(job("shop", group(update=UpdatePolicy(healthy_deadline_s=10.0))))
+    alloc = only(world)
+    assert alloc.node is not None
+
+    def rollout() -> RolloutState:
+        found = views.job_status(world.state, JobName("shop"))
+        assert found is not None
+        return found.rollout
+
+    def says(*, pulling: bool) -> None:
+        assert alloc.node is not None
+        report = AllocReport(alloc=alloc.id, status=AllocStatus.STARTING, pulling=pulling)
+        world.report(world.agents[alloc.node], report)
+
+    world.wait(5)
+    says(pulling=True)
+    world.wait(60)
+    assert rollout() is RolloutState.RUNNING
+    says(pulling=False)
+    world.wait(4)
+    assert rollout() is RolloutState.RUNNING
+    world.wait(2)
+    assert rollout() is RolloutState.FAILED
 
 
 def test_a_heartbeat_makes_a_suspect_ready_again(world: World) -> None:

@@ -18,6 +18,7 @@ from outrider.model.job import (
     ImageKind,
     JobType,
     Protocol,
+    PullPolicy,
     Resources,
     RestartPolicy,
     UpdatePolicy,
@@ -57,6 +58,14 @@ groups:
         resources: {cpu: 200m, cpu_max: 1.5, memory: 64Mi, disk: 1G, pids: 32}
         kill_signal: SIGINT
         kill_timeout: 10s
+  plain:
+    tasks:
+      pinned:
+        image: {oci: "localhost:5000/team/app@sha256:@a@", pull: always}
+        args: [--verbose]
+        user: 33
+        workdir: /srv
+      archive: {image: "docker-archive:/srv/app.tar"}
   machine:
     tasks:
       disk:
@@ -92,7 +101,7 @@ def in_group(text: str) -> str:
 
 def test_everything_that_a_job_can_say_is_read() -> None:
     job = parse_job(WHOLE.encode(), FILE)
-    group, machine, direct = job.groups
+    group, plain, machine, direct = job.groups
     assert (job.name, job.type, job.priority, group.count) == ("shop", JobType.BATCH, 70, 3)
     assert group.update == UpdatePolicy(
         max_parallel=2, canary=1, min_healthy_s=5, healthy_deadline_s=120, auto_revert=True
@@ -120,6 +129,11 @@ def test_everything_that_a_job_can_say_is_read() -> None:
         cpu_millis=200, cpu_max_millis=1500, memory_bytes=64 << 20, disk_bytes=10**9, pids_max=32
     )
     assert (server.kill_signal, server.kill_timeout_s) == ("SIGINT", 10.0)
+    pinned, archive = plain.tasks
+    reference = f"localhost:5000/team/app@sha256:{'a' * 64}"
+    assert pinned.image == Image(kind=ImageKind.OCI, reference=reference, pull=PullPolicy.ALWAYS)
+    assert (pinned.command, pinned.args, pinned.user, pinned.workdir) == ((), ("--verbose",), 33, "/srv")
+    assert archive.image == Image(kind=ImageKind.DOCKER_ARCHIVE, reference="/srv/app.tar")
     assert machine.tasks[0].driver is Driver.VM
     assert machine.tasks[0].image == Image(
         kind=ImageKind.DISK, reference="/srv/db.qcow2", sha256="a" * 64, boot_deadline_s=30.0
@@ -206,6 +220,9 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
         (in_group("services: [{name: a, check: {http: /, tcp: true}}]"), "found http and tcp"),
         (in_group("services: [{name: a, upstreams: [{port: 1}]}]"), "upstreams[0].service: missing"),
         (in_task("image: alpine"), "7:9: groups.g.tasks.t.image: 'alpine' is no image; expected host, oci:"),
+        (in_task("image: {oci: r.test/a, pull: sometimes}"), "'sometimes' is none of if-absent, always, never"),
+        (in_task("image: {oci: r.test/a, pul: never}"), "unknown key; did you mean 'pull'?"),
+        (in_task("image: docker-archive:app.tar"), "is looked for on the node: give the whole path"),
         (in_task("image: dir:app"), "is looked for on the node: give the whole path"),
         (in_task("driver: vmm"), "'vmm' is none of process, vm; did you mean 'vm'?"),
         (in_task("resources: {memory: 64MB}"), "7:29: groups.g.tasks.t.resources.memory: '64MB' is not a size"),

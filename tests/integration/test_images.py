@@ -1,0 +1,320 @@
+"""Images as a node has them: from a registry with TLS and a password, pulled once, run, kept while needed."""
+
+import asyncio
+import json
+import ssl
+import tarfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from outrider.ids import AllocId, GroupName, JobName, TaskName
+from outrider.model.allocation import AllocReport, AllocStatus, Assignment
+from outrider.model.job import MIB, Group, Image, ImageKind, PullPolicy, Resources, RestartPolicy, Task
+from tests.integration.agent_fleet import AgentFleet, agent_fleet
+from tests.integration.network_lab import Lab, lab
+from tests.integration.processes import free_port, until
+from tests.integration.registry import Registry, digest_of, entry, layer, layout, shell_layer
+
+pytestmark = pytest.mark.host
+
+CACHE_BYTES = 96 * MIB
+
+
+@pytest.fixture
+def node() -> Iterator[Lab]:
+    with lab() as made:
+        yield made
+
+
+@pytest.fixture
+async def registry(node: Lab, tmp_path: Path) -> AsyncIterator[Registry]:  # noqa: ARG001 - where this thread lives
+    made = Registry(tmp_path)
+    async with made.serving():
+        yield made
+
+
+@pytest.fixture
+async def fleet(registry: Registry) -> AsyncIterator[AgentFleet]:
+    images = {
+        "auth_file": str(registry.auth_file),
+        "certificates": str(registry.certificates),
+        "cache_bytes": CACHE_BYTES,
+    }
+    async with agent_fleet(images=images) as made:
+        await made.start()
+        yield made
+
+
+def alloc_id(number: int) -> AllocId:
+    return AllocId(f"{number:010x}")
+
+
+def running(
+    number: int,
+    reference: str,
+    *,
+    kind: ImageKind = ImageKind.OCI,
+    pull: PullPolicy = PullPolicy.IF_ABSENT,
+    **changes: object,
+) -> Assignment:
+    fields = {"command": ("sh", "-c", "busybox sleep 1000"), "kill_timeout_s": 1.0, **changes}
+    image = Image(kind=kind, reference=reference, pull=pull)
+    task = Task(name=TaskName("app"), image=image, resources=Resources(disk_bytes=MIB), **fields)  # type: ignore[arg-type]
+    group = Group(name=GroupName("web"), tasks=(task,), restart=RestartPolicy(attempts=0))
+    job = JobName("job")
+    return Assignment(alloc=alloc_id(number), job=job, job_version=1, group=group, index=0)
+
+
+def script(number: int, reference: str, text: str, *, pull: PullPolicy = PullPolicy.IF_ABSENT) -> Assignment:
+    """A batch job: it is over when its output is."""
+    made = running(number, reference, pull=pull, command=("sh", "-c", text))
+    return Assignment(alloc=made.alloc, job=made.job, job_version=1, group=made.group, index=0, batch=True)
+
+
+async def reached(fleet: AgentFleet, number: int, status: AllocStatus) -> AllocReport:
+    alloc = alloc_id(number)
+    await until(lambda: fleet.controller.status(alloc) is status, f"{alloc} is {status}: {fleet.controller.reports}")
+    return fleet.controller.reports[alloc]
+
+
+async def tried_again(fleet: AgentFleet, number: int) -> None:
+    def waits() -> bool:
+        report = fleet.controller.reports.get(alloc_id(number))
+        return report is not None and "trying again in" in report.message
+
+    await until(waits, "it waits to try again")
+
+
+def output(fleet: AgentFleet, number: int) -> list[str]:
+    log = fleet.data / "allocations" / alloc_id(number) / "app" / "log"
+    return [line.split(" ", 3)[3] for line in log.read_text().splitlines()]
+
+
+def unpacked(fleet: AgentFleet) -> set[str]:
+    return {path.name for path in (fleet.data / "roots").iterdir() if len(path.name) == 64}
+
+
+def unfinished(fleet: AgentFleet) -> list[Path]:
+    return list((fleet.data / "roots/unfinished").iterdir())
+
+
+async def test_an_image_runs_as_it_says_and_as_the_job_says(fleet: AgentFleet, registry: Registry) -> None:
+    text = "busybox id -u; busybox id -g; busybox pwd; echo $WHO $PATH; echo $0; busybox stat -c %u /srv/app/data"
+    passwd = b"root:x:0:0::/:/bin/sh\napp:x:33:44::/srv:/bin/sh\n"
+    data = entry("srv/app/data", b"x", uid=33, gid=44)
+    made = layout(
+        registry.directory / "a",
+        shell_layer(entry("etc/passwd", passwd), data),
+        User="app",
+        Env=["WHO=image", "PATH=/bin"],
+        Entrypoint=["sh", "-c", text],
+        Cmd=["by-image"],
+        WorkingDir="/srv/app",
+    )
+    reference = await registry.push(made, "app:1")
+    fleet.controller.assign(running(1, reference, command=()), full=True)
+    await reached(fleet, 1, AllocStatus.FAILED)  # no service ends by itself
+    assert output(fleet, 1) == ["33", "44", "/srv/app", "image /bin", "by-image", "33"]
+    history = [report for report in fleet.controller.history if report.alloc == alloc_id(1)]
+    assert any(report.pulling and report.message == f"pulling oci:{reference}" for report in history)
+    fetched = registry.fetched("app")
+    assert fetched == 2  # its configuration and its layer
+    changed = running(2, reference, command=(), args=("by-job",), env={"WHO": "job"}, user=55, workdir="/")
+    fleet.controller.assign(changed)
+    await reached(fleet, 2, AllocStatus.FAILED)
+    assert output(fleet, 2) == ["55", "55", "/", "job /bin", "by-job", "33"]
+    assert registry.fetched("app") == fetched
+    assert not any(report.pulling for report in fleet.controller.history if report.alloc == alloc_id(2))
+
+
+async def test_twenty_at_once_pull_once(fleet: AgentFleet, registry: Registry) -> None:
+    reference = await registry.push(layout(registry.directory / "a", shell_layer()), "app:1")
+    fleet.controller.assign(*(running(number, reference) for number in range(1, 21)), full=True)
+    for number in range(1, 21):
+        await reached(fleet, number, AllocStatus.RUNNING)
+    assert registry.fetched("app") == 2
+    assert unpacked(fleet) == {digest_of(registry.directory / "a").removeprefix("sha256:")}
+    assert unfinished(fleet) == []
+
+
+async def test_an_agent_killed_while_it_pulls_leaves_nothing_half_done(fleet: AgentFleet, registry: Registry) -> None:
+    filler = entry("filler", bytes(range(256)) * 4096 * 40)
+    reference = await registry.push(layout(registry.directory / "a", shell_layer(filler)), "app:1")
+    fleet.controller.assign(running(1, reference), full=True)
+    await until(lambda: any(report.pulling for report in fleet.controller.history), "it pulls")
+    fleet.kill()
+    assert unpacked(fleet) == set()
+    assert unfinished(fleet) != []
+    await until(lambda: not [line for line in fleet.processes() if "skopeo" in line or "umoci" in line], "they end too")
+    await fleet.start()
+    await reached(fleet, 1, AllocStatus.RUNNING)
+    await until(lambda: unfinished(fleet) == [], "nothing is left over")
+    fetched = registry.fetched("app")
+    fleet.kill()
+    await fleet.start()
+    await reached(fleet, 1, AllocStatus.RUNNING)
+    assert len(fleet.workload_pids("sleep 1000")) > 0
+    assert registry.fetched("app") == fetched
+
+
+async def test_what_cannot_run_is_refused_by_name(fleet: AgentFleet, registry: Registry) -> None:
+    made = layout(registry.directory / "a", shell_layer())
+    await registry.push(made, "app:1")
+    await registry.push(layout(registry.directory / "other", shell_layer(), architecture="s390x"), "app:other")
+    await registry.push(layout(registry.directory / "who", shell_layer(), User="nobody-here"), "app:who")
+    expected = {
+        f"{registry.host}/app:2": "no such image there",
+        f"{registry.host}/app@sha256:{'0' * 64}": "no such image there",
+        f"{registry.host}/app:other": "built for linux/s390x, this node is linux/",
+        f"{registry.host}/app:who": "its user 'nobody-here' is neither in its /etc/passwd",
+        f"127.0.0.1:1{registry.port % 10}/app:1": "the registry does not answer as it should",
+    }
+    for number, reference in enumerate(expected, 1):
+        fleet.controller.assign(running(number, reference))
+    for number, (reference, words) in enumerate(list(expected.items())[:-1], 1):
+        report = await reached(fleet, number, AllocStatus.FAILED)
+        assert report.message.startswith(f"image oci:{reference}: ")
+        assert words in report.message
+    away = alloc_id(len(expected))
+    await tried_again(fleet, len(expected))
+    assert list(expected.values())[-1] in fleet.controller.reports[away].message
+    assert fleet.controller.status(away) is AllocStatus.STARTING
+    assert unpacked(fleet) == set()
+
+
+async def test_a_pinned_image_is_the_one_that_was_pinned(fleet: AgentFleet, registry: Registry) -> None:
+    first = await registry.push(layout(registry.directory / "a", shell_layer()), "app:1")
+    pinned = f"{first}@{digest_of(registry.directory / 'a')}"
+    await registry.push(layout(registry.directory / "b", shell_layer(entry("newer"))), "app:1")
+    fleet.controller.assign(script(1, pinned, "busybox ls /newer || echo older"), script(2, first, "busybox ls /newer"))
+    await reached(fleet, 1, AllocStatus.COMPLETE)
+    await reached(fleet, 2, AllocStatus.COMPLETE)
+    assert (output(fleet, 1)[-1], output(fleet, 2)) == ("older", ["/newer"])
+    altered = layout(registry.directory / "c", shell_layer(entry("altered")))
+    reference = await registry.push(altered, "altered:1")
+    manifest = json.loads((altered / "blobs/sha256" / digest_of(altered).removeprefix("sha256:")).read_bytes())
+    name = manifest["layers"][0]["digest"].removeprefix("sha256:")
+    (stored,) = registry.directory.glob(f"storage/docker/registry/v2/blobs/sha256/*/{name}/data")
+    stored.write_bytes(bytes([stored.read_bytes()[0] ^ 1]) + stored.read_bytes()[1:])
+    fleet.controller.assign(running(3, reference))
+    report = await reached(fleet, 3, AllocStatus.FAILED)
+    assert "the content is not what its digest promises" in report.message
+    assert len(unpacked(fleet)) == 2
+
+
+async def test_a_tag_that_moved_is_asked_for_again_only_where_the_job_says_so(
+    fleet: AgentFleet, registry: Registry
+) -> None:
+    reference = await registry.push(layout(registry.directory / "a", shell_layer()), "app:1")
+    fleet.controller.assign(running(1, reference), full=True)
+    await reached(fleet, 1, AllocStatus.RUNNING)
+    await registry.push(layout(registry.directory / "b", shell_layer(entry("newer"))), "app:1")
+    look = "busybox test -e /newer && echo newer || echo older"
+    fleet.controller.assign(script(2, reference, look), script(3, reference, look, pull=PullPolicy.ALWAYS))
+    await reached(fleet, 2, AllocStatus.COMPLETE)
+    await reached(fleet, 3, AllocStatus.COMPLETE)
+    assert (output(fleet, 2), output(fleet, 3)) == (["older"], ["newer"])
+    fleet.controller.assign(running(4, f"{registry.host}/other:1", pull=PullPolicy.NEVER))
+    report = await reached(fleet, 4, AllocStatus.FAILED)
+    assert "it is not on this node, and the job says `pull: never`" in report.message
+
+
+async def test_layouts_and_archives_on_the_node_need_no_registry(fleet: AgentFleet, tmp_path: Path) -> None:
+    made, archive = layout(tmp_path / "made", shell_layer(), Cmd=["sh", "-c", "echo hello"]), tmp_path / "made.tar"
+    done = await asyncio.create_subprocess_exec(
+        "skopeo", "copy", "-q", f"oci:{made}:image", f"docker-archive:{archive}"
+    )
+    assert await done.wait() == 0
+    of_layout = running(1, f"{made}:image", kind=ImageKind.OCI_LAYOUT, command=())
+    of_archive = running(2, str(archive), kind=ImageKind.DOCKER_ARCHIVE, command=())
+    fleet.controller.assign(of_layout, of_archive, full=True)
+    for number in (1, 2):
+        await reached(fleet, number, AllocStatus.FAILED)  # no service ends by itself
+        assert output(fleet, number) == ["hello"]
+
+
+async def test_a_registry_that_has_had_enough_is_left_alone_for_longer(fleet: AgentFleet, registry: Registry) -> None:
+    asked = 0
+
+    async def refuse(_request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.Response(status=429, headers={"retry-after": "0"})  # else skopeo is patient for a minute
+
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", refuse)
+    port = free_port()
+    (registry.certificates / f"127.0.0.1:{port}").symlink_to(registry.certificates / registry.host)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(registry.files.certificate, registry.files.key)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+        fleet.controller.assign(running(1, f"127.0.0.1:{port}/app:1"), full=True)
+        await tried_again(fleet, 1)
+    finally:
+        await runner.cleanup()
+    report = fleet.controller.reports[alloc_id(1)]
+    assert "the registry has had enough of requests for now" in report.message
+    assert report.status is AllocStatus.STARTING
+    assert asked > 0
+
+
+async def test_layers_that_reach_out_stay_inside(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("of the host")
+    evil = layer(
+        entry("../../../../../../../../../.." + str(outside / "up"), b"x"),
+        entry("link", type=tarfile.SYMTYPE, linkname=str(outside)),
+        entry("link/through", b"x"),
+        entry("hard", type=tarfile.LNKTYPE, linkname="../../../../../../../../.." + str(outside / "secret")),
+    )
+    devices = layer(
+        entry("disk", type=tarfile.BLKTYPE, devmajor=254, devminor=0, mode=0o666),
+        entry("etc/passwd", type=tarfile.SYMTYPE, linkname="/../../../../../../../../../etc/passwd"),
+        entry("here", type=tarfile.SYMTYPE, linkname=str(outside)),
+    )
+    await registry.push(layout(registry.directory / "evil", shell_layer(), evil), "evil:1")
+    reference = await registry.push(
+        layout(registry.directory / "devices", shell_layer(), devices, User="daemon"), "d:1"
+    )
+    text = "busybox ls /here; busybox head -c1 /disk && echo read; true"
+    fleet.controller.assign(running(1, f"{registry.host}/evil:1"), script(2, reference, text), full=True)
+    report = await reached(fleet, 2, AllocStatus.FAILED)
+    assert "its user 'daemon' is neither in its /etc/passwd" in report.message  # the host has one
+    report = await reached(fleet, 1, AllocStatus.FAILED)
+    assert "it cannot be unpacked" in report.message
+    assert sorted(path.name for path in outside.iterdir()) == ["secret"]
+    assert (outside / "secret").stat().st_nlink == 1
+    await registry.push(layout(registry.directory / "plain", shell_layer(), devices), "d:2")
+    fleet.controller.assign(script(3, f"{registry.host}/d:2", text))
+    await reached(fleet, 3, AllocStatus.COMPLETE)
+    assert "read" not in output(fleet, 3)
+
+
+async def test_what_was_used_least_goes_and_what_runs_stays(fleet: AgentFleet, registry: Registry) -> None:
+    names, digests = ("one", "two", "three"), {}
+    for name in names:
+        made = layout(registry.directory / name, shell_layer(entry(name, bytes([len(name)]) * 30 * MIB)))
+        await registry.push(made, f"{name}:1")
+        digests[name] = digest_of(made).removeprefix("sha256:")
+    fleet.controller.assign(running(1, f"{registry.host}/one:1"), full=True)
+    await reached(fleet, 1, AllocStatus.RUNNING)
+    for number, name in ((2, "two"), (3, "three")):
+        fleet.controller.assign(script(number, f"{registry.host}/{name}:1", f"busybox ls {name}"))
+        await reached(fleet, number, AllocStatus.COMPLETE)
+    await registry.push(layout(registry.directory / "four", shell_layer(entry("f", b"4" * 30 * MIB))), "four:1")
+    fleet.controller.assign(script(4, f"{registry.host}/four:1", "echo"))
+    await reached(fleet, 4, AllocStatus.COMPLETE)
+    assert digests["two"] not in unpacked(fleet)
+    assert {digests["one"], digests["three"]} <= unpacked(fleet)
+    huge = layout(registry.directory / "huge", shell_layer(entry("h", bytes(CACHE_BYTES))))
+    fleet.controller.assign(running(5, f"{huge}:image", kind=ImageKind.OCI_LAYOUT))
+    report = await reached(fleet, 5, AllocStatus.FAILED)
+    assert "it is larger than the 96 MiB that this node has for images" in report.message
+    assert len(fleet.workload_pids("sleep 1000")) > 0
