@@ -254,6 +254,8 @@ async def _send(stream: _Stream, message: fleet_pb2.AgentMessage) -> None:
             await stream.write(message)
     except TimeoutError as error:
         raise PeerError(f"took no message for {_WRITE_S:g} s") from error
+    except asyncio.InvalidStateError as error:  # the call ended, and its reader has yet to hear of it
+        raise PeerError("ended while a message was written") from error
 
 
 def _wish(message: fleet_pb2.Assignments) -> Wish:
