@@ -1,4 +1,4 @@
-"""`outrider`: the commands, and what their ends mean to scripts. Imports little: each command loads what it needs.
+"""`outrider`: the commands, and what their ends mean to scripts. Imports little: `lazy` names the commands.
 
 Exit codes: 0 done and true; 1 the fleet said no; 64 usage or bad input; 69 nobody to talk to; 130 interrupted.
 """
@@ -12,9 +12,8 @@ from typing import Annotated
 import typer
 
 from outrider import __version__
-from outrider.cli import allocations, events, intentions, jobs, nodes, programs, vms
-from outrider.cli.dev import commands as dev
 from outrider.cli.exits import Interrupt, RemoteExit
+from outrider.cli.lazy import LazyGroup
 from outrider.errors import OutriderError
 
 _USAGE = 64
@@ -23,23 +22,13 @@ _PIPE_CLOSED = 141  # as a shell tells of SIGPIPE
 
 app = typer.Typer(
     name="outrider",
+    cls=LazyGroup,
     help="Runs a fleet: processes and VMs as equals in one mesh.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(jobs.app, name="job", help="Run jobs and see how they are.")
-app.add_typer(nodes.app, name="node", help="See the fleet's nodes.")
-app.add_typer(allocations.app, name="alloc", help="See what runs, its logs, and run commands beside it.")
-app.add_typer(vms.app, name="vm", help="Virtual machines.")
-app.add_typer(intentions.app, name="intention", help="Who may call whom.")
-app.add_typer(dev.app, name="dev", help="A fleet on this machine.")
-app.command("logs")(allocations.job_logs)
-app.command("exec")(allocations.exec_)
-app.command("events")(events.events)
-app.command("controller")(programs.controller)
-app.command("agent")(programs.agent)
 
 
 def _version(*, shown: bool) -> None:
