@@ -9,13 +9,16 @@ import msgspec
 
 from outrider.config import host_port
 from outrider.ids import NAME_PATTERN, NodeId
+from outrider.model.attributes import ANY_POOL, KVM
 from outrider.model.job import MIB, Value
+from outrider.model.node import Reserved
 from outrider.tls import TlsFiles
 
 # The longest path below `run` is a socket's, and sun_path holds 108.
 _RUN_CHARS_MAX = 48
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+MetaName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$")]
 TcpPort = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
@@ -70,7 +73,10 @@ class Config(Value, frozen=True, kw_only=True):
     metrics_listen: str | None = None  # plain HTTP
     mqtt: MqttConfig | None = None
     host_image: bool = False  # whether jobs may use `image: host` here
-    attributes: Mapping[str, str] = {}
+    pool: Name = "default"
+    meta: Mapping[MetaName, str] = {}  # jobs' constraints speak of meta.NAME
+    devices: Mapping[Name, Annotated[int, msgspec.Meta(ge=1)]] = {}  # name -> how many the node has
+    reserved: Reserved = Reserved()  # of what the node has, never given to workloads
     ports: PortRange = PortRange()
     images: ImagesConfig = ImagesConfig()
     log: Literal["debug", "info", "warning", "error"] = "info"
@@ -84,6 +90,13 @@ class Config(Value, frozen=True, kw_only=True):
             ipaddress.IPv4Address(self.address)
         except ValueError as error:
             raise ValueError(f"address: {error}") from error
+        if self.pool == ANY_POOL:
+            raise ValueError(f"pool: {ANY_POOL!r} is how a job names every pool; choose another name")
+        if KVM in self.devices:
+            raise ValueError(f"devices: {KVM} is found by a test of its own; leave it out")
+        least = min(self.reserved.cpu_millis, self.reserved.memory_bytes, self.reserved.disk_bytes)
+        if least < 0 or not all(1 <= port <= 65535 for port in self.reserved.ports):
+            raise ValueError("reserved: amounts are not negative, and ports are within 1 and 65535")
         if len(str(self.run)) > _RUN_CHARS_MAX:
             raise ValueError(f"run: {self.run} has more than {_RUN_CHARS_MAX} characters; use a directory below /run")
 

@@ -47,7 +47,7 @@ from outrider.errors import HostError, InputError
 from outrider.ids import AllocId, NodeId, ServiceName, TaskName
 from outrider.log import Log
 from outrider.model.allocation import Assignment
-from outrider.model.job import Driver, Task, has_guest, inner_ports
+from outrider.model.job import Driver, Task, has_guest, inner_ports, published_ports
 from outrider.model.mesh import LOOPBACK, PUBLIC_PORT, workload_address
 
 _KILLED_S = 10.0  # after SIGKILL: the kernel may have to write out much
@@ -219,7 +219,8 @@ class Executor:
                 if service.name in assignment.mesh_ports
             ),
             static_ports=tuple(
-                (port.static, ports[port.name]) for port in assignment.group.network.ports if port.static is not None
+                (number, ports[name])
+                for name, number in published_ports(assignment.group.network, assignment.dynamic_ports).items()
             ),
             egress=assignment.group.network.egress,
             sidecar_uid=held.uids.sidecar + INNER_USER,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from outrider.ids import is_name
+from outrider.model.attributes import KVM
 from outrider.model.job import (
     MIB,
     PULLED,
@@ -37,12 +38,14 @@ from outrider.model.job import (
     inner_ports,
 )
 from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
+from outrider.placement import wrong_wishes
 
 COUNT_MAX = 1_000_000
 GROUPS_MAX = 100
 TASKS_MAX = 32
 SERVICES_MAX = 32
 FILES_BYTES_MAX = MIB
+DEVICES_MAX = 1000
 GUEST_MEMORY_MIN = 128 * MIB
 DURATION_S_MAX = 7 * 24 * 3600.0
 # Inside the allocation's namespace the sidecar listens here.
@@ -87,6 +90,8 @@ def problems(job: Job) -> tuple[Problem, ...]:
 def _job(job: Job) -> Iterator[Problem]:
     yield from _name(("job",), job.name)
     yield from _range(("priority",), job.priority, 1, 100)
+    yield from _name(("pool",), job.pool)
+    yield from _wishes((), job)
     yield from _range(("groups",), len(job.groups), 1, GROUPS_MAX, "groups")
     yield from _unique(("groups",), (group.name for group in job.groups), "group")
     for group in job.groups:
@@ -107,6 +112,7 @@ def _group(path: Path, group: Group) -> Iterator[Problem]:
     for task in group.tasks:
         yield from _task((*path, "tasks", task.name), task)
     yield from _services((*path, "services"), group)
+    yield from _wishes(path, group)
     if has_guest(group):
         yield from _guest(path, group)
 
@@ -131,6 +137,11 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
             if upstream.port is not None:
                 message = f"a vm has a 127.0.0.1 of its own; call http://{upstream.service}.mesh, and leave port out"
                 yield Problem(path=(*at, "upstreams", place, "port"), message=message)
+
+
+def _wishes(path: Path, owner: Job | Group) -> Iterator[Problem]:
+    for at, message in wrong_wishes(owner):
+        yield Problem(path=(*path, *at), message=message)
 
 
 def _update(path: Path, update: UpdatePolicy) -> Iterator[Problem]:
@@ -159,6 +170,8 @@ def _network(path: Path, network: Network) -> Iterator[Problem]:
         for key, number in (("static", port.static), ("to", port.to)):
             if number is not None:
                 yield from _range((*at, key), number, 1, 65535)
+        if port.dynamic and port.static is not None:
+            yield Problem(path=(*at, "dynamic"), message="static gives the number already; leave one of them out")
     statics = (str(port.static) for port in network.ports if port.static is not None)
     yield from _unique((*path, "ports"), statics, "static port")
     for name, number in inner_ports(network).items():
@@ -259,6 +272,9 @@ def _resources(path: Path, resources: Resources) -> Iterator[Problem]:
     yield from _range((*path, "memory"), resources.memory_bytes, MIB, 1 << 50, "bytes")
     yield from _range((*path, "disk"), resources.disk_bytes, 0, 1 << 60, "bytes")
     yield from _range((*path, "pids"), resources.pids_max, 1, 4_194_304)
+    for name, count in resources.devices.items():
+        yield from _name((*path, "devices", name), name)
+        yield from _range((*path, "devices", name), count, 1, 1 if name == KVM else DEVICES_MAX)
     if resources.cpu_max_millis is not None:
         yield from _range((*path, "cpu_max"), resources.cpu_max_millis, 10, 1_000_000, "thousandths of a core")
         if resources.cpu_max_millis < resources.cpu_millis:

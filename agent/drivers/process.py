@@ -23,7 +23,7 @@ from agent.sandbox.spec import (
 from outrider.errors import InputError
 from outrider.ids import AllocId, NodeId, TaskName
 from outrider.model.allocation import Assignment
-from outrider.model.job import ImageKind, Task, Value, inner_ports
+from outrider.model.job import ImageKind, Task, Value, inner_ports, published_ports
 
 TASK_DIRECTORY = "/task"  # inside; writable, of limited size, kept over restarts of the task
 
@@ -100,6 +100,7 @@ def identity(task: Task, image: UnpackedImage | None) -> tuple[int, int]:
 def references(assignment: Assignment, task: Task, node: NodeId) -> dict[str, str]:
     """What `${...}` may name in a command and in the environment."""
     ports = inner_ports(assignment.group.network)
+    published = published_ports(assignment.group.network, assignment.dynamic_ports)
     return {
         "task.dir": TASK_DIRECTORY,
         "alloc.id": assignment.alloc,
@@ -109,6 +110,7 @@ def references(assignment: Assignment, task: Task, node: NodeId) -> dict[str, st
         "group": assignment.group.name,
         "task": task.name,
         **{f"port.{name}": str(number) for name, number in ports.items()},
+        **{f"host_port.{name}": str(number) for name, number in published.items()},
     }
 
 
@@ -121,6 +123,7 @@ def environment(
 ) -> dict[str, str]:
     """The workload's environment; what the job sets goes before what the agent would set, and the image before both."""
     ports = inner_ports(assignment.group.network)
+    published = published_ports(assignment.group.network, assignment.dynamic_ports)
     where = f"job {assignment.job}, task {task.name}"
     given = {name: interpolate(value, names, f"{where}, env {name}") for name, value in task.env.items()}
     return {
@@ -134,9 +137,14 @@ def environment(
         "OUTRIDER_GROUP": assignment.group.name,
         "OUTRIDER_TASK": task.name,
         "OUTRIDER_NODE": node,
-        **{f"PORT_{name.upper().replace('-', '_')}": str(number) for name, number in ports.items()},
+        **{_variable("PORT", name): str(number) for name, number in ports.items()},
+        **{_variable("HOST_PORT", name): str(number) for name, number in published.items()},
         **given,
     }
+
+
+def _variable(prefix: str, port: str) -> str:
+    return f"{prefix}_{port.upper().replace('-', '_')}"
 
 
 def interpolate(text: str, names: Mapping[str, str], where: str) -> str:

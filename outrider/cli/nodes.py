@@ -76,7 +76,9 @@ def status(node: str, json: Json = False) -> None:
             ("cgroups", host.cgroup),
             ("kvm", host.kvm or "not tested yet"),
             ("runtimes", ", ".join(f"{name} {version}" for name, version in sorted(host.runtimes.items()))),
-            ("attributes", ", ".join(f"{name}={value}" for name, value in sorted(host.attributes.items()))),
+            ("pool", host.pool),
+            ("devices", ", ".join(f"{name}={count}" for name, count in sorted(host.devices.items()))),
+            ("meta", ", ".join(f"{name}={value}" for name, value in sorted(host.meta.items()))),
             ("version", state.node.version),
         )
     )

@@ -26,11 +26,12 @@ def read_network(group: Fields, faults: Faults) -> Network:
 def _port(name: str, node: Node, path: Path, faults: Faults) -> Port:
     if isinstance(node, Scalar) and node.empty:  # `http:` alone is `http: {}`
         return Port(name=PortName(name))
-    fields = Fields(node, path, faults, ("static", "to"))
+    fields = Fields(node, path, faults, ("static", "to", "dynamic"))
     return Port(
         name=PortName(name),
         static=fields.integer("static", 1) if "static" in fields else None,
         to=fields.integer("to", 1) if "to" in fields else None,
+        dynamic=fields.flag("dynamic", default=False),
     )
 
 

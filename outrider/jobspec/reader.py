@@ -10,15 +10,16 @@ from outrider.ids import GroupName, JobName
 from outrider.jobspec.document import BYTES_MAX, DocumentError, Mapping, Mark, Node, parse
 from outrider.jobspec.fields import Fault, Faults, Fields, Path, named
 from outrider.jobspec.network import read_network
+from outrider.jobspec.placement import read_affinities, read_constraints, read_spread
 from outrider.jobspec.services import read_services
 from outrider.jobspec.tasks import FilesBudget, read_tasks
 from outrider.jobspec.units import duration_s
-from outrider.model.job import Group, Job, JobType, RestartPolicy, UpdatePolicy
+from outrider.model.job import Group, Job, JobType, Packing, RestartPolicy, UpdatePolicy
 from outrider.validate import Problem, problems
 
 _TOLD_MAX = 50
-_JOB_KEYS = ("job", "type", "priority", "groups")
-_GROUP_KEYS = ("count", "update", "restart", "network", "services", "tasks")
+_JOB_KEYS = ("job", "type", "priority", "constraints", "affinities", "spread", "pool", "placement", "groups")
+_GROUP_KEYS = ("count", "update", "restart", "network", "services", "tasks", "constraints", "affinities", "spread")
 
 
 class JobFileError(InputError):
@@ -68,6 +69,11 @@ def _job(root: Node, directory: FilePath, faults: Faults) -> Job:
         name=JobName(fields.text("job", "")),
         type=fields.choice("type", JobType, JobType.SERVICE),
         priority=fields.integer("priority", 50),
+        constraints=read_constraints(fields, faults),
+        affinities=read_affinities(fields, faults),
+        spread=read_spread(fields, faults),
+        pool=fields.text("pool", "default"),
+        placement=fields.choice("placement", Packing, Packing.SPREAD) if "placement" in fields else None,
         groups=tuple(
             _group(name, node, ("groups", name), budget, faults)
             for name, node in (named(groups, ("groups",), faults) if groups else ())
@@ -86,6 +92,9 @@ def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Fault
         restart=_restart(fields, faults),
         network=network,
         services=read_services(fields, network, faults),
+        constraints=read_constraints(fields, faults),
+        affinities=read_affinities(fields, faults),
+        spread=read_spread(fields, faults),
         tasks=read_tasks(tasks, (*path, "tasks"), budget, faults) if tasks else (),
     )
 

@@ -18,6 +18,7 @@ _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
     "dir:PATH or {disk: PATH, sha256: ...}"
 )
+_RESOURCE_KEYS = ("cpu", "cpu_max", "memory", "disk", "pids", "devices")
 _GUEST_FILES = ("kernel", "initrd", "disk")
 _GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline")
 _ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR}
@@ -152,11 +153,21 @@ def _resources(task: Fields, faults: Faults) -> Resources:
     if node is None:
         return Resources()
     default = Resources()
-    fields = Fields(node, (*task.path, "resources"), faults, ("cpu", "cpu_max", "memory", "disk", "pids"))
+    fields = Fields(node, (*task.path, "resources"), faults, _RESOURCE_KEYS)
     return Resources(
         cpu_millis=fields.quantity("cpu", cpu_millis, default.cpu_millis),
         cpu_max_millis=fields.quantity("cpu_max", cpu_millis, 0) if "cpu_max" in fields else None,
         memory_bytes=fields.quantity("memory", size_bytes, default.memory_bytes),
         disk_bytes=fields.quantity("disk", size_bytes, default.disk_bytes),
         pids_max=fields.integer("pids", default.pids_max),
+        devices=_devices(fields, faults),
     )
+
+
+def _devices(resources: Fields, faults: Faults) -> dict[str, int]:
+    node = resources.node("devices")
+    if node is None:
+        return {}
+    names = [key.text for key, _ in node.entries] if isinstance(node, Mapping) else []
+    counts = Fields(node, (*resources.path, "devices"), faults, names)
+    return {name: counts.integer(name, 1) for name in names}

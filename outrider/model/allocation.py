@@ -84,6 +84,7 @@ class Assignment(Value, frozen=True, kw_only=True):
     batch: bool = False  # ends when its work ends; a clean exit is not restarted
     desired: Desired = Desired.RUN
     mesh_ports: Mapping[ServiceName, int] = {}  # the host port of each service's sidecar listener
+    dynamic_ports: Mapping[PortName, int] = {}  # the host port of each `dynamic` port
 
 
 class Allocation(Value, frozen=True, kw_only=True):
@@ -100,6 +101,6 @@ class Allocation(Value, frozen=True, kw_only=True):
     healthy: bool = False
     report: AllocReport | None = None
     mesh_ports: Mapping[ServiceName, int] = {}
-    ports: Mapping[PortName, int] = {}  # static ports as published on the host
+    ports: Mapping[PortName, int] = {}  # as published in the clear on the host
     created_at_s: float = 0.0
     reason: str = ""  # why it is pending, or why it was stopped

@@ -63,18 +63,73 @@ class PullPolicy(StrEnum):
     NEVER = "never"
 
 
+class Operator(StrEnum):
+    """How a constraint or an affinity looks at an attribute of a node; the value is how the job file writes it."""
+
+    EQUAL = "="
+    NOT_EQUAL = "!="
+    LESS = "<"
+    LESS_EQUAL = "<="
+    GREATER = ">"
+    GREATER_EQUAL = ">="
+    MATCHES = "matches"
+    VERSION = "version"
+    CONTAINS = "contains"  # all of a comma-separated list
+    CONTAINS_ANY = "contains any"
+    IS_SET = "is set"
+    IS_NOT_SET = "is not set"
+    DISTINCT = "distinct"  # at most so many copies on nodes of one value; "node.id": on one node
+
+
+class Packing(StrEnum):
+    """What is better where all else is equal: to keep copies and load apart, or to fill one node after the other."""
+
+    SPREAD = "spread"
+    PACK = "pack"
+
+
+class Constraint(Value, frozen=True, kw_only=True):
+    """What a node must be like. Attributes' names: `outrider.model.attributes`."""
+
+    attribute: str
+    operator: Operator
+    value: str = ""
+
+
+class Affinity(Value, frozen=True, kw_only=True):
+    """What a node had better be like, or, with a negative weight, had better not."""
+
+    prefer: Constraint
+    weight: int = 50  # -100 to 100
+
+
+class SpreadTarget(Value, frozen=True, kw_only=True):
+    value: str
+    percent: int
+
+
+class Spread(Value, frozen=True, kw_only=True):
+    """Over which attribute's values the copies go: by percent, or evenly where there are no targets."""
+
+    attribute: str
+    weight: int = 100  # 1 to 100
+    targets: tuple[SpreadTarget, ...] = ()
+
+
 class Resources(Value, frozen=True, kw_only=True):
     cpu_millis: int = 100  # a reservation: the weight under contention
     memory_bytes: int = 64 * MIB  # a reservation and the limit
     cpu_max_millis: int | None = None  # a quota, only where the job asks for one
     disk_bytes: int = 64 * MIB  # cap of the task's directory and of its /tmp, each
     pids_max: int = 256
+    devices: Mapping[str, int] = {}  # name -> how many; "kvm" is there or not, and is never used up
 
 
 class Port(Value, frozen=True, kw_only=True):
     name: PortName
     static: int | None = None  # published in the clear on the host's address at this number
     to: int | None = None  # the number inside; `inner_ports` gives one where the job does not
+    dynamic: bool = False  # published in the clear too, at a number that the scheduler picks
 
 
 class Network(Value, frozen=True, kw_only=True):
@@ -169,6 +224,9 @@ class Group(Value, frozen=True, kw_only=True):
     restart: RestartPolicy = RestartPolicy()
     network: Network = Network()
     services: tuple[Service, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    affinities: tuple[Affinity, ...] = ()
+    spread: tuple[Spread, ...] = ()
 
 
 class Job(Value, frozen=True, kw_only=True):
@@ -176,6 +234,12 @@ class Job(Value, frozen=True, kw_only=True):
     groups: tuple[Group, ...]
     type: JobType = JobType.SERVICE
     priority: int = 50
+    # For each of its groups, beside the group's own; a distinct constraint counts the copies of all groups together.
+    constraints: tuple[Constraint, ...] = ()
+    affinities: tuple[Affinity, ...] = ()
+    spread: tuple[Spread, ...] = ()
+    pool: str = "default"  # of nodes; "all": any
+    placement: Packing | None = None  # None: as the fleet's configuration says
 
 
 class JobVersion(Value, frozen=True, kw_only=True):
@@ -204,6 +268,12 @@ def inner_ports(network: Network) -> dict[PortName, int]:
     return {port.name: port.to or port.static or next(free) for port in network.ports}
 
 
+def published_ports(network: Network, dynamic: Mapping[PortName, int]) -> dict[PortName, int]:
+    """The numbers on the node's address, in the clear. `dynamic`: those that the scheduler picked."""
+    numbers = ((port.name, port.static or dynamic.get(port.name)) for port in network.ports)
+    return {name: number for name, number in numbers if number is not None}
+
+
 def has_guest(group: Group) -> bool:
     """Whether its workload is a virtual machine, behind an address of its own."""
     return any(task.driver is Driver.VM for task in group.tasks)
@@ -222,4 +292,13 @@ def group_resources(group: Group) -> Resources:
         # A process has a directory and a /tmp; a guest has a disk.
         disk_bytes=sum((1 if task.driver is Driver.VM else 2) * task.resources.disk_bytes for task in group.tasks),
         pids_max=sum(part.pids_max for part in parts),
+        devices=_devices(parts),
     )
+
+
+def _devices(parts: list[Resources]) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.devices.items():
+            counts[name] = counts.get(name, 0) + count
+    return counts

@@ -16,6 +16,15 @@ class NodeStatus(StrEnum):
     DOWN = "down"  # the disconnect policy ran out
 
 
+class Reserved(Value, frozen=True, kw_only=True):
+    """What the node keeps for others than the fleet's workloads."""
+
+    cpu_millis: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    ports: tuple[int, ...] = ()
+
+
 class Fingerprint(Value, frozen=True, kw_only=True):
     """What the agent found on its host."""
 
@@ -27,10 +36,13 @@ class Fingerprint(Value, frozen=True, kw_only=True):
     cgroup: str = ""  # "v1", "v2" or "hybrid"
     runtimes: Mapping[str, str] = {}  # program -> version; an absent one is not installed
     kvm: str = ""  # "works", or why not; "" while the self-test has not ended
-    attributes: Mapping[str, str] = {}
+    meta: Mapping[str, str] = {}  # what its operator says of it
     port_first: int = 20000  # the host ports that the scheduler may give out, both ends included
     port_last: int = 29999
     host_image: bool = False  # whether the node allows `image: host`
+    pool: str = "default"
+    devices: Mapping[str, int] = {}  # counted ones, as its operator says; `kvm` has a field of its own
+    reserved: Reserved = Reserved()
 
 
 class Node(Value, frozen=True, kw_only=True):

@@ -142,20 +142,195 @@ PULL_POLICY_ALWAYS: PullPolicy.ValueType  # 2
 PULL_POLICY_NEVER: PullPolicy.ValueType  # 3
 Global___PullPolicy: _TypeAlias = PullPolicy  # noqa: Y015
 
+class _Operator:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operator.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OPERATOR_UNSPECIFIED: _Operator.ValueType  # 0
+    OPERATOR_EQUAL: _Operator.ValueType  # 1
+    OPERATOR_NOT_EQUAL: _Operator.ValueType  # 2
+    OPERATOR_LESS: _Operator.ValueType  # 3
+    OPERATOR_LESS_EQUAL: _Operator.ValueType  # 4
+    OPERATOR_GREATER: _Operator.ValueType  # 5
+    OPERATOR_GREATER_EQUAL: _Operator.ValueType  # 6
+    OPERATOR_MATCHES: _Operator.ValueType  # 7
+    OPERATOR_VERSION: _Operator.ValueType  # 8
+    OPERATOR_CONTAINS: _Operator.ValueType  # 9
+    OPERATOR_CONTAINS_ANY: _Operator.ValueType  # 10
+    OPERATOR_IS_SET: _Operator.ValueType  # 11
+    OPERATOR_IS_NOT_SET: _Operator.ValueType  # 12
+    OPERATOR_DISTINCT: _Operator.ValueType  # 13
+
+class Operator(_Operator, metaclass=_OperatorEnumTypeWrapper): ...
+
+OPERATOR_UNSPECIFIED: Operator.ValueType  # 0
+OPERATOR_EQUAL: Operator.ValueType  # 1
+OPERATOR_NOT_EQUAL: Operator.ValueType  # 2
+OPERATOR_LESS: Operator.ValueType  # 3
+OPERATOR_LESS_EQUAL: Operator.ValueType  # 4
+OPERATOR_GREATER: Operator.ValueType  # 5
+OPERATOR_GREATER_EQUAL: Operator.ValueType  # 6
+OPERATOR_MATCHES: Operator.ValueType  # 7
+OPERATOR_VERSION: Operator.ValueType  # 8
+OPERATOR_CONTAINS: Operator.ValueType  # 9
+OPERATOR_CONTAINS_ANY: Operator.ValueType  # 10
+OPERATOR_IS_SET: Operator.ValueType  # 11
+OPERATOR_IS_NOT_SET: Operator.ValueType  # 12
+OPERATOR_DISTINCT: Operator.ValueType  # 13
+Global___Operator: _TypeAlias = Operator  # noqa: Y015
+
+class _Packing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PackingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Packing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PACKING_UNSPECIFIED: _Packing.ValueType  # 0
+    PACKING_SPREAD: _Packing.ValueType  # 1
+    PACKING_PACK: _Packing.ValueType  # 2
+
+class Packing(_Packing, metaclass=_PackingEnumTypeWrapper): ...
+
+PACKING_UNSPECIFIED: Packing.ValueType  # 0
+PACKING_SPREAD: Packing.ValueType  # 1
+PACKING_PACK: Packing.ValueType  # 2
+Global___Packing: _TypeAlias = Packing  # noqa: Y015
+
+@_typing.final
+class Constraint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    attribute: _builtins.str
+    operator: Global___Operator.ValueType
+    value: _builtins.str
+    def __init__(
+        self,
+        *,
+        attribute: _builtins.str = ...,
+        operator: Global___Operator.ValueType = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "operator", b"operator", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Constraint: _TypeAlias = Constraint  # noqa: Y015
+
+@_typing.final
+class Affinity(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    weight: _builtins.int
+    @_builtins.property
+    def prefer(self) -> Global___Constraint: ...
+    def __init__(
+        self,
+        *,
+        prefer: Global___Constraint | None = ...,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefer", b"prefer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefer", b"prefer", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Affinity: _TypeAlias = Affinity  # noqa: Y015
+
+@_typing.final
+class SpreadTarget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    value: _builtins.str
+    percent: _builtins.int
+    def __init__(
+        self,
+        *,
+        value: _builtins.str = ...,
+        percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["percent", b"percent", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpreadTarget: _TypeAlias = SpreadTarget  # noqa: Y015
+
+@_typing.final
+class Spread(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    attribute: _builtins.str
+    weight: _builtins.int
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpreadTarget]: ...
+    def __init__(
+        self,
+        *,
+        attribute: _builtins.str = ...,
+        weight: _builtins.int = ...,
+        targets: _abc.Iterable[Global___SpreadTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "targets", b"targets", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spread: _TypeAlias = Spread  # noqa: Y015
+
 @_typing.final
 class Resources(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DevicesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     CPU_MILLIS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_MAX_MILLIS_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     PIDS_MAX_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     cpu_millis: _builtins.int
     memory_bytes: _builtins.int
     cpu_max_millis: _builtins.int
     disk_bytes: _builtins.int
     pids_max: _builtins.int
+    @_builtins.property
+    def devices(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -164,10 +339,11 @@ class Resources(_message.Message):
         cpu_max_millis: _builtins.int | None = ...,
         disk_bytes: _builtins.int = ...,
         pids_max: _builtins.int = ...,
+        devices: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis", "cpu_millis", b"cpu_millis", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes", "pids_max", b"pids_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes", "pids_max", b"pids_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_max_millis: _TypeAlias = _typing.Literal["cpu_max_millis"]  # noqa: Y015
     _WhichOneofArgType__cpu_max_millis: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis"]  # noqa: Y015
@@ -182,19 +358,22 @@ class Port(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     STATIC_FIELD_NUMBER: _builtins.int
     TO_FIELD_NUMBER: _builtins.int
+    DYNAMIC_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     static: _builtins.int
     to: _builtins.int
+    dynamic: _builtins.bool
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         static: _builtins.int | None = ...,
         to: _builtins.int | None = ...,
+        dynamic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_static", b"_static", "_to", b"_to", "static", b"static", "to", b"to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_static", b"_static", "_to", b"_to", "name", b"name", "static", b"static", "to", b"to"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_static", b"_static", "_to", b"_to", "dynamic", b"dynamic", "name", b"name", "static", b"static", "to", b"to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__static: _TypeAlias = _typing.Literal["static"]  # noqa: Y015
     _WhichOneofArgType__static: _TypeAlias = _typing.Literal["_static", b"_static"]  # noqa: Y015
@@ -565,6 +744,9 @@ class Group(_message.Message):
     RESTART_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
     SERVICES_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    AFFINITIES_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     count: _builtins.int
     @_builtins.property
@@ -577,6 +759,12 @@ class Group(_message.Message):
     def network(self) -> Global___Network: ...
     @_builtins.property
     def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___Service]: ...
+    @_builtins.property
+    def constraints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Constraint]: ...
+    @_builtins.property
+    def affinities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]: ...
+    @_builtins.property
+    def spread(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spread]: ...
     def __init__(
         self,
         *,
@@ -587,10 +775,13 @@ class Group(_message.Message):
         restart: Global___RestartPolicy | None = ...,
         network: Global___Network | None = ...,
         services: _abc.Iterable[Global___Service] | None = ...,
+        constraints: _abc.Iterable[Global___Constraint] | None = ...,
+        affinities: _abc.Iterable[Global___Affinity] | None = ...,
+        spread: _abc.Iterable[Global___Spread] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["network", b"network", "restart", b"restart", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "name", b"name", "network", b"network", "restart", b"restart", "services", b"services", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "name", b"name", "network", b"network", "restart", b"restart", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -604,11 +795,24 @@ class Job(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    AFFINITIES_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: Global___JobType.ValueType
     priority: _builtins.int
+    pool: _builtins.str
+    placement: Global___Packing.ValueType
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Group]: ...
+    @_builtins.property
+    def constraints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Constraint]: ...
+    @_builtins.property
+    def affinities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]: ...
+    @_builtins.property
+    def spread(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spread]: ...
     def __init__(
         self,
         *,
@@ -616,12 +820,19 @@ class Job(_message.Message):
         groups: _abc.Iterable[Global___Group] | None = ...,
         type: Global___JobType.ValueType = ...,
         priority: _builtins.int = ...,
+        constraints: _abc.Iterable[Global___Constraint] | None = ...,
+        affinities: _abc.Iterable[Global___Affinity] | None = ...,
+        spread: _abc.Iterable[Global___Spread] | None = ...,
+        pool: _builtins.str = ...,
+        placement: Global___Packing.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "name", b"name", "priority", b"priority", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "affinities", b"affinities", "constraints", b"constraints", "groups", b"groups", "name", b"name", "placement", b"placement", "pool", b"pool", "priority", b"priority", "spread", b"spread", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__placement: _TypeAlias = _typing.Literal["placement"]  # noqa: Y015
+    _WhichOneofArgType__placement: _TypeAlias = _typing.Literal["_placement", b"_placement"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__placement) -> _WhichOneofReturnType__placement | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
 

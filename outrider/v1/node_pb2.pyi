@@ -42,6 +42,35 @@ NODE_STATUS_DOWN: NodeStatus.ValueType  # 4
 Global___NodeStatus: _TypeAlias = NodeStatus  # noqa: Y015
 
 @_typing.final
+class Reserved(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CPU_MILLIS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    cpu_millis: _builtins.int
+    memory_bytes: _builtins.int
+    disk_bytes: _builtins.int
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        cpu_millis: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        ports: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_millis", b"cpu_millis", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes", "ports", b"ports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reserved: _TypeAlias = Reserved  # noqa: Y015
+
+@_typing.final
 class Fingerprint(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -66,7 +95,7 @@ class Fingerprint(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
-    class AttributesEntry(_message.Message):
+    class MetaEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -85,6 +114,26 @@ class Fingerprint(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class DevicesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CPU_MILLIS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
@@ -93,10 +142,13 @@ class Fingerprint(_message.Message):
     CGROUP_FIELD_NUMBER: _builtins.int
     RUNTIMES_FIELD_NUMBER: _builtins.int
     KVM_FIELD_NUMBER: _builtins.int
-    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    META_FIELD_NUMBER: _builtins.int
     PORT_FIRST_FIELD_NUMBER: _builtins.int
     PORT_LAST_FIELD_NUMBER: _builtins.int
     HOST_IMAGE_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
     cpu_millis: _builtins.int
     memory_bytes: _builtins.int
     disk_bytes: _builtins.int
@@ -107,10 +159,15 @@ class Fingerprint(_message.Message):
     port_first: _builtins.int
     port_last: _builtins.int
     host_image: _builtins.bool
+    pool: _builtins.str
     @_builtins.property
     def runtimes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def meta(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def devices(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def reserved(self) -> Global___Reserved: ...
     def __init__(
         self,
         *,
@@ -122,14 +179,17 @@ class Fingerprint(_message.Message):
         cgroup: _builtins.str = ...,
         runtimes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         kvm: _builtins.str = ...,
-        attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        meta: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         port_first: _builtins.int = ...,
         port_last: _builtins.int = ...,
         host_image: _builtins.bool = ...,
+        pool: _builtins.str = ...,
+        devices: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        reserved: Global___Reserved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attributes", b"attributes", "cgroup", b"cgroup", "cpu_millis", b"cpu_millis", "disk_bytes", b"disk_bytes", "host_image", b"host_image", "kernel", b"kernel", "kvm", b"kvm", "memory_bytes", b"memory_bytes", "port_first", b"port_first", "port_last", b"port_last", "runtimes", b"runtimes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup", b"cgroup", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "host_image", b"host_image", "kernel", b"kernel", "kvm", b"kvm", "memory_bytes", b"memory_bytes", "meta", b"meta", "pool", b"pool", "port_first", b"port_first", "port_last", b"port_last", "reserved", b"reserved", "runtimes", b"runtimes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
