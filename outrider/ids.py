@@ -10,6 +10,9 @@ TaskName = NewType("TaskName", str)
 ServiceName = NewType("ServiceName", str)
 PortName = NewType("PortName", str)
 AllocId = NewType("AllocId", str)
+Namespace = NewType("Namespace", str)
+
+DEFAULT_NAMESPACE = Namespace("default")  # always there
 
 # RFC 1123 label: what Consul, DNS and a SPIFFE path all accept.
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"

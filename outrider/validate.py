@@ -89,6 +89,7 @@ def problems(job: Job) -> tuple[Problem, ...]:
 
 def _job(job: Job) -> Iterator[Problem]:
     yield from _name(("job",), job.name)
+    yield from _name(("namespace",), job.namespace)
     yield from _range(("priority",), job.priority, 1, 100)
     yield from _name(("pool",), job.pool)
     yield from _wishes((), job)

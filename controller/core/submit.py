@@ -67,6 +67,8 @@ def job_warnings(state: State, job: Job) -> tuple[str, ...]:
 def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:
     if entry is not None and not entry.stopped and entry.job.type is not job.type:
         return f"job {job.name} is a {entry.job.type} job; stop it before it becomes a {job.type} job"
+    if entry is not None and entry.job.namespace != job.namespace:  # stopped or not: its history is not to be inherited
+        return f"a job {job.name} is in another namespace already; take another name"
     own: dict[ServiceName, Protocol] = {}
     for group in job.groups:
         for service in group.services:

@@ -190,6 +190,7 @@ def _job_summary(state: State, job: JobName) -> JobSummary:
         pending=counts[OBSERVED.index(AllocStatus.PENDING)],
         failed=int((table.status[rows] == columns.FAILED).sum()),
         submitted_at_s=entry.versions[entry.latest].submitted_at_s,
+        namespace=entry.job.namespace,
     )
 
 

@@ -64,10 +64,11 @@ def ls(json: Json = False) -> None:
         output.print_json(jobs)
         return
     output.print_table(
-        ("JOB", "TYPE", "VERSION", "WANTED", "RUNNING", "HEALTHY", "PENDING", "FAILED", "AGE"),
+        ("JOB", "NAMESPACE", "TYPE", "VERSION", "WANTED", "RUNNING", "HEALTHY", "PENDING", "FAILED", "AGE"),
         (
             (
                 job.name,
+                job.namespace,
                 job.type,
                 f"{job.version} (stopped)" if job.stopped else str(job.version),
                 *(str(count) for count in (job.wanted, job.running, job.healthy, job.pending, job.failed)),
@@ -97,6 +98,7 @@ def status(job: str, json: Json = False) -> None:
     output.print_fields(
         (
             ("job", version.job.name),
+            ("namespace", version.job.namespace),
             ("type", version.job.type),
             ("version", f"{version.version}, {output.age(version.submitted_at_s)} old"),
             ("stopped", "yes" if version.stopped else ""),

@@ -6,7 +6,7 @@ Reads the job file and the `files:` it names, and nothing else.
 from pathlib import Path as FilePath
 
 from outrider.errors import InputError
-from outrider.ids import GroupName, JobName
+from outrider.ids import DEFAULT_NAMESPACE, GroupName, JobName, Namespace
 from outrider.jobspec.document import BYTES_MAX, DocumentError, Mapping, Mark, Node, parse
 from outrider.jobspec.fields import Fault, Faults, Fields, Path, named
 from outrider.jobspec.network import read_network
@@ -18,7 +18,18 @@ from outrider.model.job import Group, Job, JobType, Packing, RestartPolicy, Upda
 from outrider.validate import Problem, problems
 
 _TOLD_MAX = 50
-_JOB_KEYS = ("job", "type", "priority", "constraints", "affinities", "spread", "pool", "placement", "groups")
+_JOB_KEYS = (
+    "job",
+    "namespace",
+    "type",
+    "priority",
+    "constraints",
+    "affinities",
+    "spread",
+    "pool",
+    "placement",
+    "groups",
+)
 _GROUP_KEYS = ("count", "update", "restart", "network", "services", "tasks", "constraints", "affinities", "spread")
 
 
@@ -74,6 +85,7 @@ def _job(root: Node, directory: FilePath, faults: Faults) -> Job:
         spread=read_spread(fields, faults),
         pool=fields.text("pool", "default"),
         placement=fields.choice("placement", Packing, Packing.SPREAD) if "placement" in fields else None,
+        namespace=Namespace(fields.text("namespace", DEFAULT_NAMESPACE)),
         groups=tuple(
             _group(name, node, ("groups", name), budget, faults)
             for name, node in (named(groups, ("groups",), faults) if groups else ())

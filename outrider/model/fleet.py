@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from outrider.ids import JobName
+from outrider.ids import DEFAULT_NAMESPACE, JobName, Namespace
 from outrider.model.allocation import Allocation, Generation
 from outrider.model.job import JobType, JobVersion, Value
 from outrider.model.node import Node, NodeStatus
@@ -26,6 +26,7 @@ class JobSummary(Value, frozen=True, kw_only=True):
     pending: int = 0
     failed: int = 0
     submitted_at_s: float = 0.0
+    namespace: Namespace = DEFAULT_NAMESPACE
 
 
 class JobStatus(Value, frozen=True, kw_only=True):

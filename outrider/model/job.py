@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import msgspec
 
-from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
+from outrider.ids import DEFAULT_NAMESPACE, GroupName, JobName, Namespace, PortName, ServiceName, TaskName
 
 MIB = 1024 * 1024
 
@@ -240,6 +240,7 @@ class Job(Value, frozen=True, kw_only=True):
     spread: tuple[Spread, ...] = ()
     pool: str = "default"  # of nodes; "all": any
     placement: Packing | None = None  # None: as the fleet's configuration says
+    namespace: Namespace = DEFAULT_NAMESPACE  # whose it is: who may see and change it, and whose quota it counts in
 
 
 class JobVersion(Value, frozen=True, kw_only=True):

@@ -800,11 +800,13 @@ class Job(_message.Message):
     SPREAD_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: Global___JobType.ValueType
     priority: _builtins.int
     pool: _builtins.str
     placement: Global___Packing.ValueType
+    namespace: _builtins.str
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Group]: ...
     @_builtins.property
@@ -825,10 +827,11 @@ class Job(_message.Message):
         spread: _abc.Iterable[Global___Spread] | None = ...,
         pool: _builtins.str = ...,
         placement: Global___Packing.ValueType | None = ...,
+        namespace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "affinities", b"affinities", "constraints", b"constraints", "groups", b"groups", "name", b"name", "placement", b"placement", "pool", b"pool", "priority", b"priority", "spread", b"spread", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "affinities", b"affinities", "constraints", b"constraints", "groups", b"groups", "name", b"name", "namespace", b"namespace", "placement", b"placement", "pool", b"pool", "priority", b"priority", "spread", b"spread", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__placement: _TypeAlias = _typing.Literal["placement"]  # noqa: Y015
     _WhichOneofArgType__placement: _TypeAlias = _typing.Literal["_placement", b"_placement"]  # noqa: Y015

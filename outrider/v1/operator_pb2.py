@@ -29,15 +29,15 @@ from outrider.v1 import mesh_pb2 as outrider_dot_v1_dot_mesh__pb2
 from outrider.v1 import node_pb2 as outrider_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoutrider/v1/operator.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/allocation.proto\x1a\x17outrider/v1/fleet.proto\x1a\x15outrider/v1/job.proto\x1a\x16outrider/v1/mesh.proto\x1a\x16outrider/v1/node.proto\"\x11\n\x0fGetFleetRequest\"\xb9\x01\n\x10GetFleetResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12+\n\ngeneration\x18\x03 \x01(\x0b\x32\x17.outrider.v1.Generation\x12\x13\n\x0bnodes_ready\x18\x04 \x01(\x03\x12\r\n\x05nodes\x18\x05 \x01(\x03\x12\x0c\n\x04jobs\x18\x06 \x01(\x03\x12\x0e\n\x06\x63onsul\x18\x07 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x08 \x01(\t\"1\n\x10SubmitJobRequest\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.outrider.v1.Job\"G\n\x11SubmitJobResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\x12\x10\n\x08warnings\x18\x03 \x03(\t\"\x1d\n\x0eStopJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"\"\n\x0fStopJobResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\"\x11\n\x0fListJobsRequest\"9\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.outrider.v1.JobSummary\"\xcb\x01\n\nJobSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04type\x18\x02 \x01(\x0e\x32\x14.outrider.v1.JobType\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x0f\n\x07stopped\x18\x04 \x01(\x08\x12\x0e\n\x06wanted\x18\x05 \x01(\x03\x12\x0f\n\x07running\x18\x06 \x01(\x03\x12\x0f\n\x07healthy\x18\x07 \x01(\x03\x12\x0f\n\x07pending\x18\x08 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x03\x12\x16\n\x0esubmitted_at_s\x18\n \x01(\x01\"\x1c\n\rGetJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"\xb5\x01\n\tJobStatus\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.outrider.v1.JobVersion\x12,\n\x0b\x61llocations\x18\x02 \x03(\x0b\x32\x17.outrider.v1.Allocation\x12\x10\n\x08warnings\x18\x03 \x03(\t\x12*\n\x07rollout\x18\x04 \x01(\x0e\x32\x19.outrider.v1.RolloutState\x12\x16\n\x0erollout_reason\x18\x05 \x01(\t\"\x12\n\x10ListNodesRequest\":\n\x11ListNodesResponse\x12%\n\x05nodes\x18\x01 \x03(\x0b\x32\x16.outrider.v1.NodeState\"\xf5\x01\n\tNodeState\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.outrider.v1.Node\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.outrider.v1.NodeStatus\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0estatus_since_s\x18\x04 \x01(\x01\x12\x17\n\x0f\x63pu_millis_used\x18\x05 \x01(\x03\x12\x19\n\x11memory_bytes_used\x18\x06 \x01(\x03\x12\x13\n\x0b\x61llocations\x18\x07 \x01(\x03\x12-\n\x0c\x61\x63knowledged\x18\x08 \x01(\x0b\x32\x17.outrider.v1.Generation\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"e\n\x0fGetNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.outrider.v1.NodeState\x12,\n\x0b\x61llocations\x18\x02 \x03(\x0b\x32\x17.outrider.v1.Allocation\"E\n\x16ListAllocationsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08terminal\x18\x03 \x01(\x08\"G\n\x17ListAllocationsResponse\x12,\n\x0b\x61llocations\x18\x01 \x03(\x0b\x32\x17.outrider.v1.Allocation\"%\n\x14GetAllocationRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\"\x95\x01\n\tExecFrame\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.outrider.v1.ExecRequestH\x00\x12\x0f\n\x05stdin\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0cstdin_closed\x18\x03 \x01(\x08H\x00\x12+\n\x06resize\x18\x04 \x01(\x0b\x32\x19.outrider.v1.TerminalSizeH\x00\x42\x07\n\x05\x66rame\"3\n\x12WatchEventsRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\"u\n\nFleetEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03job\x18\x05 \x01(\t\x12\r\n\x05\x61lloc\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\"\x17\n\x15ListIntentionsRequest\"D\n\x16ListIntentionsResponse\x12*\n\nintentions\x18\x01 \x03(\x0b\x32\x16.outrider.v1.Intention\"C\n\x16\x43reateIntentionRequest\x12)\n\tintention\x18\x01 \x01(\x0b\x32\x16.outrider.v1.Intention\"=\n\x16\x44\x65leteIntentionRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\"\x19\n\x17\x44\x65leteIntentionResponse\"<\n\x15\x43heckIntentionRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\"\x85\x01\n\x16\x43heckIntentionResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12*\n\ndecided_by\x18\x02 \x01(\x0b\x32\x16.outrider.v1.Intention\x12.\n\x08refusals\x18\x03 \x03(\x0b\x32\x1c.outrider.v1.ObservedRefusal*\x9b\x01\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STATE_RUNNING\x10\x01\x12\x1c\n\x18ROLLOUT_STATE_SUCCESSFUL\x10\x02\x12\x18\n\x14ROLLOUT_STATE_FAILED\x10\x03\x12\x19\n\x15ROLLOUT_STATE_STOPPED\x10\x04\x32\x9d\n\n\x0fOperatorService\x12G\n\x08GetFleet\x12\x1c.outrider.v1.GetFleetRequest\x1a\x1d.outrider.v1.GetFleetResponse\x12J\n\tSubmitJob\x12\x1d.outrider.v1.SubmitJobRequest\x1a\x1e.outrider.v1.SubmitJobResponse\x12\x44\n\x07StopJob\x12\x1b.outrider.v1.StopJobRequest\x1a\x1c.outrider.v1.StopJobResponse\x12G\n\x08ListJobs\x12\x1c.outrider.v1.ListJobsRequest\x1a\x1d.outrider.v1.ListJobsResponse\x12<\n\x06GetJob\x12\x1a.outrider.v1.GetJobRequest\x1a\x16.outrider.v1.JobStatus\x12@\n\x08WatchJob\x12\x1a.outrider.v1.GetJobRequest\x1a\x16.outrider.v1.JobStatus0\x01\x12J\n\tListNodes\x12\x1d.outrider.v1.ListNodesRequest\x1a\x1e.outrider.v1.ListNodesResponse\x12\x44\n\x07GetNode\x12\x1b.outrider.v1.GetNodeRequest\x1a\x1c.outrider.v1.GetNodeResponse\x12\\\n\x0fListAllocations\x12#.outrider.v1.ListAllocationsRequest\x1a$.outrider.v1.ListAllocationsResponse\x12K\n\rGetAllocation\x12!.outrider.v1.GetAllocationRequest\x1a\x17.outrider.v1.Allocation\x12<\n\x04Logs\x12\x18.outrider.v1.LogsRequest\x1a\x18.outrider.v1.TunnelFrame0\x01\x12<\n\x04\x45xec\x12\x16.outrider.v1.ExecFrame\x1a\x18.outrider.v1.TunnelFrame(\x01\x30\x01\x12I\n\x0bWatchEvents\x12\x1f.outrider.v1.WatchEventsRequest\x1a\x17.outrider.v1.FleetEvent0\x01\x12Y\n\x0eListIntentions\x12\".outrider.v1.ListIntentionsRequest\x1a#.outrider.v1.ListIntentionsResponse\x12N\n\x0f\x43reateIntention\x12#.outrider.v1.CreateIntentionRequest\x1a\x16.outrider.v1.Intention\x12\\\n\x0f\x44\x65leteIntention\x12#.outrider.v1.DeleteIntentionRequest\x1a$.outrider.v1.DeleteIntentionResponse\x12Y\n\x0e\x43heckIntention\x12\".outrider.v1.CheckIntentionRequest\x1a#.outrider.v1.CheckIntentionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoutrider/v1/operator.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/allocation.proto\x1a\x17outrider/v1/fleet.proto\x1a\x15outrider/v1/job.proto\x1a\x16outrider/v1/mesh.proto\x1a\x16outrider/v1/node.proto\"\x11\n\x0fGetFleetRequest\"\xb9\x01\n\x10GetFleetResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12+\n\ngeneration\x18\x03 \x01(\x0b\x32\x17.outrider.v1.Generation\x12\x13\n\x0bnodes_ready\x18\x04 \x01(\x03\x12\r\n\x05nodes\x18\x05 \x01(\x03\x12\x0c\n\x04jobs\x18\x06 \x01(\x03\x12\x0e\n\x06\x63onsul\x18\x07 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x08 \x01(\t\"1\n\x10SubmitJobRequest\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.outrider.v1.Job\"G\n\x11SubmitJobResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\x12\x10\n\x08warnings\x18\x03 \x03(\t\"\x1d\n\x0eStopJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"\"\n\x0fStopJobResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\"\x11\n\x0fListJobsRequest\"9\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.outrider.v1.JobSummary\"\xde\x01\n\nJobSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04type\x18\x02 \x01(\x0e\x32\x14.outrider.v1.JobType\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x0f\n\x07stopped\x18\x04 \x01(\x08\x12\x0e\n\x06wanted\x18\x05 \x01(\x03\x12\x0f\n\x07running\x18\x06 \x01(\x03\x12\x0f\n\x07healthy\x18\x07 \x01(\x03\x12\x0f\n\x07pending\x18\x08 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x03\x12\x16\n\x0esubmitted_at_s\x18\n \x01(\x01\x12\x11\n\tnamespace\x18\x46 \x01(\t\"\x1c\n\rGetJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"\xb5\x01\n\tJobStatus\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.outrider.v1.JobVersion\x12,\n\x0b\x61llocations\x18\x02 \x03(\x0b\x32\x17.outrider.v1.Allocation\x12\x10\n\x08warnings\x18\x03 \x03(\t\x12*\n\x07rollout\x18\x04 \x01(\x0e\x32\x19.outrider.v1.RolloutState\x12\x16\n\x0erollout_reason\x18\x05 \x01(\t\"\x12\n\x10ListNodesRequest\":\n\x11ListNodesResponse\x12%\n\x05nodes\x18\x01 \x03(\x0b\x32\x16.outrider.v1.NodeState\"\xf5\x01\n\tNodeState\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.outrider.v1.Node\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.outrider.v1.NodeStatus\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\x0estatus_since_s\x18\x04 \x01(\x01\x12\x17\n\x0f\x63pu_millis_used\x18\x05 \x01(\x03\x12\x19\n\x11memory_bytes_used\x18\x06 \x01(\x03\x12\x13\n\x0b\x61llocations\x18\x07 \x01(\x03\x12-\n\x0c\x61\x63knowledged\x18\x08 \x01(\x0b\x32\x17.outrider.v1.Generation\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"e\n\x0fGetNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.outrider.v1.NodeState\x12,\n\x0b\x61llocations\x18\x02 \x03(\x0b\x32\x17.outrider.v1.Allocation\"E\n\x16ListAllocationsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x10\n\x08terminal\x18\x03 \x01(\x08\"G\n\x17ListAllocationsResponse\x12,\n\x0b\x61llocations\x18\x01 \x03(\x0b\x32\x17.outrider.v1.Allocation\"%\n\x14GetAllocationRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\"\x95\x01\n\tExecFrame\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.outrider.v1.ExecRequestH\x00\x12\x0f\n\x05stdin\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0cstdin_closed\x18\x03 \x01(\x08H\x00\x12+\n\x06resize\x18\x04 \x01(\x0b\x32\x19.outrider.v1.TerminalSizeH\x00\x42\x07\n\x05\x66rame\"3\n\x12WatchEventsRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\"u\n\nFleetEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x0b\n\x03job\x18\x05 \x01(\t\x12\r\n\x05\x61lloc\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\"\x17\n\x15ListIntentionsRequest\"D\n\x16ListIntentionsResponse\x12*\n\nintentions\x18\x01 \x03(\x0b\x32\x16.outrider.v1.Intention\"C\n\x16\x43reateIntentionRequest\x12)\n\tintention\x18\x01 \x01(\x0b\x32\x16.outrider.v1.Intention\"=\n\x16\x44\x65leteIntentionRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\"\x19\n\x17\x44\x65leteIntentionResponse\"<\n\x15\x43heckIntentionRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\"\x85\x01\n\x16\x43heckIntentionResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12*\n\ndecided_by\x18\x02 \x01(\x0b\x32\x16.outrider.v1.Intention\x12.\n\x08refusals\x18\x03 \x03(\x0b\x32\x1c.outrider.v1.ObservedRefusal*\x9b\x01\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STATE_RUNNING\x10\x01\x12\x1c\n\x18ROLLOUT_STATE_SUCCESSFUL\x10\x02\x12\x18\n\x14ROLLOUT_STATE_FAILED\x10\x03\x12\x19\n\x15ROLLOUT_STATE_STOPPED\x10\x04\x32\x9d\n\n\x0fOperatorService\x12G\n\x08GetFleet\x12\x1c.outrider.v1.GetFleetRequest\x1a\x1d.outrider.v1.GetFleetResponse\x12J\n\tSubmitJob\x12\x1d.outrider.v1.SubmitJobRequest\x1a\x1e.outrider.v1.SubmitJobResponse\x12\x44\n\x07StopJob\x12\x1b.outrider.v1.StopJobRequest\x1a\x1c.outrider.v1.StopJobResponse\x12G\n\x08ListJobs\x12\x1c.outrider.v1.ListJobsRequest\x1a\x1d.outrider.v1.ListJobsResponse\x12<\n\x06GetJob\x12\x1a.outrider.v1.GetJobRequest\x1a\x16.outrider.v1.JobStatus\x12@\n\x08WatchJob\x12\x1a.outrider.v1.GetJobRequest\x1a\x16.outrider.v1.JobStatus0\x01\x12J\n\tListNodes\x12\x1d.outrider.v1.ListNodesRequest\x1a\x1e.outrider.v1.ListNodesResponse\x12\x44\n\x07GetNode\x12\x1b.outrider.v1.GetNodeRequest\x1a\x1c.outrider.v1.GetNodeResponse\x12\\\n\x0fListAllocations\x12#.outrider.v1.ListAllocationsRequest\x1a$.outrider.v1.ListAllocationsResponse\x12K\n\rGetAllocation\x12!.outrider.v1.GetAllocationRequest\x1a\x17.outrider.v1.Allocation\x12<\n\x04Logs\x12\x18.outrider.v1.LogsRequest\x1a\x18.outrider.v1.TunnelFrame0\x01\x12<\n\x04\x45xec\x12\x16.outrider.v1.ExecFrame\x1a\x18.outrider.v1.TunnelFrame(\x01\x30\x01\x12I\n\x0bWatchEvents\x12\x1f.outrider.v1.WatchEventsRequest\x1a\x17.outrider.v1.FleetEvent0\x01\x12Y\n\x0eListIntentions\x12\".outrider.v1.ListIntentionsRequest\x1a#.outrider.v1.ListIntentionsResponse\x12N\n\x0f\x43reateIntention\x12#.outrider.v1.CreateIntentionRequest\x1a\x16.outrider.v1.Intention\x12\\\n\x0f\x44\x65leteIntention\x12#.outrider.v1.DeleteIntentionRequest\x1a$.outrider.v1.DeleteIntentionResponse\x12Y\n\x0e\x43heckIntention\x12\".outrider.v1.CheckIntentionRequest\x1a#.outrider.v1.CheckIntentionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'outrider.v1.operator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLLOUTSTATE']._serialized_start=2488
-  _globals['_ROLLOUTSTATE']._serialized_end=2643
+  _globals['_ROLLOUTSTATE']._serialized_start=2507
+  _globals['_ROLLOUTSTATE']._serialized_end=2662
   _globals['_GETFLEETREQUEST']._serialized_start=169
   _globals['_GETFLEETREQUEST']._serialized_end=186
   _globals['_GETFLEETRESPONSE']._serialized_start=189
@@ -55,47 +55,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTJOBSRESPONSE']._serialized_start=586
   _globals['_LISTJOBSRESPONSE']._serialized_end=643
   _globals['_JOBSUMMARY']._serialized_start=646
-  _globals['_JOBSUMMARY']._serialized_end=849
-  _globals['_GETJOBREQUEST']._serialized_start=851
-  _globals['_GETJOBREQUEST']._serialized_end=879
-  _globals['_JOBSTATUS']._serialized_start=882
-  _globals['_JOBSTATUS']._serialized_end=1063
-  _globals['_LISTNODESREQUEST']._serialized_start=1065
-  _globals['_LISTNODESREQUEST']._serialized_end=1083
-  _globals['_LISTNODESRESPONSE']._serialized_start=1085
-  _globals['_LISTNODESRESPONSE']._serialized_end=1143
-  _globals['_NODESTATE']._serialized_start=1146
-  _globals['_NODESTATE']._serialized_end=1391
-  _globals['_GETNODEREQUEST']._serialized_start=1393
-  _globals['_GETNODEREQUEST']._serialized_end=1423
-  _globals['_GETNODERESPONSE']._serialized_start=1425
-  _globals['_GETNODERESPONSE']._serialized_end=1526
-  _globals['_LISTALLOCATIONSREQUEST']._serialized_start=1528
-  _globals['_LISTALLOCATIONSREQUEST']._serialized_end=1597
-  _globals['_LISTALLOCATIONSRESPONSE']._serialized_start=1599
-  _globals['_LISTALLOCATIONSRESPONSE']._serialized_end=1670
-  _globals['_GETALLOCATIONREQUEST']._serialized_start=1672
-  _globals['_GETALLOCATIONREQUEST']._serialized_end=1709
-  _globals['_EXECFRAME']._serialized_start=1712
-  _globals['_EXECFRAME']._serialized_end=1861
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1863
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1914
-  _globals['_FLEETEVENT']._serialized_start=1916
-  _globals['_FLEETEVENT']._serialized_end=2033
-  _globals['_LISTINTENTIONSREQUEST']._serialized_start=2035
-  _globals['_LISTINTENTIONSREQUEST']._serialized_end=2058
-  _globals['_LISTINTENTIONSRESPONSE']._serialized_start=2060
-  _globals['_LISTINTENTIONSRESPONSE']._serialized_end=2128
-  _globals['_CREATEINTENTIONREQUEST']._serialized_start=2130
-  _globals['_CREATEINTENTIONREQUEST']._serialized_end=2197
-  _globals['_DELETEINTENTIONREQUEST']._serialized_start=2199
-  _globals['_DELETEINTENTIONREQUEST']._serialized_end=2260
-  _globals['_DELETEINTENTIONRESPONSE']._serialized_start=2262
-  _globals['_DELETEINTENTIONRESPONSE']._serialized_end=2287
-  _globals['_CHECKINTENTIONREQUEST']._serialized_start=2289
-  _globals['_CHECKINTENTIONREQUEST']._serialized_end=2349
-  _globals['_CHECKINTENTIONRESPONSE']._serialized_start=2352
-  _globals['_CHECKINTENTIONRESPONSE']._serialized_end=2485
-  _globals['_OPERATORSERVICE']._serialized_start=2646
-  _globals['_OPERATORSERVICE']._serialized_end=3955
+  _globals['_JOBSUMMARY']._serialized_end=868
+  _globals['_GETJOBREQUEST']._serialized_start=870
+  _globals['_GETJOBREQUEST']._serialized_end=898
+  _globals['_JOBSTATUS']._serialized_start=901
+  _globals['_JOBSTATUS']._serialized_end=1082
+  _globals['_LISTNODESREQUEST']._serialized_start=1084
+  _globals['_LISTNODESREQUEST']._serialized_end=1102
+  _globals['_LISTNODESRESPONSE']._serialized_start=1104
+  _globals['_LISTNODESRESPONSE']._serialized_end=1162
+  _globals['_NODESTATE']._serialized_start=1165
+  _globals['_NODESTATE']._serialized_end=1410
+  _globals['_GETNODEREQUEST']._serialized_start=1412
+  _globals['_GETNODEREQUEST']._serialized_end=1442
+  _globals['_GETNODERESPONSE']._serialized_start=1444
+  _globals['_GETNODERESPONSE']._serialized_end=1545
+  _globals['_LISTALLOCATIONSREQUEST']._serialized_start=1547
+  _globals['_LISTALLOCATIONSREQUEST']._serialized_end=1616
+  _globals['_LISTALLOCATIONSRESPONSE']._serialized_start=1618
+  _globals['_LISTALLOCATIONSRESPONSE']._serialized_end=1689
+  _globals['_GETALLOCATIONREQUEST']._serialized_start=1691
+  _globals['_GETALLOCATIONREQUEST']._serialized_end=1728
+  _globals['_EXECFRAME']._serialized_start=1731
+  _globals['_EXECFRAME']._serialized_end=1880
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1882
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1933
+  _globals['_FLEETEVENT']._serialized_start=1935
+  _globals['_FLEETEVENT']._serialized_end=2052
+  _globals['_LISTINTENTIONSREQUEST']._serialized_start=2054
+  _globals['_LISTINTENTIONSREQUEST']._serialized_end=2077
+  _globals['_LISTINTENTIONSRESPONSE']._serialized_start=2079
+  _globals['_LISTINTENTIONSRESPONSE']._serialized_end=2147
+  _globals['_CREATEINTENTIONREQUEST']._serialized_start=2149
+  _globals['_CREATEINTENTIONREQUEST']._serialized_end=2216
+  _globals['_DELETEINTENTIONREQUEST']._serialized_start=2218
+  _globals['_DELETEINTENTIONREQUEST']._serialized_end=2279
+  _globals['_DELETEINTENTIONRESPONSE']._serialized_start=2281
+  _globals['_DELETEINTENTIONRESPONSE']._serialized_end=2306
+  _globals['_CHECKINTENTIONREQUEST']._serialized_start=2308
+  _globals['_CHECKINTENTIONREQUEST']._serialized_end=2368
+  _globals['_CHECKINTENTIONRESPONSE']._serialized_start=2371
+  _globals['_CHECKINTENTIONRESPONSE']._serialized_end=2504
+  _globals['_OPERATORSERVICE']._serialized_start=2665
+  _globals['_OPERATORSERVICE']._serialized_end=3974
 # @@protoc_insertion_point(module_scope)

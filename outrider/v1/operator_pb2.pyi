@@ -236,6 +236,7 @@ class JobSummary(_message.Message):
     PENDING_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     SUBMITTED_AT_S_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: _job_pb2.JobType.ValueType
     version: _builtins.int
@@ -246,6 +247,7 @@ class JobSummary(_message.Message):
     pending: _builtins.int
     failed: _builtins.int
     submitted_at_s: _builtins.float
+    namespace: _builtins.str
     def __init__(
         self,
         *,
@@ -259,10 +261,11 @@ class JobSummary(_message.Message):
         pending: _builtins.int = ...,
         failed: _builtins.int = ...,
         submitted_at_s: _builtins.float = ...,
+        namespace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "healthy", b"healthy", "name", b"name", "pending", b"pending", "running", b"running", "stopped", b"stopped", "submitted_at_s", b"submitted_at_s", "type", b"type", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "healthy", b"healthy", "name", b"name", "namespace", b"namespace", "pending", b"pending", "running", b"running", "stopped", b"stopped", "submitted_at_s", b"submitted_at_s", "type", b"type", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,6 +69,7 @@ def test_a_good_job_has_no_problem() -> None:
     [
         (_with(JOB, name="Shop"), "job"),
         (_with(JOB, priority=0), "priority"),
+        (_with(JOB, namespace="Team A"), "namespace"),
         (_with(JOB, groups=()), "groups"),
         (_with(JOB, groups=(GROUP, GROUP)), "groups.web"),
         (_with(_with(GROUP, count=2), type=JobType.SYSTEM), "groups.web.count"),

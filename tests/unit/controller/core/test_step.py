@@ -11,7 +11,7 @@ from controller.core.policy import Policy
 from controller.core.state import State
 from controller.core.step import step
 from controller.core.submit import job_warnings
-from outrider.ids import AllocId, JobName, NodeId, ServiceName
+from outrider.ids import AllocId, JobName, Namespace, NodeId, ServiceName
 from outrider.model.allocation import Allocation, AllocReport, AllocStatus, Desired, TaskReport, TaskStatus
 from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType, Protocol, UpdatePolicy
@@ -97,6 +97,15 @@ def test_a_running_job_does_not_change_its_type(world: World) -> None:
     reply = world.submit(job("shop", group(), type=JobType.BATCH))
     assert (reply.code, reply.changed) == ("conflict", False)
     assert "stop it before it becomes a batch job" in reply.message
+
+
+def test_a_job_never_changes_its_namespace(world: World) -> None:
+    world.submit(job("shop", group()))
+    world.stop("shop")
+    moved = msgspec.structs.replace(job("shop", group()), namespace=Namespace("team-b"))
+    reply = world.submit(moved)
+    assert (reply.code, reply.changed) == ("conflict", False)
+    assert "in another namespace already" in reply.message
 
 
 def test_groups_of_one_job_agree_on_a_services_protocol(world: World) -> None:

@@ -31,6 +31,7 @@ SMALLEST = "job: a\ngroups: {g: {tasks: {t: {command: [x]}}}}\n"
 WHOLE = (
     """
 job: shop
+namespace: team-a
 type: batch
 priority: 70
 groups:
@@ -103,6 +104,7 @@ def test_everything_that_a_job_can_say_is_read() -> None:
     job = parse_job(WHOLE.encode(), FILE)
     group, plain, machine, direct = job.groups
     assert (job.name, job.type, job.priority, group.count) == ("shop", JobType.BATCH, 70, 3)
+    assert job.namespace == "team-a"
     assert group.update == UpdatePolicy(
         max_parallel=2, canary=1, min_healthy_s=5, healthy_deadline_s=120, auto_revert=True
     )
