@@ -18,6 +18,7 @@ from outrider.model.job import (
     PULLED,
     Check,
     CheckKind,
+    DisconnectPolicy,
     Driver,
     File,
     Group,
@@ -28,9 +29,11 @@ from outrider.model.job import (
     JobType,
     Network,
     PullPolicy,
+    ReschedulePolicy,
     Resources,
     RestartPolicy,
     Service,
+    Survivor,
     Task,
     UpdatePolicy,
     Value,
@@ -99,6 +102,7 @@ def _job(job: Job) -> Iterator[Problem]:
         path: Path = ("groups", group.name)
         if job.type is JobType.SYSTEM and group.count != 1:
             yield Problem(path=(*path, "count"), message="a system job runs one copy on each node; leave count out")
+        yield from _rollout_kind(job, path, group)
         yield from _group(path, group)
 
 
@@ -106,7 +110,9 @@ def _group(path: Path, group: Group) -> Iterator[Problem]:
     yield from _name(path, group.name)
     yield from _range((*path, "count"), group.count, 0, COUNT_MAX)
     yield from _update((*path, "update"), group.update)
-    yield from _restart((*path, "restart"), group.restart)
+    yield from _attempts((*path, "restart"), group.restart)
+    yield from _attempts((*path, "reschedule"), group.reschedule)
+    yield from _disconnect((*path, "disconnect"), group.disconnect)
     yield from _network((*path, "network"), group.network)
     yield from _range((*path, "tasks"), len(group.tasks), 1, TASKS_MAX, "tasks")
     yield from _unique((*path, "tasks"), (task.name for task in group.tasks), "task")
@@ -152,15 +158,50 @@ def _update(path: Path, update: UpdatePolicy) -> Iterator[Problem]:
     yield from _range((*path, "healthy_deadline"), update.healthy_deadline_s, 0, DURATION_S_MAX)
     if update.healthy_deadline_s <= update.min_healthy_s:
         yield Problem(path=(*path, "healthy_deadline"), message="must be longer than min_healthy, or nothing succeeds")
+    if update.progress_deadline_s is not None:
+        yield from _range((*path, "progress_deadline"), update.progress_deadline_s, 0, DURATION_S_MAX)
+        if update.progress_deadline_s <= update.healthy_deadline_s:
+            message = "must be longer than healthy_deadline, or no copy is ever tried twice"
+            yield Problem(path=(*path, "progress_deadline"), message=message)
+    if update.blue_green and update.canary:
+        yield Problem(path=(*path, "canary"), message="blue_green starts a copy of each already; leave canary out")
+    if update.auto_promote and not (update.canary or update.blue_green):
+        message = "there is nothing to promote; give canary, or blue_green: true"
+        yield Problem(path=(*path, "auto_promote"), message=message)
 
 
-def _restart(path: Path, restart: RestartPolicy) -> Iterator[Problem]:
-    yield from _range((*path, "attempts"), restart.attempts, 0, 1_000_000)
-    yield from _range((*path, "interval"), restart.interval_s, 0, DURATION_S_MAX)
-    yield from _range((*path, "delay"), restart.delay_s, 0, DURATION_S_MAX)
-    yield from _range((*path, "delay_max"), restart.delay_max_s, 0, DURATION_S_MAX)
-    if restart.delay_max_s < restart.delay_s:
+def _attempts(path: Path, policy: RestartPolicy | ReschedulePolicy) -> Iterator[Problem]:
+    if policy.attempts is not None:
+        yield from _range((*path, "attempts"), policy.attempts, 0, 1_000_000)
+    yield from _range((*path, "interval"), policy.interval_s, 0, DURATION_S_MAX)
+    yield from _range((*path, "delay"), policy.delay_s, 0, DURATION_S_MAX)
+    yield from _range((*path, "delay_max"), policy.delay_max_s, 0, DURATION_S_MAX)
+    if policy.delay_max_s < policy.delay_s:
         yield Problem(path=(*path, "delay_max"), message="must not be shorter than delay")
+
+
+def _disconnect(path: Path, policy: DisconnectPolicy) -> Iterator[Problem]:
+    for key, after_s in (("lost_after", policy.lost_after_s), ("replace_after", policy.replace_after_s)):
+        if after_s is not None:
+            yield from _range((*path, key), after_s, 0, DURATION_S_MAX)
+    lost_s, replace_s = policy.lost_after_s, policy.replace_after_s
+    if lost_s is not None and replace_s is not None and replace_s >= lost_s:
+        message = "must be shorter than lost_after: what is lost is replaced anyway"
+        yield Problem(path=(*path, "replace_after"), message=message)
+    if policy.survivor is not Survivor.ORIGINAL and replace_s is None:
+        message = "nothing stands in for a silent copy; give replace_after, or leave survivor out"
+        yield Problem(path=(*path, "survivor"), message=message)
+
+
+def _rollout_kind(job: Job, path: Path, group: Group) -> Iterator[Problem]:
+    """Canaries are copies beside others of one group: a service's."""
+    for key in ("canary", "blue_green"):
+        if job.type is not JobType.SERVICE and getattr(group.update, key):
+            message = f"only for service jobs; a {job.type} job is updated without canaries"
+            yield Problem(path=(*path, "update", key), message=message)
+    if job.type is not JobType.SERVICE and group.disconnect.replace_after_s is not None:
+        message = f"only for service jobs; a {job.type} job's copies have no stand-ins"
+        yield Problem(path=(*path, "disconnect", "replace_after"), message=message)
 
 
 def _network(path: Path, network: Network) -> Iterator[Problem]:

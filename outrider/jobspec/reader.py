@@ -11,10 +11,10 @@ from outrider.jobspec.document import BYTES_MAX, DocumentError, Mapping, Mark, N
 from outrider.jobspec.fields import Fault, Faults, Fields, Path, named
 from outrider.jobspec.network import read_network
 from outrider.jobspec.placement import read_affinities, read_constraints, read_spread
+from outrider.jobspec.policies import read_disconnect, read_reschedule, read_restart, read_update
 from outrider.jobspec.services import read_services
 from outrider.jobspec.tasks import FilesBudget, read_tasks
-from outrider.jobspec.units import duration_s
-from outrider.model.job import Group, Job, JobType, Packing, RestartPolicy, UpdatePolicy
+from outrider.model.job import Group, Job, JobType, Packing
 from outrider.validate import Problem, problems
 
 _TOLD_MAX = 50
@@ -30,7 +30,19 @@ _JOB_KEYS = (
     "placement",
     "groups",
 )
-_GROUP_KEYS = ("count", "update", "restart", "network", "services", "tasks", "constraints", "affinities", "spread")
+_GROUP_KEYS = (
+    "count",
+    "update",
+    "restart",
+    "reschedule",
+    "disconnect",
+    "network",
+    "services",
+    "tasks",
+    "constraints",
+    "affinities",
+    "spread",
+)
 
 
 class JobFileError(InputError):
@@ -100,45 +112,16 @@ def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Fault
     return Group(
         name=GroupName(name),
         count=fields.integer("count", 1),
-        update=_update(fields, faults),
-        restart=_restart(fields, faults),
+        update=read_update(fields, faults),
+        restart=read_restart(fields, faults),
+        reschedule=read_reschedule(fields, faults),
+        disconnect=read_disconnect(fields, faults),
         network=network,
         services=read_services(fields, network, faults),
         constraints=read_constraints(fields, faults),
         affinities=read_affinities(fields, faults),
         spread=read_spread(fields, faults),
         tasks=read_tasks(tasks, (*path, "tasks"), budget, faults) if tasks else (),
-    )
-
-
-def _update(group: Fields, faults: Faults) -> UpdatePolicy:
-    node = group.node("update")
-    if node is None:
-        return UpdatePolicy()
-    default = UpdatePolicy()
-    keys = ("max_parallel", "canary", "min_healthy", "healthy_deadline", "auto_revert")
-    fields = Fields(node, (*group.path, "update"), faults, keys)
-    return UpdatePolicy(
-        max_parallel=fields.integer("max_parallel", default.max_parallel),
-        canary=fields.integer("canary", default.canary),
-        min_healthy_s=fields.quantity("min_healthy", duration_s, default.min_healthy_s),
-        healthy_deadline_s=fields.quantity("healthy_deadline", duration_s, default.healthy_deadline_s),
-        auto_revert=fields.flag("auto_revert", default=default.auto_revert),
-    )
-
-
-def _restart(group: Fields, faults: Faults) -> RestartPolicy:
-    node = group.node("restart")
-    if node is None:
-        return RestartPolicy()
-    default = RestartPolicy()
-    fields = Fields(node, (*group.path, "restart"), faults, ("attempts", "interval", "delay", "delay_max"))
-    delay_s = fields.quantity("delay", duration_s, default.delay_s)
-    return RestartPolicy(
-        attempts=fields.integer("attempts", default.attempts),
-        interval_s=fields.quantity("interval", duration_s, default.interval_s),
-        delay_s=delay_s,
-        delay_max_s=fields.quantity("delay_max", duration_s, max(default.delay_max_s, delay_s)),
     )
 
 

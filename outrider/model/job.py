@@ -210,10 +210,36 @@ class RestartPolicy(Value, frozen=True, kw_only=True):
 
 class UpdatePolicy(Value, frozen=True, kw_only=True):
     max_parallel: int = 1
-    canary: int = 0
+    canary: int = 0  # copies of a new version that prove themselves beside the old ones; then somebody promotes
     min_healthy_s: float = 1.0
     healthy_deadline_s: float = 120.0
     auto_revert: bool = False
+    auto_promote: bool = False
+    blue_green: bool = False  # a whole second set beside the first; promoting it switches the calls over
+    progress_deadline_s: float | None = None  # None: the first copy that fails makes the rollout fail
+
+
+class ReschedulePolicy(Value, frozen=True, kw_only=True):
+    """Elsewhere, after the restarts on one node are used up: each time later than the time before."""
+
+    attempts: int | None = None  # within `interval_s`; None: no limit, and of a batch job none at all
+    interval_s: float = 600.0  # a copy that has not failed for so long starts at the first delay again
+    delay_s: float = 5.0
+    delay_max_s: float = 300.0
+
+
+class Survivor(StrEnum):
+    """Which copy stays when a silent node returns and another has stood in."""
+
+    ORIGINAL = "original"
+    REPLACEMENT = "replacement"
+    HEALTHY = "healthy"  # the first of the two that is; the original where both are
+
+
+class DisconnectPolicy(Value, frozen=True, kw_only=True):
+    lost_after_s: float | None = None  # None: the fleet's
+    replace_after_s: float | None = None  # None: not before it is lost
+    survivor: Survivor = Survivor.ORIGINAL
 
 
 class Group(Value, frozen=True, kw_only=True):
@@ -224,6 +250,9 @@ class Group(Value, frozen=True, kw_only=True):
     restart: RestartPolicy = RestartPolicy()
     network: Network = Network()
     services: tuple[Service, ...] = ()
+    reschedule: ReschedulePolicy = ReschedulePolicy()
+    disconnect: DisconnectPolicy = DisconnectPolicy()
+    restarts: int = 0  # how often `job restart` was asked for: another number is other content
     constraints: tuple[Constraint, ...] = ()
     affinities: tuple[Affinity, ...] = ()
     spread: tuple[Spread, ...] = ()

@@ -198,6 +198,25 @@ PACKING_SPREAD: Packing.ValueType  # 1
 PACKING_PACK: Packing.ValueType  # 2
 Global___Packing: _TypeAlias = Packing  # noqa: Y015
 
+class _Survivor:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SurvivorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Survivor.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SURVIVOR_UNSPECIFIED: _Survivor.ValueType  # 0
+    SURVIVOR_ORIGINAL: _Survivor.ValueType  # 1
+    SURVIVOR_REPLACEMENT: _Survivor.ValueType  # 2
+    SURVIVOR_HEALTHY: _Survivor.ValueType  # 3
+
+class Survivor(_Survivor, metaclass=_SurvivorEnumTypeWrapper): ...
+
+SURVIVOR_UNSPECIFIED: Survivor.ValueType  # 0
+SURVIVOR_ORIGINAL: Survivor.ValueType  # 1
+SURVIVOR_REPLACEMENT: Survivor.ValueType  # 2
+SURVIVOR_HEALTHY: Survivor.ValueType  # 3
+Global___Survivor: _TypeAlias = Survivor  # noqa: Y015
+
 @_typing.final
 class Constraint(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -711,11 +730,17 @@ class UpdatePolicy(_message.Message):
     MIN_HEALTHY_S_FIELD_NUMBER: _builtins.int
     HEALTHY_DEADLINE_S_FIELD_NUMBER: _builtins.int
     AUTO_REVERT_FIELD_NUMBER: _builtins.int
+    AUTO_PROMOTE_FIELD_NUMBER: _builtins.int
+    BLUE_GREEN_FIELD_NUMBER: _builtins.int
+    PROGRESS_DEADLINE_S_FIELD_NUMBER: _builtins.int
     max_parallel: _builtins.int
     canary: _builtins.int
     min_healthy_s: _builtins.float
     healthy_deadline_s: _builtins.float
     auto_revert: _builtins.bool
+    auto_promote: _builtins.bool
+    blue_green: _builtins.bool
+    progress_deadline_s: _builtins.float
     def __init__(
         self,
         *,
@@ -724,14 +749,81 @@ class UpdatePolicy(_message.Message):
         min_healthy_s: _builtins.float = ...,
         healthy_deadline_s: _builtins.float = ...,
         auto_revert: _builtins.bool = ...,
+        auto_promote: _builtins.bool = ...,
+        blue_green: _builtins.bool = ...,
+        progress_deadline_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_progress_deadline_s", b"_progress_deadline_s", "progress_deadline_s", b"progress_deadline_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_revert", b"auto_revert", "canary", b"canary", "healthy_deadline_s", b"healthy_deadline_s", "max_parallel", b"max_parallel", "min_healthy_s", b"min_healthy_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_progress_deadline_s", b"_progress_deadline_s", "auto_promote", b"auto_promote", "auto_revert", b"auto_revert", "blue_green", b"blue_green", "canary", b"canary", "healthy_deadline_s", b"healthy_deadline_s", "max_parallel", b"max_parallel", "min_healthy_s", b"min_healthy_s", "progress_deadline_s", b"progress_deadline_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__progress_deadline_s: _TypeAlias = _typing.Literal["progress_deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__progress_deadline_s: _TypeAlias = _typing.Literal["_progress_deadline_s", b"_progress_deadline_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__progress_deadline_s) -> _WhichOneofReturnType__progress_deadline_s | None: ...
 
 Global___UpdatePolicy: _TypeAlias = UpdatePolicy  # noqa: Y015
+
+@_typing.final
+class ReschedulePolicy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    INTERVAL_S_FIELD_NUMBER: _builtins.int
+    DELAY_S_FIELD_NUMBER: _builtins.int
+    DELAY_MAX_S_FIELD_NUMBER: _builtins.int
+    attempts: _builtins.int
+    interval_s: _builtins.float
+    delay_s: _builtins.float
+    delay_max_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        attempts: _builtins.int | None = ...,
+        interval_s: _builtins.float = ...,
+        delay_s: _builtins.float = ...,
+        delay_max_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "attempts", b"attempts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "attempts", b"attempts", "delay_max_s", b"delay_max_s", "delay_s", b"delay_s", "interval_s", b"interval_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attempts: _TypeAlias = _typing.Literal["attempts"]  # noqa: Y015
+    _WhichOneofArgType__attempts: _TypeAlias = _typing.Literal["_attempts", b"_attempts"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attempts) -> _WhichOneofReturnType__attempts | None: ...
+
+Global___ReschedulePolicy: _TypeAlias = ReschedulePolicy  # noqa: Y015
+
+@_typing.final
+class DisconnectPolicy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOST_AFTER_S_FIELD_NUMBER: _builtins.int
+    REPLACE_AFTER_S_FIELD_NUMBER: _builtins.int
+    SURVIVOR_FIELD_NUMBER: _builtins.int
+    lost_after_s: _builtins.float
+    replace_after_s: _builtins.float
+    survivor: Global___Survivor.ValueType
+    def __init__(
+        self,
+        *,
+        lost_after_s: _builtins.float | None = ...,
+        replace_after_s: _builtins.float | None = ...,
+        survivor: Global___Survivor.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s", "_replace_after_s", b"_replace_after_s", "lost_after_s", b"lost_after_s", "replace_after_s", b"replace_after_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s", "_replace_after_s", b"_replace_after_s", "lost_after_s", b"lost_after_s", "replace_after_s", b"replace_after_s", "survivor", b"survivor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lost_after_s: _TypeAlias = _typing.Literal["lost_after_s"]  # noqa: Y015
+    _WhichOneofArgType__lost_after_s: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s"]  # noqa: Y015
+    _WhichOneofReturnType__replace_after_s: _TypeAlias = _typing.Literal["replace_after_s"]  # noqa: Y015
+    _WhichOneofArgType__replace_after_s: _TypeAlias = _typing.Literal["_replace_after_s", b"_replace_after_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lost_after_s) -> _WhichOneofReturnType__lost_after_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replace_after_s) -> _WhichOneofReturnType__replace_after_s | None: ...
+
+Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
 
 @_typing.final
 class Group(_message.Message):
@@ -744,11 +836,15 @@ class Group(_message.Message):
     RESTART_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
     SERVICES_FIELD_NUMBER: _builtins.int
+    RESCHEDULE_FIELD_NUMBER: _builtins.int
+    DISCONNECT_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
     AFFINITIES_FIELD_NUMBER: _builtins.int
     SPREAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     count: _builtins.int
+    restarts: _builtins.int
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]: ...
     @_builtins.property
@@ -759,6 +855,10 @@ class Group(_message.Message):
     def network(self) -> Global___Network: ...
     @_builtins.property
     def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___Service]: ...
+    @_builtins.property
+    def reschedule(self) -> Global___ReschedulePolicy: ...
+    @_builtins.property
+    def disconnect(self) -> Global___DisconnectPolicy: ...
     @_builtins.property
     def constraints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Constraint]: ...
     @_builtins.property
@@ -775,13 +875,16 @@ class Group(_message.Message):
         restart: Global___RestartPolicy | None = ...,
         network: Global___Network | None = ...,
         services: _abc.Iterable[Global___Service] | None = ...,
+        reschedule: Global___ReschedulePolicy | None = ...,
+        disconnect: Global___DisconnectPolicy | None = ...,
+        restarts: _builtins.int = ...,
         constraints: _abc.Iterable[Global___Constraint] | None = ...,
         affinities: _abc.Iterable[Global___Affinity] | None = ...,
         spread: _abc.Iterable[Global___Spread] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["network", b"network", "restart", b"restart", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "name", b"name", "network", b"network", "restart", b"restart", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from outrider.jobspec.reader import JobFileError, parse_job, read_job
 from outrider.model.job import (
     Check,
     CheckKind,
+    DisconnectPolicy,
     Driver,
     GuestFile,
     Image,
@@ -19,8 +20,10 @@ from outrider.model.job import (
     JobType,
     Protocol,
     PullPolicy,
+    ReschedulePolicy,
     Resources,
     RestartPolicy,
+    Survivor,
     UpdatePolicy,
 )
 
@@ -37,8 +40,10 @@ priority: 70
 groups:
   web:
     count: 3
-    update: {max_parallel: 2, canary: 1, min_healthy: 5s, healthy_deadline: 2m, auto_revert: true}
+    update: {max_parallel: 2, min_healthy: 5s, healthy_deadline: 2m, progress_deadline: 10m, auto_revert: true}
     restart: {attempts: 5, interval: 1h, delay: 250ms, delay_max: 1m}
+    reschedule: {attempts: 2, interval: 30m, delay: 1m, delay_max: 5m}
+    disconnect: {lost_after: 10m}
     network: {ports: {http: {}, admin: {static: 9000}, grpc: {to: 50051}, plain: }, egress: [10.0.0.0/8]}
     services:
       - name: web
@@ -100,15 +105,30 @@ def in_group(text: str) -> str:
     return f"job: a\ngroups:\n  g:\n    tasks: {{t: {{command: [x]}}}}\n    {text}\n"
 
 
+def test_canaries_and_stand_ins_are_read() -> None:
+    update = "{canary: 2, auto_promote: true}"
+    (group,) = parse_job(
+        in_group(f"update: {update}\n    disconnect: {{lost_after: 1h, replace_after: 5s}}").encode(), FILE
+    ).groups
+    assert group.update == UpdatePolicy(canary=2, auto_promote=True)
+    assert group.disconnect == DisconnectPolicy(lost_after_s=3600, replace_after_s=5)
+    text = "update: {blue_green: true}\n    disconnect: {replace_after: 5s, survivor: healthy}"
+    (group,) = parse_job(in_group(text).encode(), FILE).groups
+    assert group.update == UpdatePolicy(blue_green=True)
+    assert group.disconnect == DisconnectPolicy(replace_after_s=5, survivor=Survivor.HEALTHY)
+
+
 def test_everything_that_a_job_can_say_is_read() -> None:
     job = parse_job(WHOLE.encode(), FILE)
     group, plain, machine, direct = job.groups
     assert (job.name, job.type, job.priority, group.count) == ("shop", JobType.BATCH, 70, 3)
     assert job.namespace == "team-a"
     assert group.update == UpdatePolicy(
-        max_parallel=2, canary=1, min_healthy_s=5, healthy_deadline_s=120, auto_revert=True
+        max_parallel=2, min_healthy_s=5, healthy_deadline_s=120, progress_deadline_s=600, auto_revert=True
     )
     assert group.restart == RestartPolicy(attempts=5, interval_s=3600, delay_s=0.25, delay_max_s=60)
+    assert group.reschedule == ReschedulePolicy(attempts=2, interval_s=1800, delay_s=60, delay_max_s=300)
+    assert group.disconnect == DisconnectPolicy(lost_after_s=600)
     assert [(port.name, port.static, port.to) for port in group.network.ports] == [
         ("http", None, None),
         ("admin", 9000, None),
@@ -205,7 +225,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
     [
         ("job: a\ngruops: {}\n", "2:1: gruops: unknown key; did you mean 'groups'?"),
         ("groups: {}\n", "1:1: job: missing; for example `job: shop`"),
-        (in_group("schedule: daily"), "5:5: groups.g.schedule: unknown key; known are count, update"),
+        (in_group("schedule: daily"), "5:5: groups.g.schedule: unknown key; did you mean 'reschedule'?"),
         (in_group("count: 3.5"), "5:12: groups.g.count: '3.5' is no whole number"),
         (in_group("count: '3'"), "5:12: groups.g.count: '3' is no whole number"),
         (in_group("count:"), "5:5: groups.g.count: has no value; give one, or leave the key out"),
@@ -214,6 +234,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
         (in_group("network: {ports: {a: {static: 80}, b: {static: 80}}}"), "static port '80' stands here 2 times"),
         (in_group("network: {egress: some}"), "'some' is neither deny, allow nor a list of networks"),
         (in_group("update: {min_healthy: 5}"), "the unit is missing (ms, s, m, h or d); did you mean 5s?"),
+        (in_group("disconnect: {replace_after: 5s, survivor: newest}"), "none of original, replacement, healthy"),
         (in_group("update: {auto_revert: yes}"), "'yes' is neither true nor false"),
         (in_group("services: {name: web}"), "expected a list, found keys and values"),
         (in_group("services: [{name: web, port: htp}]\n    network: {ports: {http: }}"), "did you mean 'http'?"),
