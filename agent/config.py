@@ -9,9 +9,8 @@ import msgspec
 
 from outrider.config import host_port
 from outrider.ids import NAME_PATTERN, NodeId
-from outrider.model.attributes import ANY_POOL, KVM
 from outrider.model.job import MIB, Value
-from outrider.model.node import Reserved
+from outrider.model.node import ANY_POOL, KVM, Reserved
 from outrider.tls import TlsFiles
 
 # The longest path below `run` is a socket's, and sun_path holds 108.

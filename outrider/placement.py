@@ -4,12 +4,12 @@ Owns limits and syntax. Never judges whether any node of the fleet fulfils it: t
 """
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Iterator
 
 from outrider.model.attributes import COMPARISONS, NAMES, is_known, members, number, ranges
 from outrider.model.job import Affinity, Constraint, Group, Job, Operator, Spread
+from outrider.model.patterns import fault
 
 LIST_MAX = 64
 _TEXT_CHARS_MAX = 1000
@@ -67,10 +67,8 @@ def _constraint(path: Path, constraint: Constraint) -> Iterator[Wrong]:
 
 
 def _pattern(path: Path, pattern: str) -> Iterator[Wrong]:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        yield path, f"{pattern[:80]!r} is no regular expression: {error}"
+    if wrong := fault(pattern):
+        yield path, f"{pattern[:80]!r} is no regular expression (RE2): {wrong}"
 
 
 def _affinity(path: Path, affinity: Affinity) -> Iterator[Wrong]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from outrider.ids import is_name
-from outrider.model.attributes import KVM
 from outrider.model.job import (
     MIB,
     PULLED,
@@ -41,6 +40,7 @@ from outrider.model.job import (
     inner_ports,
 )
 from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
+from outrider.model.node import KVM
 from outrider.placement import wrong_wishes
 
 COUNT_MAX = 1_000_000

@@ -10,9 +10,8 @@ from typing import Any
 
 from outrider.model.job import Constraint, Operator
 from outrider.model.node import Node
+from outrider.model.patterns import found as pattern_found
 
-KVM = "kvm"  # the device that is there or not
-ANY_POOL = "all"
 HOST = "node.id"  # distinct in this one: one copy on a node
 POOL = "node.pool"
 
@@ -133,7 +132,7 @@ _PASSES: Mapping[Operator, Callable[[str, str], bool]] = {
     Operator.EQUAL: operator.eq,
     Operator.NOT_EQUAL: operator.ne,
     **{how: _compares(how) for how in COMPARISONS},
-    Operator.MATCHES: lambda value, pattern: re.search(pattern, value) is not None,
+    Operator.MATCHES: lambda value, pattern: pattern_found(pattern, value),
     Operator.VERSION: lambda value, wanted: in_range(wanted, value),
     Operator.CONTAINS: lambda value, wanted: members(wanted) <= members(value),
     Operator.CONTAINS_ANY: lambda value, wanted: bool(members(wanted) & members(value)),

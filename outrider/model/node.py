@@ -6,6 +6,9 @@ from enum import StrEnum
 from outrider.ids import NodeId
 from outrider.model.job import Value
 
+KVM = "kvm"  # the device that is there or not
+ANY_POOL = "all"
+
 
 class NodeStatus(StrEnum):
     """Gone is not suspect (DESIGN, decision 5): `GONE` lost its agent, `SUSPECT` fell silent."""
