@@ -42,6 +42,7 @@ from outrider.model.job import (
 from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
 from outrider.model.node import KVM
 from outrider.placement import wrong_wishes
+from outrider.validate_kinds import group_findings, job_findings
 
 COUNT_MAX = 1_000_000
 GROUPS_MAX = 100
@@ -104,6 +105,10 @@ def _job(job: Job) -> Iterator[Problem]:
             yield Problem(path=(*path, "count"), message="a system job runs one copy on each node; leave count out")
         yield from _rollout_kind(job, path, group)
         yield from _group(path, group)
+        for at, message in group_findings(job, group):
+            yield Problem(path=(*path, *at), message=message)
+    for at, message in job_findings(job):
+        yield Problem(path=at, message=message)
 
 
 def _group(path: Path, group: Group) -> Iterator[Problem]:

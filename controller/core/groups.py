@@ -14,7 +14,7 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     type: JobType
     group: Group
-    spec: Group  # what an allocation is made from: the group without its count and its manner of updating
+    spec: Group  # what an allocation is made from: the group without count, updating, scaling and waiting
     need: Resources
     mesh_services: tuple[ServiceName, ...]  # those with a port: each takes a host port
     static_ports: tuple[int, ...]
@@ -35,7 +35,7 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
         position=position,
         type=job.type,
         group=group,
-        spec=msgspec.structs.replace(group, count=0, update=UpdatePolicy()),
+        spec=msgspec.structs.replace(group, count=0, update=UpdatePolicy(), scaling=None, depends_on=()),
         need=group_resources(group),
         mesh_services=tuple(service.name for service in group.services if service.port is not None),
         static_ports=tuple(port.static for port in group.network.ports if port.static is not None),

@@ -9,6 +9,7 @@ from outrider.errors import InputError
 from outrider.ids import DEFAULT_NAMESPACE, GroupName, JobName, Namespace
 from outrider.jobspec.document import BYTES_MAX, DocumentError, Mapping, Mark, Node, parse
 from outrider.jobspec.fields import Fault, Faults, Fields, Path, named
+from outrider.jobspec.kinds import read_depends_on, read_parameters, read_scaling, read_schedule
 from outrider.jobspec.network import read_network
 from outrider.jobspec.placement import read_affinities, read_constraints, read_spread
 from outrider.jobspec.policies import read_disconnect, read_reschedule, read_restart, read_update
@@ -28,9 +29,13 @@ _JOB_KEYS = (
     "spread",
     "pool",
     "placement",
+    "schedule",
+    "parameters",
     "groups",
 )
 _GROUP_KEYS = (
+    "scaling",
+    "depends_on",
     "count",
     "update",
     "restart",
@@ -88,9 +93,12 @@ def _job(root: Node, directory: FilePath, faults: Faults) -> Job:
         fields.required("job", "shop")
     groups = fields.required("groups", "{web: {tasks: {server: {command: [...]}}}}")
     budget = FilesBudget(directory)
+    launches = "schedule" in fields or "parameters" in fields  # which only batch jobs do
     return Job(
         name=JobName(fields.text("job", "")),
-        type=fields.choice("type", JobType, JobType.SERVICE),
+        type=fields.choice("type", JobType, JobType.BATCH if launches else JobType.SERVICE),
+        schedule=read_schedule(fields, faults),
+        parameters=read_parameters(fields, faults),
         priority=fields.integer("priority", 50),
         constraints=read_constraints(fields, faults),
         affinities=read_affinities(fields, faults),
@@ -109,9 +117,10 @@ def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Fault
     fields = Fields(node, path, faults, _GROUP_KEYS)
     network = read_network(fields, faults)
     tasks = fields.required("tasks", "{server: {command: [...]}}") if isinstance(node, Mapping) else None
+    scaling = read_scaling(fields, faults)
     return Group(
         name=GroupName(name),
-        count=fields.integer("count", 1),
+        count=fields.integer("count", scaling.count_min if scaling else 1),
         update=read_update(fields, faults),
         restart=read_restart(fields, faults),
         reschedule=read_reschedule(fields, faults),
@@ -121,6 +130,8 @@ def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Fault
         constraints=read_constraints(fields, faults),
         affinities=read_affinities(fields, faults),
         spread=read_spread(fields, faults),
+        scaling=scaling,
+        depends_on=read_depends_on(fields),
         tasks=read_tasks(tasks, (*path, "tasks"), budget, faults) if tasks else (),
     )
 

@@ -7,12 +7,13 @@ from outrider.ids import TaskName
 from outrider.jobspec.document import Mapping, Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
-from outrider.model.job import Driver, File, GuestFile, Image, ImageKind, PullPolicy, Resources, Task
+from outrider.model.job import Driver, File, GuestFile, Image, ImageKind, PullPolicy, Resources, Task, TaskRole
 
 FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
+    "role",
 )  # fmt: skip
 _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
@@ -60,6 +61,7 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
     return Task(
         name=TaskName(name),
         driver=fields.choice("driver", Driver, default.driver),
+        role=fields.choice("role", TaskRole, default.role),
         image=_image(fields, faults),
         files=_files(fields, budget, faults),
         command=fields.texts("command", 'write [sh, -c, "..."] for a shell'),

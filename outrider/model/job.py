@@ -24,6 +24,30 @@ class JobType(StrEnum):
     SYSTEM = "system"
 
 
+class TaskRole(StrEnum):
+    """When a task of a group runs, beside the others."""
+
+    MAIN = "main"
+    INIT = "init"  # before all others, to its end, one after the other
+    HELPER = "helper"  # beside the main tasks; asked to end once they have
+
+
+class Payload(StrEnum):
+    """Whether whoever dispatches a job may, must or must not send bytes along."""
+
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+    FORBIDDEN = "forbidden"
+
+
+class ScalingMetric(StrEnum):
+    """What a group is scaled by, for each of its copies; the value is the job file's key."""
+
+    REQUESTS = "requests"  # a second, as its sidecar counts them; connections a second of a tcp service
+    CONCURRENCY = "concurrency"  # requests under way; open connections of a tcp service
+    CPU = "cpu"  # percent of what it reserves
+
+
 class Driver(StrEnum):
     PROCESS = "process"
     VM = "vm"
@@ -197,6 +221,7 @@ class Task(Value, frozen=True, kw_only=True):
     kill_timeout_s: float = 5.0
     user: int | None = None  # uid and gid inside, never root; None: the image's, or 1000
     workdir: str = ""  # "": the image's; the task's directory where there is no image
+    role: TaskRole = TaskRole.MAIN
 
 
 class RestartPolicy(Value, frozen=True, kw_only=True):
@@ -242,6 +267,16 @@ class DisconnectPolicy(Value, frozen=True, kw_only=True):
     survivor: Survivor = Survivor.ORIGINAL
 
 
+class ScalingPolicy(Value, frozen=True, kw_only=True):
+    """How many copies there are is the fleet's to say, within bounds, so that each has about `target` to do."""
+
+    count_min: int = 1
+    count_max: int
+    metric: ScalingMetric
+    target: float
+    cooldown_s: float = 60.0  # no change follows another sooner; fewer only where fewer would have done all the while
+
+
 class Group(Value, frozen=True, kw_only=True):
     name: GroupName
     tasks: tuple[Task, ...]
@@ -256,6 +291,24 @@ class Group(Value, frozen=True, kw_only=True):
     constraints: tuple[Constraint, ...] = ()
     affinities: tuple[Affinity, ...] = ()
     spread: tuple[Spread, ...] = ()
+    scaling: ScalingPolicy | None = None
+    depends_on: tuple[ServiceName, ...] = ()  # of which one instance each must be healthy when a copy is placed
+
+
+class Schedule(Value, frozen=True, kw_only=True):
+    """When copies of a periodic job are launched."""
+
+    cron: str  # minute hour day month weekday, or six fields with seconds first
+    time_zone: str = "UTC"
+    overlap: bool = False  # whether one is launched while the one before still runs
+
+
+class Parameters(Value, frozen=True, kw_only=True):
+    """What a dispatch fills in: names of `${param.NAME}`."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    payload: Payload = Payload.OPTIONAL
 
 
 class Job(Value, frozen=True, kw_only=True):
@@ -270,6 +323,14 @@ class Job(Value, frozen=True, kw_only=True):
     pool: str = "default"  # of nodes; "all": any
     placement: Packing | None = None  # None: as the fleet's configuration says
     namespace: Namespace = DEFAULT_NAMESPACE  # whose it is: who may see and change it, and whose quota it counts in
+    schedule: Schedule | None = None
+    parameters: Parameters | None = None
+    parent: JobName | None = None  # the job that this one was launched from
+
+    @property
+    def is_template(self) -> bool:
+        """Runs nothing itself: jobs are launched from it."""
+        return self.schedule is not None or self.parameters is not None
 
 
 class JobVersion(Value, frozen=True, kw_only=True):
@@ -304,6 +365,11 @@ def published_ports(network: Network, dynamic: Mapping[PortName, int]) -> dict[P
     return {name: number for name, number in numbers if number is not None}
 
 
+def main_task(group: Group) -> Task:
+    """The one that is meant where a command says none: the first of the main ones."""
+    return next(task for task in group.tasks if task.role is TaskRole.MAIN)
+
+
 def has_guest(group: Group) -> bool:
     """Whether its workload is a virtual machine, behind an address of its own."""
     return any(task.driver is Driver.VM for task in group.tasks)
@@ -311,7 +377,7 @@ def has_guest(group: Group) -> bool:
 
 def group_resources(group: Group) -> Resources:
     """What one allocation of `group` takes from its node, sidecar and emulator included."""
-    parts = [task.resources for task in group.tasks]
+    parts = [_at_once(group.tasks)]
     if group.services:
         parts.append(SIDECAR)
     if has_guest(group):
@@ -323,6 +389,19 @@ def group_resources(group: Group) -> Resources:
         disk_bytes=sum((1 if task.driver is Driver.VM else 2) * task.resources.disk_bytes for task in group.tasks),
         pids_max=sum(part.pids_max for part in parts),
         devices=_devices(parts),
+    )
+
+
+def _at_once(tasks: tuple[Task, ...]) -> Resources:
+    """The most that `tasks` have of each at a time: init tasks are over when the others begin."""
+    first = [task.resources for task in tasks if task.role is TaskRole.INIT]
+    then = [task.resources for task in tasks if task.role is not TaskRole.INIT]
+
+    return Resources(
+        cpu_millis=max(sum(part.cpu_millis for part in then), *(part.cpu_millis for part in first), 0),
+        memory_bytes=max(sum(part.memory_bytes for part in then), *(part.memory_bytes for part in first), 0),
+        pids_max=max(sum(part.pids_max for part in then), *(part.pids_max for part in first), 0),
+        devices=_devices([*first, *then]),
     )
 
 

@@ -39,6 +39,63 @@ JOB_TYPE_BATCH: JobType.ValueType  # 2
 JOB_TYPE_SYSTEM: JobType.ValueType  # 3
 Global___JobType: _TypeAlias = JobType  # noqa: Y015
 
+class _TaskRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_ROLE_UNSPECIFIED: _TaskRole.ValueType  # 0
+    TASK_ROLE_MAIN: _TaskRole.ValueType  # 1
+    TASK_ROLE_INIT: _TaskRole.ValueType  # 2
+    TASK_ROLE_HELPER: _TaskRole.ValueType  # 3
+
+class TaskRole(_TaskRole, metaclass=_TaskRoleEnumTypeWrapper): ...
+
+TASK_ROLE_UNSPECIFIED: TaskRole.ValueType  # 0
+TASK_ROLE_MAIN: TaskRole.ValueType  # 1
+TASK_ROLE_INIT: TaskRole.ValueType  # 2
+TASK_ROLE_HELPER: TaskRole.ValueType  # 3
+Global___TaskRole: _TypeAlias = TaskRole  # noqa: Y015
+
+class _Payload:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PayloadEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Payload.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAYLOAD_UNSPECIFIED: _Payload.ValueType  # 0
+    PAYLOAD_OPTIONAL: _Payload.ValueType  # 1
+    PAYLOAD_REQUIRED: _Payload.ValueType  # 2
+    PAYLOAD_FORBIDDEN: _Payload.ValueType  # 3
+
+class Payload(_Payload, metaclass=_PayloadEnumTypeWrapper): ...
+
+PAYLOAD_UNSPECIFIED: Payload.ValueType  # 0
+PAYLOAD_OPTIONAL: Payload.ValueType  # 1
+PAYLOAD_REQUIRED: Payload.ValueType  # 2
+PAYLOAD_FORBIDDEN: Payload.ValueType  # 3
+Global___Payload: _TypeAlias = Payload  # noqa: Y015
+
+class _ScalingMetric:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScalingMetricEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScalingMetric.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCALING_METRIC_UNSPECIFIED: _ScalingMetric.ValueType  # 0
+    SCALING_METRIC_REQUESTS: _ScalingMetric.ValueType  # 1
+    SCALING_METRIC_CONCURRENCY: _ScalingMetric.ValueType  # 2
+    SCALING_METRIC_CPU: _ScalingMetric.ValueType  # 3
+
+class ScalingMetric(_ScalingMetric, metaclass=_ScalingMetricEnumTypeWrapper): ...
+
+SCALING_METRIC_UNSPECIFIED: ScalingMetric.ValueType  # 0
+SCALING_METRIC_REQUESTS: ScalingMetric.ValueType  # 1
+SCALING_METRIC_CONCURRENCY: ScalingMetric.ValueType  # 2
+SCALING_METRIC_CPU: ScalingMetric.ValueType  # 3
+Global___ScalingMetric: _TypeAlias = ScalingMetric  # noqa: Y015
+
 class _Driver:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -649,12 +706,14 @@ class Task(_message.Message):
     ARGS_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     WORKDIR_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
     kill_signal: _builtins.str
     kill_timeout_s: _builtins.float
     user: _builtins.int
     workdir: _builtins.str
+    role: Global___TaskRole.ValueType
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -682,10 +741,11 @@ class Task(_message.Message):
         args: _abc.Iterable[_builtins.str] | None = ...,
         user: _builtins.int | None = ...,
         workdir: _builtins.str = ...,
+        role: Global___TaskRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015
@@ -826,6 +886,37 @@ class DisconnectPolicy(_message.Message):
 Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
 
 @_typing.final
+class ScalingPolicy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_MIN_FIELD_NUMBER: _builtins.int
+    COUNT_MAX_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    COOLDOWN_S_FIELD_NUMBER: _builtins.int
+    count_min: _builtins.int
+    count_max: _builtins.int
+    metric: Global___ScalingMetric.ValueType
+    target: _builtins.float
+    cooldown_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        count_min: _builtins.int = ...,
+        count_max: _builtins.int = ...,
+        metric: Global___ScalingMetric.ValueType = ...,
+        target: _builtins.float = ...,
+        cooldown_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooldown_s", b"cooldown_s", "count_max", b"count_max", "count_min", b"count_min", "metric", b"metric", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScalingPolicy: _TypeAlias = ScalingPolicy  # noqa: Y015
+
+@_typing.final
 class Group(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -842,6 +933,8 @@ class Group(_message.Message):
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
     AFFINITIES_FIELD_NUMBER: _builtins.int
     SPREAD_FIELD_NUMBER: _builtins.int
+    SCALING_FIELD_NUMBER: _builtins.int
+    DEPENDS_ON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     count: _builtins.int
     restarts: _builtins.int
@@ -865,6 +958,10 @@ class Group(_message.Message):
     def affinities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]: ...
     @_builtins.property
     def spread(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spread]: ...
+    @_builtins.property
+    def scaling(self) -> Global___ScalingPolicy: ...
+    @_builtins.property
+    def depends_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -881,14 +978,68 @@ class Group(_message.Message):
         constraints: _abc.Iterable[Global___Constraint] | None = ...,
         affinities: _abc.Iterable[Global___Affinity] | None = ...,
         spread: _abc.Iterable[Global___Spread] | None = ...,
+        scaling: Global___ScalingPolicy | None = ...,
+        depends_on: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "scaling", b"scaling", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "depends_on", b"depends_on", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "scaling", b"scaling", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Group: _TypeAlias = Group  # noqa: Y015
+
+@_typing.final
+class Schedule(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CRON_FIELD_NUMBER: _builtins.int
+    TIME_ZONE_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    cron: _builtins.str
+    time_zone: _builtins.str
+    overlap: _builtins.bool
+    def __init__(
+        self,
+        *,
+        cron: _builtins.str = ...,
+        time_zone: _builtins.str = ...,
+        overlap: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cron", b"cron", "overlap", b"overlap", "time_zone", b"time_zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
+
+@_typing.final
+class Parameters(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUIRED_FIELD_NUMBER: _builtins.int
+    OPTIONAL_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    payload: Global___Payload.ValueType
+    @_builtins.property
+    def required(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def optional(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        required: _abc.Iterable[_builtins.str] | None = ...,
+        optional: _abc.Iterable[_builtins.str] | None = ...,
+        payload: Global___Payload.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["optional", b"optional", "payload", b"payload", "required", b"required"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Parameters: _TypeAlias = Parameters  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
@@ -904,12 +1055,16 @@ class Job(_message.Message):
     POOL_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: Global___JobType.ValueType
     priority: _builtins.int
     pool: _builtins.str
     placement: Global___Packing.ValueType
     namespace: _builtins.str
+    parent: _builtins.str
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Group]: ...
     @_builtins.property
@@ -918,6 +1073,10 @@ class Job(_message.Message):
     def affinities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]: ...
     @_builtins.property
     def spread(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spread]: ...
+    @_builtins.property
+    def schedule(self) -> Global___Schedule: ...
+    @_builtins.property
+    def parameters(self) -> Global___Parameters: ...
     def __init__(
         self,
         *,
@@ -931,13 +1090,21 @@ class Job(_message.Message):
         pool: _builtins.str = ...,
         placement: Global___Packing.ValueType | None = ...,
         namespace: _builtins.str = ...,
+        schedule: Global___Schedule | None = ...,
+        parameters: Global___Parameters | None = ...,
+        parent: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "placement", b"placement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "_placement", b"_placement", "parameters", b"parameters", "parent", b"parent", "placement", b"placement", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_placement", b"_placement", "affinities", b"affinities", "constraints", b"constraints", "groups", b"groups", "name", b"name", "namespace", b"namespace", "placement", b"placement", "pool", b"pool", "priority", b"priority", "spread", b"spread", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "_placement", b"_placement", "affinities", b"affinities", "constraints", b"constraints", "groups", b"groups", "name", b"name", "namespace", b"namespace", "parameters", b"parameters", "parent", b"parent", "placement", b"placement", "pool", b"pool", "priority", b"priority", "schedule", b"schedule", "spread", b"spread", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__parent: _TypeAlias = _typing.Literal["parent"]  # noqa: Y015
+    _WhichOneofArgType__parent: _TypeAlias = _typing.Literal["_parent", b"_parent"]  # noqa: Y015
     _WhichOneofReturnType__placement: _TypeAlias = _typing.Literal["placement"]  # noqa: Y015
     _WhichOneofArgType__placement: _TypeAlias = _typing.Literal["_placement", b"_placement"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parent) -> _WhichOneofReturnType__parent | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__placement) -> _WhichOneofReturnType__placement | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
