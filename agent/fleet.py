@@ -11,8 +11,8 @@ import contextlib
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 import grpc
 import grpc.aio
@@ -36,6 +36,8 @@ _SILENCE_S = 2.0  # the controller answers heartbeats; without any message for s
 _WRITE_S = 5.0
 _LEAF_S = 12.0  # the controller allows itself 10
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 5.0
+_REDIRECTS_MAX = 3  # in a row without a pause: controllers may disagree while they elect one
+_LEADER_METADATA = "outrider-leader"
 _PROBE_SEQUENCE = 0  # a heartbeat that answers none: the controller wants a sign of life at once
 # A dead connection must not keep its socket: the heartbeats notice it earlier.
 _OPTIONS = {"grpc.keepalive_time_ms": 5_000, "grpc.keepalive_timeout_ms": 2_000, "grpc.max_receive_message_length": -1}
@@ -118,16 +120,21 @@ class FleetSession:
 
     async def run(self) -> None:
         """For ever: a session, and after it another. With the controller away everything on the node runs on."""
-        failures = 0
+        failures, leader = 0, ""
         task = asyncio.current_task()
         # Python 3.11's TaskGroup drops a cancellation that comes together with an error: ask for it by hand.
         while task is not None and not task.cancelling():
-            began_s, controller = monotonic_s(), next(self._controllers)
+            began_s, controller = monotonic_s(), leader or next(self._controllers)
+            leader = ""
             try:
                 await self._converse(controller)
             except* (OutriderError, grpc.RpcError, TimeoutError) as group:
                 reason = "; ".join(_reason(error) for error in _all_of(group))
+                leader = next((told for error in _all_of(group) if (told := _leader(error))), "")
                 self._log.warning("session ended", controller=controller, reason=reason)
+            if leader and failures < _REDIRECTS_MAX:
+                failures += 1
+                continue
             failures = 0 if monotonic_s() - began_s > _BACKOFF_MAX_S else failures + 1
             delay_s = min(_BACKOFF_S * 2 ** min(failures, 10), _BACKOFF_MAX_S)
             await asyncio.sleep(delay_s * self._rng.uniform(0.5, 1.0))
@@ -271,6 +278,13 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name.lower()}: {error.details()}"
     return str(error) or type(error).__name__
+
+
+def _leader(error: BaseException) -> str:
+    """Where the leader is, if that is what the controller said: it follows itself."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return ""
+    return str(dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ())).get(_LEADER_METADATA, ""))
 
 
 def _all_of(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from controller.app import run
-from controller.config import Config
+from controller.config import Config, JournalKind, with_journal
 from outrider import log
 from outrider.config import load
 from outrider.errors import OutriderError
@@ -15,9 +15,12 @@ from outrider.errors import OutriderError
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m controller", description="The controller of an Outrider fleet.")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="configuration, YAML")
+    parser.add_argument("--journal", choices=tuple(JournalKind), help="instead of what the configuration says")
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, Config)
+        if arguments.journal is not None:
+            config = with_journal(config, JournalKind(arguments.journal))
         log.configure(config.log)
         asyncio.run(run(config))
     except OutriderError as error:

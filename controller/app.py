@@ -1,6 +1,7 @@
 """The controller's only wiring: configuration -> parts -> run until SIGTERM -> stop.
 
-Tasks: `engine`, `mesh`, `catalog`, `mqtt`, in one TaskGroup: when one fails, the controller ends with its error.
+Tasks: `engine`, `mesh`, `catalog`, `mqtt`, `confirm`, in one TaskGroup: when one fails, the controller ends with its
+error. With the journal in Consul, `candidate` goes round instead: follow, win, lead for a term, and follow again.
 """
 
 import asyncio
@@ -11,8 +12,9 @@ from collections.abc import Coroutine
 import grpc.aio
 
 from controller.ca import FleetCa
+from controller.candidate import candidate
 from controller.catalog.catalog import Catalog
-from controller.config import Config
+from controller.config import WILDCARDS, Config, JournalKind
 from controller.consul_access import client_tls, token
 from controller.core import views
 from controller.core.events import EndpointsWithdrawn
@@ -31,6 +33,7 @@ from controller.mesh.mesh import Mesh
 from controller.metrics import ControllerCollector, http_listener
 from controller.operator import OperatorService
 from controller.parts import Parts
+from controller.term import Term
 from controller.tokens import Tokens
 from outrider.clock import wall_s
 from outrider.config import host_port
@@ -39,7 +42,6 @@ from outrider.tls import TlsFiles, server_credentials, ssl_context
 from outrider.v1 import fleet_pb2_grpc, operator_pb2_grpc
 
 _DATACENTER = "dc1"
-_WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - compared with, never bound
 
 
 async def run(config: Config) -> None:
@@ -47,8 +49,16 @@ async def run(config: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    if config.journal is JournalKind.CONSUL:
+        await candidate(config, stop, lead=lead, issue=issue)
+    else:
+        await lead(config, Term(journal=SqliteJournal(config.data / "journal.db")), stop)
+
+
+async def lead(config: Config, term: Term, stop: asyncio.Event) -> None:
+    """Until `stop` is set. Raises OutriderError, LeadershipLostError among them, alone or in a group."""
     async with contextlib.AsyncExitStack() as stack:
-        controller = Controller(config)
+        controller = Controller(config, term)
         await controller.start(stack)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(task, name=name) for name, task in controller.tasks().items()]
@@ -62,19 +72,21 @@ async def run(config: Config) -> None:
 class Controller:
     """The parts, each made once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, term: Term) -> None:
         """Reads and makes files below `data`; binds nothing. Raises HostError."""
+        self._term = term
         self.log = Log("controller")
         self.listening: dict[str, str] = {}
         self._config = config
         self._ca = FleetCa(config.data / "ca", config.cluster)
-        self._files = _issue(self._ca, config)
+        self._files = issue(self._ca, config)
         self._tokens = Tokens(config.data / "tokens")
         self._tokens.ensure_first(wall_s())
         self._events = EventLog()
-        self._engine = Engine(journal=SqliteJournal(config.data / "journal.db"), events=self._events, log=Log("engine"))
+        self._engine = Engine(journal=term.journal, events=self._events, log=Log("engine"), standing=term.standing)
         self._broker = self._make_broker()
         self._catalog: Catalog | None = None
+        self._consul_url = "embedded"
         self._parts: Parts
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -89,12 +101,15 @@ class Controller:
             cluster=self._config.cluster,
             adopt_intentions=self._config.adopt_intentions,
             log=Log("mesh"),
+            lock=self._term.lock,
         )
         parts = Parts(cluster=self._config.cluster, engine=self._engine, mesh=mesh, events=self._events)
         mesh.deliver = parts.sessions.deliver
         mesh.withdrawn = lambda allocs: self._engine.post(EndpointsWithdrawn(allocs=allocs))
         self._engine.sync_all(mesh)
         self._parts = parts
+        if self._term.joined is not None:
+            await self._term.joined()  # the first join token, where this controller has just made it
         await self._listen(stack)
 
     def tasks(self) -> dict[str, Coroutine[object, object, None]]:
@@ -102,6 +117,8 @@ class Controller:
             "engine": self._engine.run(sessions=self._parts.sessions, mesh=self._parts.mesh),
             "mesh": self._parts.mesh.run(),
         }
+        if self._term.confirm is not None:
+            tasks["confirm"] = self._term.confirm()
         if self._catalog is not None:
             tasks["catalog"] = self._catalog.failed()
         if self._broker is not None:
@@ -123,8 +140,10 @@ class Controller:
 
     async def _start_catalog(self, stack: contextlib.AsyncExitStack) -> tuple[ConsulAdapter, Issuer]:
         config = self._config
-        if config.consul is not None:
-            consul = ConsulAdapter(config.consul.url, token=token(config.consul), tls=client_tls(config.consul))
+        if self._term.lock is not None or config.consul is not None:
+            access = config.consul_or_local
+            self._consul_url = access.url
+            consul = ConsulAdapter(access.url, token=token(access), tls=client_tls(access))
             return consul, ConsulIssuer(consul)
         config.catalog_socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         listen = config.catalog.listen
@@ -144,9 +163,15 @@ class Controller:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         config, parts = self._config, self._parts
-        operator = OperatorService(parts, consul=config.consul.url if config.consul else "embedded")
+        operator = OperatorService(parts, consul=self._consul_url)
         fleet = FleetService(parts, heartbeat_interval_s=Policy().heartbeat_interval_s)
-        join = JoinService(cluster=config.cluster, ca=self._ca, tokens=self._tokens, refused=parts.refused)
+        join = JoinService(
+            cluster=config.cluster,
+            ca=self._ca,
+            tokens=self._tokens,
+            refused=parts.refused,
+            joined=self._term.joined,
+        )
 
         def register_members(server: grpc.aio.Server) -> None:
             operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
@@ -182,16 +207,16 @@ class Controller:
 
     def _targets(self) -> tuple[TargetGroup, ...]:
         host, port = host_port(self.listening["metrics_listen"])
-        if host in _WILDCARDS and self._config.addresses:
+        if host in WILDCARDS and self._config.addresses:
             host = self._config.addresses[0]
         return target_groups(self._config.cluster, f"{host}:{port}", views.node_states(self._engine.state))
 
 
-def _issue(ca: FleetCa, config: Config) -> TlsFiles:
+def issue(ca: FleetCa, config: Config) -> TlsFiles:
     """The controller's own certificate, and those that it makes for others on its host."""
     ca.issue_operator("cli")
     ca.issue_reader("prometheus")
     if config.mqtt is not None:
         ca.issue_broker([config.mqtt.host])
-    listened = {host_port(text)[0] for text in (config.listen, config.join_listen)} - _WILDCARDS
+    listened = {host_port(text)[0] for text in (config.listen, config.join_listen)} - WILDCARDS
     return ca.issue_server([*config.addresses, *sorted(listened), "localhost", "127.0.0.1"])

@@ -1,11 +1,15 @@
 """The controller's configuration file. Owns its keys and their checks; reads nothing else."""
 
+import re
+import socket
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
 from outrider.config import host_port
+from outrider.errors import ConfigError
 from outrider.ids import NAME_PATTERN
 from outrider.model.job import Value
 
@@ -13,6 +17,18 @@ _SOCKET_PATH_CHARS_MAX = 100  # sun_path holds 108
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 TcpPort = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, never bound
+
+
+def _host_name() -> str:
+    """The host's own, as far as it can be a name."""
+    name = re.sub("[^a-z0-9-]", "-", socket.gethostname().split(".")[0].lower()).strip("-")
+    return name or "controller"
+
+
+def _is_wildcard(listen: str) -> bool:
+    return host_port(listen)[0] in WILDCARDS
 
 
 def _check_listen(key: str, text: str | None) -> None:
@@ -53,6 +69,11 @@ class ConsulConfig(Value, frozen=True, kw_only=True):
             raise ValueError("cert_file and key_file come together or not at all")
 
 
+class JournalKind(StrEnum):
+    SQLITE = "sqlite"  # one controller, a file below `data`
+    CONSUL = "consul"  # several controllers, one of which leads; its KV has the journal
+
+
 class MqttConfig(Value, frozen=True, kw_only=True):
     """A broker that trusts the fleet's CA. Without one everything still works over gRPC."""
 
@@ -62,6 +83,7 @@ class MqttConfig(Value, frozen=True, kw_only=True):
 
 class Config(Value, frozen=True, kw_only=True):
     cluster: Name
+    name: Name = msgspec.field(default_factory=_host_name)  # of this controller among those of the fleet
     data: Path
     listen: str  # FleetService and OperatorService, mTLS
     join_listen: str  # JoinService: TLS; the token proves the caller
@@ -69,16 +91,37 @@ class Config(Value, frozen=True, kw_only=True):
     metrics_listen: str | None = None  # plain HTTP: /metrics and /v1/discovery/prometheus
     catalog: CatalogConfig = CatalogConfig()
     consul: ConsulConfig | None = None
+    journal: JournalKind = JournalKind.SQLITE
+    progress_listen: str = "127.0.0.1:0"  # where this host's Consul agent asks whether the controller gets on
+    advertise: str | None = None  # where agents and other controllers reach this one; default: where it listens
     adopt_intentions: bool = False
     mqtt: MqttConfig | None = None
     log: Literal["debug", "info", "warning", "error"] = "info"
     addresses: tuple[str, ...] = ()  # more names and IP addresses for the server's certificate
 
     def __post_init__(self) -> None:
-        for key in ("listen", "join_listen", "metrics_listen"):
+        for key in ("listen", "join_listen", "metrics_listen", "progress_listen"):
             _check_listen(key, getattr(self, key))
+        if self.journal is JournalKind.CONSUL and self.advertise is None and _is_wildcard(self.listen):
+            raise ValueError(
+                f"advertise: with `journal: consul` and `listen: {self.listen}` say by which address "
+                "agents and the other controllers reach this one"
+            )
         _check_socket("operator_socket", self.operator_socket)
+
+    @property
+    def consul_or_local(self) -> ConsulConfig:
+        """With the journal in Consul: the one that is named, else this host's own agent."""
+        return self.consul or ConsulConfig(url="http://127.0.0.1:8500")
 
     @property
     def catalog_socket(self) -> Path:
         return self.catalog.socket or self.operator_socket.with_name("catalog.sock")
+
+
+def with_journal(config: Config, journal: JournalKind) -> Config:
+    """Raises ConfigError where the rest does not fit."""
+    try:
+        return msgspec.structs.replace(config, journal=journal)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

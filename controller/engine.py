@@ -28,14 +28,15 @@ from controller.core.commands import (
     SyncMesh,
     WithdrawEndpoints,
 )
-from controller.core.events import Appended, Event, HeartbeatReceived, RequestId, Tick
+from controller.core.events import Appended, Event, HeartbeatReceived, JobSubmitted, RequestId, Tick
 from controller.core.mesh_intent import NodeRegistration, OwnedIntention
 from controller.core.state import State
 from controller.core.step import step
 from controller.event_log import EventLog
-from controller.journal import Journal
+from controller.journal import Journal, LeadershipLostError
+from controller.standing import Alone, Standing
 from outrider.clock import monotonic_s, wall_s
-from outrider.errors import PeerError
+from outrider.errors import PeerError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.log import Log
 from outrider.model.job import Protocol as ServiceProtocol
@@ -77,6 +78,7 @@ class Counts:
         self.appends = 0
         self.records = 0
         self.commits = 0
+        self.snapshots = 0
         self.step_s = 0.0
         self.step_s_max = 0.0
         self.commit_s = 0.0
@@ -85,8 +87,10 @@ class Counts:
 class Engine:
     """`open`, then `run` until cancelled. `state` may be read by anybody on the same event loop, between awaits."""
 
-    def __init__(self, *, journal: Journal, events: EventLog, log: Log) -> None:
+    def __init__(self, *, journal: Journal, events: EventLog, log: Log, standing: Standing | None = None) -> None:
+        """`standing`: whether this controller may act; None: nobody else can."""
         self.state = State.empty()
+        self._standing = standing or Alone()
         self.counts = Counts()
         self._journal = journal
         self._events = events
@@ -109,6 +113,23 @@ class Engine:
         self._sessions: AgentSessions
         self._mesh: MeshRecord
 
+    @property
+    def acts(self) -> bool:
+        """False: perhaps another controller leads already; nothing is to be sent, not even a sign of life."""
+        return self._standing.confirmed()
+
+    async def settled(self, timeout_s: float) -> None:
+        """Until this controller knows that it leads, or for so long. Raises PeerError where it does not lead."""
+        if self._standing.confirmed():
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._standing.wait()
+        except TimeoutError:
+            return
+        except LeadershipLostError as error:
+            raise PeerError("another controller leads now; try again") from error
+
     def now_s(self) -> float:
         """The core's time: wall-clock seconds that never step back."""
         return self._started_s + monotonic_s()
@@ -127,6 +148,8 @@ class Engine:
 
     async def close(self) -> None:
         """After `run` has ended: what the journal was handed is on disk."""
+        if not self.acts:
+            self._journal.close()  # ends a call that waits for a Consul which does not answer
         await asyncio.get_running_loop().run_in_executor(self._thread, self._journal.close)
         self._thread.shutdown()
 
@@ -156,13 +179,17 @@ class Engine:
         self._wake.set()
 
     async def request(self, make: Callable[[RequestId], Event]) -> Reply:
-        """An operator's call, answered once the journal has it. Raises PeerError after CALL_TIMEOUT_S."""
+        """An operator's call, answered once the journal has it. Raises PeerError after CALL_TIMEOUT_S, RefusedError
+        where the journal has no room for more jobs."""
         request = RequestId(next(self._requests))
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[request] = answer
         try:
+            event = make(request)
+            if isinstance(event, JobSubmitted) and (refusal := self._journal.refusal()):
+                raise RefusedError("journal-full", refusal)
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self.tell(make(request))
+                await self.tell(event)
                 return await answer
         except TimeoutError as error:
             raise PeerError(
@@ -190,6 +217,8 @@ class Engine:
 
     async def _loop(self) -> None:
         while True:
+            if not self._standing.confirmed():
+                await self._standing.wait()
             batch = self._batch()
             if not batch:
                 await self._idle()
@@ -292,6 +321,11 @@ class Engine:
             appends, self._appends = self._appends, []
             records = [record for append in appends for record in append.records]
             began_s = monotonic_s()
+            if self._journal.due():
+                # The core has one append in flight: all that was written is applied, and nothing else is.
+                snapshot = list(self.state.snapshot())
+                await loop.run_in_executor(self._thread, self._journal.snapshot, snapshot)
+                self.counts.snapshots += 1
             await loop.run_in_executor(self._thread, self._journal.append, records)
             self.counts.commit_s += monotonic_s() - began_s
             self.counts.commits += 1

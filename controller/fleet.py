@@ -155,7 +155,8 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         node, at = session.node, session.id
         match message.WhichOneof("message"):
             case "heartbeat":
-                session.send(fleet_pb2.ControllerMessage(heartbeat=message.heartbeat))
+                if self._engine.acts:  # else the agent looks for the leader
+                    session.send(fleet_pb2.ControllerMessage(heartbeat=message.heartbeat))
                 self._engine.heartbeat(HeartbeatReceived(session=at, node=node))
             case "reports":
                 reports = _reports(message.reports.reports)

@@ -6,6 +6,7 @@ JOINS_MAX joins at a time.
 
 import asyncio
 from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable
 
 from controller.ca import FleetCa
 from controller.rpc import Context, Edge, unary
@@ -24,11 +25,21 @@ WRONG_TOKEN_DELAY_S = 0.25
 
 
 class JoinService(Edge, fleet_pb2_grpc.JoinServiceServicer):
-    def __init__(self, *, cluster: str, ca: FleetCa, tokens: Tokens, refused: Counter[str]) -> None:
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        ca: FleetCa,
+        tokens: Tokens,
+        refused: Counter[str],
+        joined: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`joined`: called once files changed, before the node is answered: other controllers must know too."""
         super().__init__(log=Log("join"), refused=refused)
         self._cluster = cluster
         self._ca = ca
         self._tokens = tokens
+        self._joined = joined
         self._attempts = Attempts()
         self._joining = 0
         self._files = asyncio.Lock()  # one join at a time touches the token and certificate files
@@ -71,6 +82,8 @@ class JoinService(Edge, fleet_pb2_grpc.JoinServiceServicer):
                 self._ca.issue_node, csr_pem, node, known_may_rejoin=node in token.nodes
             )
             await asyncio.to_thread(self._tokens.use, token, wall_s())
+            if self._joined is not None:
+                await self._joined()
             return certificate
 
 

@@ -59,6 +59,7 @@ class ControllerCollector(Collector):
         yield _counter("journal_appends", "Appends that the core asked for", counts.appends)
         yield _counter("journal_records", "Records written", counts.records)
         yield _counter("journal_commits", "Commits, each of one or more appends", counts.commits)
+        yield _counter("journal_snapshots", "Times that the journal was rewritten as a snapshot", counts.snapshots)
         yield _counter("journal_commit_seconds", "Time spent in commits", counts.commit_s)
 
     def _fleet(self) -> Iterator[Metric]:

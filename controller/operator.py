@@ -12,7 +12,7 @@ from controller.core import views
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
 from controller.parts import Parts
-from controller.rpc import Context, Edge, duplex, stream, unary, within, write
+from controller.rpc import Context, Edge, caller, duplex, stream, unary, within, write
 from controller.tunnels import Tunnel
 from outrider import __version__, codec
 from outrider.errors import InputError, OutriderError, RefusedError
@@ -22,11 +22,12 @@ from outrider.model.allocation import Allocation
 from outrider.model.fleet import JobStatus
 from outrider.model.job import Job
 from outrider.model.mesh import Action, Intention, spiffe_id
-from outrider.tls import IdentityKind, peer_identity
+from outrider.tls import IdentityKind
 from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2, operator_pb2, operator_pb2_grpc
 from outrider.validate import problems
 
 MESH_TIMEOUT_S = 10.0
+LEADERSHIP_TIMEOUT_S = 3.0
 START_TIMEOUT_S = 10.0
 EVENT_WRITE_TIMEOUT_S = 10.0
 STATUS_WRITE_TIMEOUT_S = 60.0
@@ -52,10 +53,14 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
     def authorize(self, context: Context) -> None:
         if context.peer().startswith("unix:"):
             return  # whoever may open the socket is an operator: its mode says who
-        identity = peer_identity(context)
+        identity = caller(context)
         if identity is None or identity.kind is not IdentityKind.OPERATOR or identity.cluster != self._cluster:
             shown = identity.uri if identity else "no certificate of a fleet"
             raise RefusedError("denied", f"only operators of {self._cluster} may call this; the caller shows {shown}")
+
+    async def admit(self) -> None:
+        """A controller that cannot tell whether it still leads waits a moment; then it answers with what it knows."""
+        await self._engine.settled(LEADERSHIP_TIMEOUT_S)
 
     @unary
     async def GetFleet(self, request: operator_pb2.GetFleetRequest, context: Context) -> operator_pb2.GetFleetResponse:

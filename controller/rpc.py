@@ -15,8 +15,11 @@ import grpc.aio
 
 from outrider.errors import InputError, OutriderError, PeerError, RefusedError
 from outrider.log import Log
+from outrider.tls import Identity, IdentityKind, parse_identity, peer_identity
 
 CODE_METADATA = "outrider-code"
+LEADER_METADATA = "outrider-leader"  # where the leader listens, from a controller that does not lead
+CALLER_METADATA = "outrider-caller"  # for whom a controller passes a call on
 REQUEST_BYTES_MAX = 16 * 1024 * 1024
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -65,12 +68,25 @@ class Edge:
         """Raises RefusedError("denied") where the caller may not use this service."""
         raise NotImplementedError
 
+    async def admit(self) -> None:
+        """Waits until answers are good. Raises OutriderError where they will not be."""
+
     async def abort(self, context: Context, error: OutriderError) -> NoReturn:
         """End the call with what `error` says."""
         status, code = _meaning(error)
         self.refused[code] += 1
         self.log.info("call refused", peer=context.peer(), code=code, message=str(error))
         await context.abort(status, str(error), trailing_metadata=((CODE_METADATA, code),))
+
+
+def caller(context: Context) -> Identity | None:
+    """Who calls; where a controller passes the call on, whoever called that one. None: no certificate of a fleet."""
+    identity = peer_identity(context)
+    if identity is None or identity.kind is not IdentityKind.CONTROLLER:
+        return identity
+    named = dict(context.invocation_metadata() or ()).get(CALLER_METADATA, "")
+    passed_on = parse_identity(named if isinstance(named, str) else named.decode(errors="replace"))
+    return passed_on if passed_on is not None and passed_on.cluster == identity.cluster else identity
 
 
 def unary(
@@ -82,6 +98,7 @@ def unary(
     async def call(self: Edge, request: Request, context: Context) -> Response:
         try:
             self.authorize(context)
+            await self.admit()
             return await method(self, request, context)
         except OutriderError as error:
             await self.abort(context, error)
@@ -113,6 +130,7 @@ def duplex(
     async def call(self: Edge, request: Request, context: Context) -> None:
         try:
             self.authorize(context)
+            await self.admit()
             await method(self, request, context)
         except OutriderError as error:
             await self.abort(context, error)

@@ -17,6 +17,8 @@ import msgspec
 from controller.core.records import Record
 from outrider.errors import JournalError
 
+_RECORDS_DUE: Final = 20_000  # appended since the last snapshot
+
 FORMAT: Final = 1  # of the file; a controller refuses one that is newer than it knows
 
 
@@ -27,6 +29,7 @@ class SqliteJournal:
         self._path = path
         self._lock: int | None = None
         self._database: sqlite3.Connection | None = None
+        self._appended = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 
@@ -61,6 +64,7 @@ class SqliteJournal:
         with self._explained("write"), database:
             database.execute("BEGIN IMMEDIATE")
             database.executemany("INSERT INTO records (record) VALUES (?)", packed)
+        self._appended += len(batch)
 
     def snapshot(self, records: Iterable[Record]) -> None:
         """Replace all that was appended so far by `records`, in one transaction, and give the space back."""
@@ -74,6 +78,13 @@ class SqliteJournal:
                 database.execute("DELETE FROM records WHERE sequence <= ?", (last,))
             database.execute("VACUUM")
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._appended = 0
+
+    def due(self) -> bool:
+        return self._appended > _RECORDS_DUE
+
+    def refusal(self) -> str:
+        return ""  # the disk's size is the limit, and a full one is an error
 
     def close(self) -> None:
         if self._database is not None:

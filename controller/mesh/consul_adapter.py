@@ -168,6 +168,52 @@ class ConsulAdapter:
         body = {"Name": name, "TTL": f"{ttl_s}s", "LockDelay": "0s", "Behavior": "release"}
         return _decode(await self._put("/v1/session/create", {}, msgspec.json.encode(body)), ConsulSession).id
 
+    async def create_checked_session(self, name: str, check_id: str) -> str:
+        """Ends as soon as the service check `check_id` of this Consul agent fails, or the agent itself does."""
+        body = {
+            "Name": name,
+            "LockDelay": "0s",
+            "Behavior": "release",
+            "NodeChecks": ["serfHealth"],
+            "ServiceChecks": [{"ID": check_id}],
+        }
+        return _decode(await self._put("/v1/session/create", {}, msgspec.json.encode(body)), ConsulSession).id
+
+    async def sessions(self, name: str) -> list[str]:
+        found = _decode(await self._get("/v1/session/list"), list[ConsulSession])
+        return [session.id for session in found if session.name == name]
+
+    async def session_exists(self, session: str) -> bool:
+        return bool(_decode(await self._get(f"/v1/session/info/{quote(session)}"), list[ConsulSession]))
+
+    async def register_service(
+        self,
+        *,
+        name: str,
+        id: str,  # noqa: A002 - Consul's word
+        address: str,
+        port: int,
+        tags: tuple[str, ...],
+        check_id: str,
+        check_url: str,
+        check_interval_s: int,
+    ) -> None:
+        """With this Consul agent, which asks `check_url`; the service passes until the first answer says otherwise."""
+        check = {
+            "CheckID": check_id,
+            "Name": f"{name} gets on",
+            "HTTP": check_url,
+            "Interval": f"{check_interval_s}s",
+            "Timeout": f"{check_interval_s}s",
+            "Status": "passing",
+            "DeregisterCriticalServiceAfter": "24h",
+        }
+        body = {"Name": name, "ID": id, "Address": address, "Port": port, "Tags": tags, "Check": check}
+        await self._put("/v1/agent/service/register", {}, msgspec.json.encode(body))
+
+    async def deregister_service(self, id: str) -> None:  # noqa: A002 - Consul's word
+        await self._put(f"/v1/agent/service/deregister/{quote(id)}", {}, b"")
+
     async def renew_session(self, session: str) -> bool:
         """False: it has ended."""
         answer = await self._call("PUT", f"/v1/session/renew/{quote(session)}")
@@ -181,6 +227,26 @@ class ConsulAdapter:
     async def acquire(self, key: str, value: bytes, session: str) -> bool:
         body = await self._put(f"/v1/kv/{quote(key)}", {"acquire": session}, value)
         return _decode(body, bool)
+
+    async def holds(self, key: str, session: str) -> bool:
+        """Whether `session` has the lock, as a majority of Consul's servers knows it now."""
+        answer = await self._call("GET", f"/v1/kv/{quote(key)}", {"consistent": "1"})
+        if answer.code == 404:
+            return False
+        return _decode(_checked(f"GET /v1/kv/{key}", answer), list[KvPair])[0].session == session
+
+    async def watch_key(self, key: str, index: int) -> tuple[int, KvPair | None]:
+        """The key once it changed since `index`; None where there is none."""
+        query = {"index": str(index), "wait": f"{WATCH_WAIT_S}s"} if index else {}
+        answer = await self._call("GET", f"/v1/kv/{quote(key)}", query, timeout_s=_WATCH_TIMEOUT_S)
+        try:
+            found = max(1, int(answer.headers["X-Consul-Index"]))
+        except (KeyError, ValueError) as error:
+            raise _refusal(f"GET /v1/kv/{key}", answer) from error
+        index = found if found >= index else 0
+        if answer.code == 404:
+            return index, None
+        return index, _decode(_checked(f"GET /v1/kv/{key}", answer), list[KvPair])[0]
 
     async def key(self, key: str) -> KvPair | None:
         answer = await self._call("GET", f"/v1/kv/{quote(key)}")

@@ -7,6 +7,7 @@ the session of its dead predecessor runs out.
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -30,8 +31,20 @@ class Holder(Value, frozen=True, kw_only=True):
     started: str  # in ticks since boot: pids are used again
 
 
+class Lock(Protocol):
+    """What the mesh asks of whoever says that this controller leads."""
+
+    @property
+    def held(self) -> bool: ...
+    async def take(self) -> bool: ...
+    async def renew(self) -> None: ...
+    def lost(self) -> None: ...
+    def guard(self) -> Txn: ...
+    async def release(self) -> None: ...
+
+
 class Leadership:
-    """The lock, taken or not."""
+    """The lock of a controller whose journal is a file, taken or not."""
 
     def __init__(self, consul: ConsulAdapter, cluster: str, log: Log) -> None:
         self._consul, self._cluster, self._log = consul, cluster, log

@@ -14,7 +14,7 @@ from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.endpoints import endpoints
 from controller.mesh.intentions import DEFAULT_DENY, WILDCARD, decide, intention, plan_owned
 from controller.mesh.issuer import Issuer
-from controller.mesh.leader import RENEW_S
+from controller.mesh.leader import RENEW_S, Leadership, Lock
 from controller.mesh.shapes import ConsulIntention, ConsulRoots, HealthRow
 from controller.mesh.views import Interests, Updates, Views
 from controller.mesh.watcher import Watcher
@@ -39,9 +39,17 @@ class Mesh:
     """Everything but `run`, `issue` and the operators' calls returns at once. For one event loop."""
 
     def __init__(
-        self, *, consul: ConsulAdapter, issuer: Issuer, cluster: str, adopt_intentions: bool, log: Log
+        self,
+        *,
+        consul: ConsulAdapter,
+        issuer: Issuer,
+        cluster: str,
+        adopt_intentions: bool,
+        log: Log,
+        lock: Lock | None = None,
     ) -> None:
-        """`adopt_intentions`: make a `* -> *` deny where Consul's default would be to allow."""
+        """`adopt_intentions`: make a `* -> *` deny where Consul's default would be to allow. `lock`: where the journal
+        has one already; else the mesh takes its own."""
         self.reachable = False  # Consul answered last time
         self.deliver: Callable[[NodeId, MeshUpdate], None] = lambda _node, _update: None  # set both before run()
         self.withdrawn: Callable[[tuple[AllocId, ...]], None] = lambda _allocs: None
@@ -51,7 +59,7 @@ class Mesh:
         self._withdrawals: list[_Withdrawal] = []
         self._owned: tuple[OwnedIntention, ...] = ()
         self._has_led = False
-        self._writer = Writer(consul, cluster, log)
+        self._writer = Writer(consul, cluster, lock or Leadership(consul, cluster, log), log)
         self._writer.changed = self._settle_withdrawals
         self._watcher = Watcher(
             consul,

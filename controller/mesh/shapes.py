@@ -107,6 +107,7 @@ class ConsulLeaf(Shape, frozen=True, kw_only=True):
 
 class ConsulSession(Shape, frozen=True, kw_only=True):
     id: str = msgspec.field(name="ID")
+    name: str = ""
 
 
 class KvPair(Shape, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from controller.mesh.concurrency import each
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.intentions import plan_owned
 from controller.mesh.known import Known, registers
-from controller.mesh.leader import Leadership
+from controller.mesh.leader import Lock
 from controller.mesh.registrations import (
     CLUSTER_META,
     NodeRecord,
@@ -37,9 +37,9 @@ _REQUESTS_AT_ONCE = 8
 class Writer:
     """`changed` is called when what the catalog is known to have has changed."""
 
-    def __init__(self, consul: ConsulAdapter, cluster: str, log: Log) -> None:
+    def __init__(self, consul: ConsulAdapter, cluster: str, lock: Lock, log: Log) -> None:
         self._consul, self._cluster, self._log = consul, cluster, log
-        self.leadership = Leadership(consul, cluster, log)
+        self.leadership = lock
         self.wake = asyncio.Event()
         self.changed: Callable[[], None] = lambda: None
         self._registrations: dict[str, NodeRegistration] = {}  # by Consul's node name

@@ -10,9 +10,14 @@ import typer
 Config = Annotated[Path, typer.Option(help="Its configuration, YAML.", exists=True, dir_okay=False)]
 
 
-def controller(config: Config) -> None:
+def controller(
+    config: Config,
+    journal: Annotated[
+        str, typer.Option(help="sqlite: one controller. consul: several, one of which leads. Default: as configured.")
+    ] = "",
+) -> None:
     """Run a controller here, until it is told to stop."""
-    _become("controller", "--config", str(config))
+    _become("controller", "--config", str(config), *(["--journal", journal] if journal else []))
 
 
 def agent(

@@ -48,7 +48,7 @@ class Controller:
         self.log = directory / "controller.log"
         self.at: dict[str, str] = {}
         self.process: asyncio.subprocess.Process | None = None
-        self._configuration = {
+        self.configuration = {
             "cluster": CLUSTER,
             "data": str(self.data),
             "listen": "127.0.0.1:0",
@@ -61,14 +61,18 @@ class Controller:
 
     async def start(self) -> None:
         """Returns once it is ready."""
+        await self.launch()
+        await until(self._ready, f"the controller is ready; see {self.log}")
+
+    async def launch(self) -> None:
+        """Returns at once: one of several may follow for a while."""
         path = self.directory / "controller.yaml"
-        path.write_text(yaml.safe_dump(self._configuration))
+        path.write_text(yaml.safe_dump(self.configuration))
         self.log.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "controller", "--config", str(path), stdout=log, stderr=log
             )
-        await until(self._ready, f"the controller is ready; see {self.log}")
 
     async def kill(self) -> None:
         await self._end(signal.SIGKILL)
@@ -76,10 +80,22 @@ class Controller:
     async def stop(self) -> int:
         return await self._end(signal.SIGTERM)
 
+    def serves(self) -> bool:
+        """It leads or follows, as its newest word says."""
+        told = [line["event"] for line in self._lines() if line["event"] in ("ready", "term ends", "following")]
+        return bool(told) and told[-1] != "term ends"
+
+    def leads(self) -> bool:
+        """Its newest word is that it is ready; not that its term ended."""
+        told = [line["event"] for line in self._lines() if line["event"] in ("ready", "term ends", "following")]
+        return bool(told) and told[-1] == "ready"
+
     def events(self, name: str) -> list[dict[str, object]]:
         """The log's lines of that event."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        return [line for line in lines if line["event"] == name]
+        return [line for line in self._lines() if line["event"] == name]
+
+    def _lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
     def rss_mb(self) -> float:
         assert self.process is not None
@@ -110,7 +126,8 @@ class Controller:
         key = ec.generate_private_key(ec.SECP256R1())
         request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
         csr = request.public_bytes(serialization.Encoding.PEM).decode()
-        async with joining_channel(self.at["join_listen"], self.ca) as connection:
+        listen = self.at.get("join_listen", str(self.configuration["join_listen"]))
+        async with joining_channel(listen, self.ca) as connection:
             join = fleet_pb2.JoinRequest(token=self.token if token is None else token, node=node, csr_pem=csr)
             response = await fleet_pb2_grpc.JoinServiceStub(connection).Join(join, timeout=CALL_S)
         files = TlsFiles(

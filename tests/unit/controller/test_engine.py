@@ -12,7 +12,7 @@ from controller.core.mesh_intent import NodeRegistration, OwnedIntention
 from controller.core.records import Record
 from controller.engine import Engine
 from controller.event_log import EventLog
-from outrider.errors import JournalError
+from outrider.errors import JournalError, RefusedError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, ServiceName, TaskName
 from outrider.log import Log
 from outrider.model.job import Group, Job, Task
@@ -25,6 +25,9 @@ class Disk:
         self.records: list[Record] = []
         self.batches = 0
         self.broken = False
+        self.full = ""
+        self.snapshots = 0
+        self.snapshot_due = False
 
     def open(self) -> None: ...
 
@@ -39,6 +42,14 @@ class Disk:
 
     def snapshot(self, records: Iterable[Record]) -> None:
         self.records = list(records)
+        self.snapshots += 1
+        self.snapshot_due = False
+
+    def due(self) -> bool:
+        return self.snapshot_due
+
+    def refusal(self) -> str:
+        return self.full
 
     def close(self) -> None: ...
 
@@ -102,6 +113,62 @@ async def test_a_journal_that_fails_ends_the_controller_and_nothing_is_answered(
         await _submit_to_broken(disk)
     assert caught.group_contains(JournalError)
     assert len(disk.records) == 1
+
+
+async def test_a_journal_is_compacted_while_it_runs() -> None:
+    disk = Disk()
+    async with _running(disk) as engine:
+        for number in range(20):
+            disk.snapshot_due = number == 10
+            await engine.request(lambda request, n=number: JobSubmitted(request=request, job=_job(n)))
+        await engine.request(lambda request: JobSubmitted(request=request, job=_job(99)))
+        assert disk.snapshots == 1
+        kept = list(engine.state.snapshot())
+    again = Engine(journal=disk, events=EventLog(), log=Log("engine"))
+    again._replay()
+    assert [type(record) for record in again.state.snapshot()] == [type(record) for record in kept]
+    assert len(again.state.jobs) == 21
+    await again.close()
+
+
+async def test_a_full_journal_takes_no_job_and_still_stops_one() -> None:
+    disk = Disk()
+    async with _running(disk) as engine:
+        await engine.request(lambda request: JobSubmitted(request=request, job=_job(1)))
+        disk.full = "64 MiB is the limit"
+        with pytest.raises(RefusedError, match="64 MiB is the limit"):
+            await engine.request(lambda request: JobSubmitted(request=request, job=_job(2)))
+        reply = await engine.request(lambda request: JobStopRequested(request=request, job=JobName("job-1")))
+        assert reply.changed
+
+
+class Doubtful:
+    """A standing that comes and goes."""
+
+    def __init__(self) -> None:
+        self.sure = asyncio.Event()
+
+    def confirmed(self) -> bool:
+        return self.sure.is_set()
+
+    async def wait(self) -> None:
+        await self.sure.wait()
+
+
+async def test_who_may_not_lead_decides_nothing() -> None:
+    disk, standing = Disk(), Doubtful()
+    engine = Engine(journal=disk, events=EventLog(), log=Log("engine"), standing=standing)
+    await engine.open()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(engine.run(sessions=Nobody(), mesh=Nobody()))
+        call = group.create_task(engine.request(lambda request: JobSubmitted(request=request, job=_job(1))))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(disk.records) == 1, "the epoch alone"
+        standing.sure.set()
+        assert (await call).changed
+        task.cancel()
+    await engine.close()
 
 
 async def test_a_change_wakes_who_waits_for_one() -> None:
