@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from agent import kvm
+from agent.belongings.belongings import Belongings
 from agent.claims import UID_BLOCKS, UID_RANGES, Claim, Owner, claim, uid_first
 from agent.config import Config
 from agent.core.commands import Report
@@ -48,7 +49,7 @@ from agent.uids import Uids
 from agent.vms import Vms
 from outrider import __version__
 from outrider.clock import wall_s
-from outrider.ids import AllocId, NodeId
+from outrider.ids import AllocId, NodeId, TaskName
 from outrider.log import Log
 from outrider.model.allocation import AllocReport, Assignment
 from outrider.model.job import inner_ports
@@ -192,6 +193,7 @@ class Agent:
             envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
             vms=Vms(images=Images(config.data / "images"), kvm=self._kvm_works),
             images=self._make_images(),
+            belongings=self._make_belongings(),
             tell=self._engine.tell,
             write=self._writer.put,
             report=self._reported,
@@ -312,6 +314,18 @@ class Agent:
         registries = Registries(auth_file=config.auth_file, certificates=config.certificates)
         puller = Puller(cache=self._cache, registries=registries, tasks=self._tasks, log=self._log)
         return Keeper(cache=self._cache, puller=puller, tell=self._engine.tell, tasks=self._tasks)
+
+    def _make_belongings(self) -> Belongings:
+        async def signal_task(alloc: AllocId, task: TaskName, number: int) -> None:
+            await self._host.runtime.signal(sandbox_id(alloc, task), number)
+
+        return Belongings(
+            run_directory=self._config.run,
+            ask=self._fleet.secrets,
+            signal=signal_task,
+            restart=self._engine.tell,
+            log=self._log,
+        )
 
     def _make_broker(self) -> Broker | None:
         config = self._config

@@ -14,6 +14,7 @@ from typing import assert_never
 
 import msgspec
 
+from agent.belongings.belongings import Belongings
 from agent.checks import CheckRunner
 from agent.core import commands as c
 from agent.core.events import (
@@ -30,7 +31,7 @@ from agent.core.events import (
     TaskStartFailed,
 )
 from agent.drivers import task_directory
-from agent.drivers.process import Place, sandbox_id, sandbox_spec
+from agent.drivers.process import Place, identity, sandbox_id, sandbox_spec
 from agent.envoys import Envoys
 from agent.held import SIDECAR, Held, guest_directory, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
@@ -73,6 +74,7 @@ class Executor:
         envoys: Envoys,
         vms: Vms,
         images: Keeper,
+        belongings: Belongings,
         tell: Callable[[AllocEvent], Awaitable[None]],
         write: Callable[[c.Save | c.Acknowledge | c.Forget], None],
         report: Callable[[c.Report], None],
@@ -92,6 +94,7 @@ class Executor:
         self._envoys = envoys
         self._vms = vms
         self._images = images
+        self._belongings = belongings
         self._checks = CheckRunner(open_socket=networks.open_socket)
         self._tell = tell
         self._write = write
@@ -137,12 +140,23 @@ class Executor:
 
     def _begin(
         self,
-        command: c.CreateNetwork | c.RunCheck | c.DrainSidecar | c.StopTask | c.StopSidecar | c.Clean,
+        command: c.CreateNetwork
+        | c.RenewBelongings
+        | c.RunCheck
+        | c.DrainSidecar
+        | c.StopTask
+        | c.StopSidecar
+        | c.Clean,
     ) -> None:
         work: Coroutine[None, None, None]
         match command:
             case c.CreateNetwork():
                 alloc, work = command.assignment.alloc, self._create_network(command.assignment)
+            case c.RenewBelongings():
+                alloc, work = (
+                    command.assignment.alloc,
+                    self._belongings.renew(self._hold(command.assignment).assignment),
+                )
             case c.RunCheck():
                 alloc, work = command.alloc, self._run_check(command)
             case c.DrainSidecar():
@@ -264,6 +278,9 @@ class Executor:
         if is_guest:
             return await self._vms.prepare(assignment, task, place)
         image = self._images.unpacked(assignment.alloc, task.image)
+        user, _ = identity(task, image)
+        brought = await self._belongings.prepare(assignment, task, uid_first + user)
+        place = msgspec.structs.replace(place, mounts=(*place.mounts, *brought.mounts), env=brought.env)
         spec = sandbox_spec(assignment, task, place, image)
         task_directory.prepare(
             directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=uid_first + spec.user
@@ -285,6 +302,7 @@ class Executor:
         finally:
             if booting is not None:
                 booting.cancel()
+        self._belongings.ended(alloc, task)
         if booting is not None and booting.done() and not booting.cancelled() and booting.result():
             exit_ = msgspec.structs.replace(exit_, reason=booting.result())
         await self._tell(TaskExited(alloc=alloc, task=task, exit=exit_))
@@ -354,6 +372,7 @@ class Executor:
                 if (owner := split(status.id)) is not None and owner[0] == alloc:
                     await self._runtime.delete(status.id)
             await self._images.release(alloc)
+            await self._belongings.release(alloc)
             await self._envoys.forget(alloc)
             await self._names.detach(alloc)
             await self._networks.delete(alloc)

@@ -17,10 +17,11 @@ from typing import Protocol, cast
 import grpc
 import grpc.aio
 
+from agent.belongings.secrets import Secrets, SecretValue
 from outrider import codec
 from outrider.clock import monotonic_s
 from outrider.errors import InputError, OutriderError, PeerError
-from outrider.ids import AllocId, ServiceName
+from outrider.ids import AllocId, SecretName, ServiceName
 from outrider.log import Log
 from outrider.model.allocation import AllocReport, Assignment, Generation
 from outrider.model.job import Value
@@ -34,6 +35,7 @@ REFUSALS_MAX = 64
 _GREETING_S = 5.0  # to connect and be welcomed
 _SILENCE_S = 2.0  # the controller answers heartbeats; without any message for so long it is away
 _WRITE_S = 5.0
+_SECRETS_S = 10.0
 _LEAF_S = 12.0  # the controller allows itself 10
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 5.0
 _REDIRECTS_MAX = 3  # in a row without a pause: controllers may disagree while they elect one
@@ -170,6 +172,19 @@ class FleetSession:
         except grpc.RpcError as error:
             raise PeerError(f"leaf of {service}: {_reason(error)}") from error
         return codec.from_wire(response.leaf, Leaf)
+
+    async def secrets(self, alloc: AllocId) -> Secrets:
+        """Raises PeerError where the controller is away or says no."""
+        if self._stub is None:
+            raise PeerError("none is connected")
+        try:
+            response = await self._stub.GetSecrets(fleet_pb2.GetSecretsRequest(alloc=alloc), timeout=_SECRETS_S)
+        except grpc.RpcError as error:
+            raise PeerError(_reason(error)) from error
+        return {
+            SecretName(secret.name): SecretValue(version=secret.version, content=secret.value)
+            for secret in response.secrets
+        }
 
     def open_tunnel(self) -> TunnelStream:
         """Raises PeerError where no controller is connected."""

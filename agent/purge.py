@@ -7,6 +7,7 @@ import contextlib
 import shutil
 
 from agent.app import open_host
+from agent.belongings import memory
 from agent.config import Config
 from agent.drivers import task_directory
 from agent.sandbox.cgroup import ROOT
@@ -20,6 +21,7 @@ async def purge(config: Config) -> None:
         await host.runtime.remove_all()
         await host.networks.reap(())
         task_directory.remove(config.run / "tasks")
+        memory.remove(config.run / "belongings")
         shutil.rmtree(config.data / "allocations", ignore_errors=True)
         for name in ("dns", "roots"):
             shutil.rmtree(config.data / name, ignore_errors=True)

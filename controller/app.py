@@ -6,6 +6,7 @@ error. With the journal in Consul, `candidate` goes round instead: follow, win, 
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Coroutine
 
@@ -26,6 +27,7 @@ from controller.events import Broker
 from controller.fleet import FleetService
 from controller.join import JoinService
 from controller.journal.sqlite import SqliteJournal
+from controller.keyring import Keyring
 from controller.listeners import socket_listener, tls_listener
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.issuer import ConsulIssuer, EmbeddedIssuer, Issuer
@@ -33,13 +35,14 @@ from controller.mesh.mesh import Mesh
 from controller.metrics import ControllerCollector, http_listener
 from controller.operator import OperatorService
 from controller.parts import Parts
+from controller.stores import StoreService
 from controller.term import Term
 from controller.tokens import Tokens
 from outrider.clock import wall_s
 from outrider.config import host_port
 from outrider.log import Log
 from outrider.tls import TlsFiles, server_credentials, ssl_context
-from outrider.v1 import fleet_pb2_grpc, operator_pb2_grpc
+from outrider.v1 import fleet_pb2_grpc, operator_pb2_grpc, stores_pb2_grpc
 
 _DATACENTER = "dc1"
 
@@ -82,6 +85,7 @@ class Controller:
         self._files = issue(self._ca, config)
         self._tokens = Tokens(config.data / "tokens")
         self._tokens.ensure_first(wall_s())
+        self._keyring = Keyring(config.secrets.key_file or config.data / "secrets.key", os.environ)
         self._events = EventLog()
         self._engine = Engine(journal=term.journal, events=self._events, log=Log("engine"), standing=term.standing)
         self._broker = self._make_broker()
@@ -103,7 +107,13 @@ class Controller:
             log=Log("mesh"),
             lock=self._term.lock,
         )
-        parts = Parts(cluster=self._config.cluster, engine=self._engine, mesh=mesh, events=self._events)
+        parts = Parts(
+            cluster=self._config.cluster,
+            engine=self._engine,
+            mesh=mesh,
+            events=self._events,
+            keyring=self._keyring,
+        )
         mesh.deliver = parts.sessions.deliver
         mesh.withdrawn = lambda allocs: self._engine.post(EndpointsWithdrawn(allocs=allocs))
         self._engine.sync_all(mesh)
@@ -173,18 +183,21 @@ class Controller:
             joined=self._term.joined,
         )
 
-        def register_members(server: grpc.aio.Server) -> None:
+        stores = StoreService(parts)
+
+        def register_operators(server: grpc.aio.Server) -> None:
             operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
+            stores_pb2_grpc.add_StoreServiceServicer_to_server(stores, server)
+
+        def register_members(server: grpc.aio.Server) -> None:
+            register_operators(server)
             fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
 
         members, anybody = (server_credentials(self._files, client_certificate=each) for each in (True, False))
         for key, listener in (
             (
                 "operator_socket",
-                socket_listener(
-                    config.operator_socket,
-                    lambda server: operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server),
-                ),
+                socket_listener(config.operator_socket, register_operators),
             ),
             ("listen", tls_listener("listen", config.listen, members, register_members)),
             (

@@ -81,6 +81,12 @@ class MqttConfig(Value, frozen=True, kw_only=True):
     port: TcpPort = 8883
 
 
+class SecretsConfig(Value, frozen=True, kw_only=True):
+    """The key that secrets are sealed under. OUTRIDER_SECRETS_KEY in the environment goes before the file."""
+
+    key_file: Path | None = None  # default: secrets.key below `data`; it is made where it is not there
+
+
 class Config(Value, frozen=True, kw_only=True):
     cluster: Name
     name: Name = msgspec.field(default_factory=_host_name)  # of this controller among those of the fleet
@@ -96,6 +102,7 @@ class Config(Value, frozen=True, kw_only=True):
     advertise: str | None = None  # where agents and other controllers reach this one; default: where it listens
     adopt_intentions: bool = False
     mqtt: MqttConfig | None = None
+    secrets: SecretsConfig = SecretsConfig()
     log: Literal["debug", "info", "warning", "error"] = "info"
     addresses: tuple[str, ...] = ()  # more names and IP addresses for the server's certificate
 

@@ -8,7 +8,7 @@ import ipaddress
 from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
-from controller.core import mesh_intent
+from controller.core import mesh_intent, sealed
 from controller.core.events import (
     AgentApplied,
     AgentConnected,
@@ -24,7 +24,7 @@ from controller.tunnels import Tunnel
 from outrider import codec
 from outrider.config import host_port
 from outrider.errors import InputError, OutriderError, RefusedError
-from outrider.ids import NodeId, ServiceName
+from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.log import Log
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.mesh import ObservedRefusal
@@ -47,6 +47,7 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         self._cluster = parts.cluster
         self._engine = parts.engine
         self._mesh = parts.mesh
+        self._keyring = parts.keyring
         self._sessions = parts.sessions
         self._tunnels = parts.tunnels
         self._refusals = parts.refusals
@@ -87,6 +88,18 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         async with within(LEAF_TIMEOUT_S, f"a leaf for {service}"):
             leaf = await self._mesh.issue(service, request.csr_pem)
         return fleet_pb2.IssueLeafResponse(leaf=codec.to_wire(leaf, mesh_pb2.Leaf))
+
+    @unary
+    async def GetSecrets(self, request: fleet_pb2.GetSecretsRequest, context: Context) -> fleet_pb2.GetSecretsResponse:
+        """The same authorizer: an allocation that is to run on the caller's node names them, or they are not told."""
+        node, alloc = self._node(context), AllocId(request.alloc)
+        found = sealed.held_by(self._engine.state, node, alloc)
+        if found is None:
+            raise RefusedError("denied", f"allocation {alloc[:80]!r} is not to run on node {node}")
+        values = [
+            fleet_pb2.SecretValue(name=put.name, version=put.version, value=self._keyring.open(put)) for put in found
+        ]
+        return fleet_pb2.GetSecretsResponse(secrets=values)
 
     @duplex
     async def Tunnel(self, request_iterator: AsyncIterator[fleet_pb2.TunnelFrame], context: Context) -> None:

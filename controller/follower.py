@@ -18,6 +18,7 @@ from outrider.log import Log
 from outrider.tls import Identity, IdentityKind, TlsFiles, channel, joining_channel, peer_identity
 
 _OPERATOR: Final = "/outrider.v1.OperatorService/"
+_STORES: Final = "/outrider.v1.StoreService/"
 _FLEET: Final = "/outrider.v1.FleetService/"
 _JOIN: Final = "/outrider.v1.JoinService/"
 _OPTIONS: Final = {
@@ -39,7 +40,7 @@ class Follower:
 
     def members(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """For the listener of operators and agents, and for the operator's socket."""
-        return _Handlers({_OPERATOR: self._operate, _FLEET: self._redirect})
+        return _Handlers({_OPERATOR: self._operate, _STORES: self._operate, _FLEET: self._redirect})
 
     def joins(self) -> "grpc.GenericRpcHandler[Any, Any]":
         return _Handlers({_JOIN: self._join})

@@ -51,12 +51,7 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         self._refusals = parts.refusals
 
     def authorize(self, context: Context) -> None:
-        if context.peer().startswith("unix:"):
-            return  # whoever may open the socket is an operator: its mode says who
-        identity = caller(context)
-        if identity is None or identity.kind is not IdentityKind.OPERATOR or identity.cluster != self._cluster:
-            shown = identity.uri if identity else "no certificate of a fleet"
-            raise RefusedError("denied", f"only operators of {self._cluster} may call this; the caller shows {shown}")
+        operators_only(context, self._cluster)
 
     async def admit(self) -> None:
         """A controller that cannot tell whether it still leads waits a moment; then it answers with what it knows."""
@@ -266,6 +261,16 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
             reason = allocation.reason or "it waits for a node"
             raise RefusedError("not-placed", f"allocation {allocation.id} runs nowhere: {reason}")
         return allocation, allocation.node
+
+
+def operators_only(context: Context, cluster: str) -> None:
+    """Raises RefusedError where the caller is no operator of `cluster`."""
+    if context.peer().startswith("unix:"):
+        return  # whoever may open the socket is an operator: its mode says who
+    identity = caller(context)
+    if identity is None or identity.kind is not IdentityKind.OPERATOR or identity.cluster != cluster:
+        shown = identity.uri if identity else "no certificate of a fleet"
+        raise RefusedError("denied", f"only operators of {cluster} may call this; the caller shows {shown}")
 
 
 def _done(reply: Reply) -> Reply:

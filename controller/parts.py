@@ -5,6 +5,7 @@ from collections import Counter
 
 from controller.engine import Engine
 from controller.event_log import EventLog
+from controller.keyring import Keyring
 from controller.mesh.mesh import Mesh
 from controller.refusals import Refusals
 from controller.sessions import Sessions
@@ -17,6 +18,7 @@ class Parts:
     engine: Engine
     mesh: Mesh
     events: EventLog
+    keyring: Keyring
     sessions: Sessions = dataclasses.field(default_factory=Sessions)
     tunnels: Tunnels = dataclasses.field(default_factory=Tunnels)
     refusals: Refusals = dataclasses.field(default_factory=Refusals)

@@ -10,6 +10,7 @@ TaskName = NewType("TaskName", str)
 ServiceName = NewType("ServiceName", str)
 PortName = NewType("PortName", str)
 AllocId = NewType("AllocId", str)
+SecretName = NewType("SecretName", str)
 Namespace = NewType("Namespace", str)
 
 DEFAULT_NAMESPACE = Namespace("default")  # always there

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
+from outrider.belongings import ENV_NAME, wrong_belongings
 from outrider.ids import is_name
 from outrider.model.job import (
     MIB,
@@ -58,7 +59,6 @@ RESERVED_TASK = "sidecar"  # `logs` names Envoy's so
 
 _TEXT_CHARS_MAX = 128 * 1024  # the kernel's limit of one argument or variable
 _KERNEL_ARGUMENTS_CHARS_MAX = 2000  # the kernel's own limit is 2,048, and ours go before
-_ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 # https://github.com/distribution/reference: the registry must be named, for there is no default one.
 _REGISTRY_IMAGE = re.compile(
     r"^(localhost|[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+|[A-Za-z0-9.-]+(?=:))(:[0-9]+)?"
@@ -244,10 +244,11 @@ def _task(path: Path, task: Task) -> Iterator[Problem]:
     if task.args and (task.command or task.image.kind not in PULLED):
         yield Problem(path=(*path, "args"), message="args are for an image's entrypoint; add them to the command")
     yield from _identity(path, task)
+    yield from (Problem(path=(*path, *at), message=message) for at, message in wrong_belongings(task))
     yield from _image((*path, "image"), task.driver, task.image)
     yield from _files((*path, "files"), task.files)
     for name, text in task.env.items():
-        if not _ENV_NAME.match(name):
+        if not ENV_NAME.match(name):
             yield Problem(path=(*path, "env", name), message="a variable's name is letters, digits and underscores")
         yield from _text((*path, "env", name), text)
     yield from _resources((*path, "resources"), task.resources)

@@ -24,6 +24,7 @@ from agent.core.events import (
     ImagesOnTheirWay,
     ImagesReady,
     NetworkReady,
+    RestartWanted,
     Saved,
     SidecarDrained,
     SidecarExited,
@@ -63,7 +64,7 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
             _cleaned(alloc, turn)
         case SidecarReady() | SidecarExited() | SidecarDrained() | SidecarStopped():
             _sidecar_event(alloc, event, turn)
-        case TaskStarted() | TaskStartFailed() | TaskExited():
+        case TaskStarted() | TaskStartFailed() | TaskExited() | RestartWanted():
             _task_event(alloc, event, turn)
         case CheckRan():
             probe = alloc.probes[event.service]
@@ -91,7 +92,9 @@ def _sidecar_event(
             assert_never(event)
 
 
-def _task_event(alloc: AllocState, event: TaskStarted | TaskStartFailed | TaskExited, turn: Turn) -> None:
+def _task_event(
+    alloc: AllocState, event: TaskStarted | TaskStartFailed | TaskExited | RestartWanted, turn: Turn
+) -> None:
     match event:
         case TaskStarted():
             _task_started(alloc, event, turn)
@@ -99,6 +102,8 @@ def _task_event(alloc: AllocState, event: TaskStarted | TaskStartFailed | TaskEx
             _task_start_failed(alloc, event, turn)
         case TaskExited():
             _task_exited(alloc, alloc.tasks[event.task], event.exit, turn)
+        case RestartWanted():
+            _restart_wanted(alloc, alloc.tasks[event.task], event.reason, turn)
         case _:
             assert_never(event)
 
@@ -199,7 +204,10 @@ def task_ended(alloc: AllocState, task: TaskState, exit_: TaskExit, turn: Turn) 
     """A run of the task is over: whether another follows is the policy's to say. Does not change the phase."""
     task.exit, task.starting = exit_, False
     task.message = exit_message(task.task, exit_)
-    if alloc.stopping or (alloc.assignment.batch and exit_.code == 0):
+    reason, task.restart_reason = task.restart_reason, ""
+    if reason and not alloc.stopping:
+        task.status, task.restarts, task.message = TaskStatus.PENDING, task.restarts + 1, f"started again: {reason}"
+    elif alloc.stopping or (alloc.assignment.batch and exit_.code == 0):
         task.status = TaskStatus.EXITED
     else:
         _retry_task(alloc, task, task.message, exit_.log_tail, turn)
@@ -317,6 +325,12 @@ def _task_exited(alloc: AllocState, task: TaskState, exit_: TaskExit, turn: Turn
     _after_task_ended(alloc, turn)
 
 
+def _restart_wanted(alloc: AllocState, task: TaskState, reason: str, turn: Turn) -> None:
+    if alloc.phase in _UP and task.status is TaskStatus.RUNNING and not task.restart_reason:
+        task.restart_reason = reason
+        turn.emit(StopTask(alloc=alloc.id, task=task.task))
+
+
 def _retry_task(alloc: AllocState, task: TaskState, message: str, log_tail: str, turn: Turn) -> None:
     policy = alloc.assignment.group.restart
     again = next_try(policy, task.tried_at_s, turn.now_s, turn.rng)
@@ -337,6 +351,7 @@ def _fail_task(alloc: AllocState, task: TaskState, message: str, log_tail: str) 
 def _after_task_ended(alloc: AllocState, turn: Turn) -> None:
     if alloc.phase in _UP:
         _settle_running(alloc, turn)
+        _start_tasks(alloc, turn)
     elif alloc.phase is Phase.STOPPING and not alloc.any_live:
         tasks_ended(alloc, turn)
 

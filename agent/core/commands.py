@@ -69,6 +69,12 @@ class AdoptTask(Value, frozen=True, kw_only=True):
     task: TaskName
 
 
+class RenewBelongings(Value, frozen=True, kw_only=True):
+    """What its tasks were given changed: renew it, and tell them as each wants to be. `RestartWanted` may follow."""
+
+    assignment: Assignment
+
+
 class RunCheck(Value, frozen=True, kw_only=True):
     """`CheckRan`, within the check's timeout."""
 
@@ -129,6 +135,7 @@ Command = (
     | AdoptSidecar
     | StartTask
     | AdoptTask
+    | RenewBelongings
     | RunCheck
     | DrainSidecar
     | StopTask

@@ -143,6 +143,14 @@ class TaskExited(Value, frozen=True, kw_only=True):
     exit: TaskExit
 
 
+class RestartWanted(Value, frozen=True, kw_only=True):
+    """The task is to end and start again, which is no failure of it."""
+
+    alloc: AllocId
+    task: TaskName
+    reason: str
+
+
 class SidecarDrained(Value, frozen=True, kw_only=True):
     alloc: AllocId
 
@@ -178,6 +186,7 @@ AllocEvent = (
     | TaskStarted
     | TaskStartFailed
     | TaskExited
+    | RestartWanted
     | SidecarDrained
     | SidecarStopped
     | Cleaned

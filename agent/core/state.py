@@ -22,6 +22,7 @@ class TaskState(msgspec.Struct, kw_only=True):
     task: Task
     status: TaskStatus = TaskStatus.PENDING
     starting: bool = False  # StartTask is under way
+    restart_reason: str = ""  # it was told to end only to start again
     restarts: int = 0
     tried_at_s: tuple[float, ...] = ()
     retry_at_s: float | None = None  # in BACKOFF

@@ -3,7 +3,7 @@
 import random
 
 from agent.core import allocation
-from agent.core.commands import Acknowledge, Clean, Command, Forget, Note, Report, Save
+from agent.core.commands import Acknowledge, Clean, Command, Forget, Note, RenewBelongings, Report, Save
 from agent.core.events import AllocEvent, Assigned, Cleaned, Event, Recovered, StepFailed, Tick
 from agent.core.lifecycle import Phase
 from agent.core.recovery import adopt
@@ -76,9 +76,12 @@ def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
         else:
             allocation.prepare(alloc, turn)
     else:
+        renewed = alloc.assignment.secrets != assignment.secrets
         alloc.assignment, alloc.forget = assignment, False
         if assignment.desired is Desired.STOP and not alloc.stopping:
             allocation.stop(alloc, turn)
+        elif renewed and not alloc.stopping:
+            turn.emit(RenewBelongings(assignment=assignment))
     _keep(state, alloc, turn)
 
 

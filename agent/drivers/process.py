@@ -43,6 +43,7 @@ class Place(Value, frozen=True, kw_only=True):
     directory: str  # the sandbox's own
     task_directory: str  # as `task_directory.prepare` made it
     resolv_conf: str = ""  # a file that says where the mesh's names are answered; "" is none
+    env: Mapping[str, str] = {}  # what the agent gives it beside what the job says
     mounts: tuple[Mount, ...] = ()  # what else the agent provides, such as the namespace's own /sys
 
 
@@ -71,7 +72,7 @@ def sandbox_spec(assignment: Assignment, task: Task, place: Place, image: Unpack
     return SandboxSpec(
         id=sandbox_id(assignment.alloc, task.name),
         argv=_argv(task, command, names, where),
-        env=environment(assignment, task, place.node, names, image),
+        env={**environment(assignment, task, place.node, names, image), **place.env},
         cwd=task.workdir or (TASK_DIRECTORY if image is None else image.workdir or "/"),
         root=_root(task, image, where),
         mounts=tuple(mounts),

@@ -13,6 +13,7 @@ from outrider.errors import HostError
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -37,6 +38,13 @@ def mount_overlay(
     _mount("overlay", target, "overlay", flags, options)
 
 
+def keep_in_memory(directory: Path) -> None:
+    """Make `directory`, and let nothing below it reach a disk: it is on a file system in memory, or becomes one."""
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if _file_system(directory) not in _IN_MEMORY:
+        _mount("tmpfs", directory, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=711")
+
+
 def unmount(target: Path) -> bool:
     """Whether something was mounted at `target`. Lazily: what holds it open keeps it until it lets go."""
     if _libc.umount2(os.fsencode(target), _MNT_DETACH | _UMOUNT_NOFOLLOW) == 0:
@@ -59,6 +67,16 @@ def mount_points() -> list[str]:
     """Where anything is mounted in this mount namespace, in the order of mounting."""
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     return [_OCTAL.sub(lambda match: chr(int(match[1], 8)), line.split(" ", 5)[4]) for line in lines]
+
+
+def _file_system(directory: Path) -> str:
+    """The kind of the one that `directory` is on."""
+    device = directory.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        if line.split(" ", 3)[2] == wanted:
+            return line.partition(" - ")[2].split(" ")[0]
+    return ""
 
 
 def _escaped(path: object) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.sandbox import conmon, executable, execution, oci, process, rootfs, seccomp
+from agent.sandbox import conmon, executable, execution, mounts, oci, process, rootfs, seccomp
 from agent.sandbox.cgroup import Cgroups
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.records import Records
@@ -49,7 +49,11 @@ class SandboxRuntime:
         self._run = run_directory
         self._parent = cgroup.strip("/")
         self._log = log
+        # Environments have secrets in them.
+        mounts.keep_in_memory(run_directory)
         self._records = Records(run_directory)
+        self._configs = run_directory / "configs"
+        self._configs.mkdir(exist_ok=True)
         self._cgroups = Cgroups()
         self._rotation = Rotation()
         for record in self._records.all():
@@ -101,7 +105,9 @@ class SandboxRuntime:
             seccomp_filter=self._seccomp_filter(),
             devices=str((directory.bundle / rootfs.DEVICES).absolute()),
         )
-        (directory.bundle / "config.json").write_bytes(msgspec.json.encode(config))
+        written = self._config(spec.id)
+        written.write_bytes(msgspec.json.encode(config))
+        (directory.bundle / "config.json").symlink_to(written)
 
     async def _create(self, spec: SandboxSpec, directory: conmon.Directory, record: SandboxRecord) -> SandboxRecord:
         starting = await conmon.create(spec.id, directory, crun=self._crun, log_bytes=conmon_bytes(spec.log_bytes_max))
@@ -171,6 +177,7 @@ class SandboxRuntime:
             await self._end_monitor(record, directory)
         shutil.rmtree(state, ignore_errors=True)
         rootfs.remove(directory.bundle)
+        self._config(sandbox).unlink(missing_ok=True)
         self._records.remove(sandbox)
 
     async def _end_monitor(self, record: SandboxRecord, directory: conmon.Directory) -> None:
@@ -254,10 +261,15 @@ class SandboxRuntime:
         """End and remove everything of this node, its control groups too: the node leaves its fleet."""
         await self.reap(())
         await to_thread(self._cgroups.remove_with_empty_parents, self._parent)
+        mounts.unmount(self._run)
 
     async def rotate_logs(self) -> None:
         """Keep all logs below their bounds, for ever: run it as one named task of the agent."""
         await self._rotation.run()
+
+    def _config(self, sandbox: str) -> Path:
+        """Not in the bundle, which may be on a disk."""
+        return (self._configs / f"{sandbox}.json").absolute()
 
     def _known(self, sandbox: str) -> SandboxRecord:
         record = self._records.read(sandbox)

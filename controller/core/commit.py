@@ -6,11 +6,11 @@ from a state in which all that was written is true.
 
 import numpy as np
 
-from controller.core import liveness, notices, reconcile
+from controller.core import liveness, notices, reconcile, sealed, store_calls
 from controller.core import table as columns
 from controller.core.commands import Append, Reply
 from controller.core.deploy import decide, note_failure
-from controller.core.events import Appended, JobSubmitted, Ticket
+from controller.core.events import Appended, JobSubmitted, StoreCall, Ticket
 from controller.core.kinds import Kind
 from controller.core.records import (
     AllocTransitions,
@@ -22,6 +22,7 @@ from controller.core.records import (
     Record,
     RolloutEnded,
     Run,
+    SecretPut,
     VirtualAddressAssigned,
 )
 from controller.core.state import State
@@ -119,6 +120,13 @@ def _calls(state: State, now_s: float) -> tuple[list[Record], tuple[Reply, ...]]
     addresses = 0
     while state.live.calls:
         call = state.live.calls[0]
+        if isinstance(call, StoreCall):
+            if replies:
+                break
+            # Alone: it touches whatever job names what it changes.
+            state.live.calls.popleft()
+            made, reply = store_calls.answer(state, call, now_s)
+            return [*made], (reply,)
         names = names_touched(state, call.job) if isinstance(call, JobSubmitted) else frozenset({f"job {call.job}"})
         if names & touched:
             break
@@ -151,6 +159,8 @@ def _follow(state: State, record: Record, now_s: float, *, known: bool) -> None:
             _job_changed(state, record.job)
         case RolloutEnded():
             notices.of_job(state, _ROLLOUTS[record.state], record.job, record.reason)
+        case SecretPut():
+            sealed.told(state, record)
         case Plan():
             _follow_plan(state, record)
         case _:

@@ -2,7 +2,7 @@
 
 from typing import NewType
 
-from outrider.ids import AllocId, JobName, NodeId
+from outrider.ids import AllocId, JobName, Namespace, NodeId, SecretName
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.job import Job, Value
 from outrider.model.node import Fingerprint, Node
@@ -76,6 +76,30 @@ class JobStopRequested(Value, frozen=True, kw_only=True):
     job: JobName
 
 
+class SecretPutRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    namespace: Namespace
+    name: SecretName
+    sealed: bytes
+    variable: bool = False
+
+
+class SecretDeleteRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    namespace: Namespace
+    name: SecretName
+
+
+class SecretsResealed(Value, frozen=True, kw_only=True):
+    """The same values under another key: namespace, name, version, sealed."""
+
+    request: RequestId
+    sealed: tuple[tuple[Namespace, SecretName, int, bytes], ...]
+
+
+StoreCall = SecretPutRequested | SecretDeleteRequested | SecretsResealed  # about what the fleet keeps apart from jobs
+
+
 class Appended(Value, frozen=True, kw_only=True):
     """The journal has the records of this ticket on disk."""
 
@@ -97,6 +121,7 @@ Event = (
     | EndpointsWithdrawn
     | JobSubmitted
     | JobStopRequested
+    | StoreCall
     | Appended
     | Tick
 )

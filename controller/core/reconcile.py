@@ -4,6 +4,7 @@ Level-triggered: everything on a fresh session, changes afterwards. The counter 
 life has an epoch of its own in the journal, and pairs compare by epoch first.
 """
 
+from controller.core import sealed
 from controller.core import table as columns
 from controller.core.commands import SendAssignments, SyncMesh, WithdrawEndpoints
 from controller.core.state import State
@@ -105,6 +106,7 @@ def _assignment(state: State, serial: int) -> Assignment:
         index=int(table.index[row]),
         batch=entry.type is JobType.BATCH,
         desired=Desired.STOP if stops else Desired.RUN,
+        secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),
         mesh_ports=dict(zip(entry.mesh_services, state.ports.get(serial, ()), strict=False)),
     )
 

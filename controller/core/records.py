@@ -4,7 +4,7 @@ Owns their shapes, never their meaning: that is `State.apply`. Times are wall-cl
 record are packed little-endian integers, because an object for each would decide the scheduler's speed.
 """
 
-from outrider.ids import JobName, NodeId, ServiceName
+from outrider.ids import JobName, Namespace, NodeId, SecretName, ServiceName
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Job, Value
@@ -59,6 +59,23 @@ class RolloutEnded(Value, frozen=True, kw_only=True, tag=True):
 class VirtualAddressAssigned(Value, frozen=True, kw_only=True, tag=True):
     service: ServiceName
     index: int  # for outrider.model.mesh.virtual_address
+
+
+class SecretPut(Value, frozen=True, kw_only=True, tag=True):
+    """A version of a secret or a variable, sealed under a key that the journal does not have."""
+
+    namespace: Namespace
+    name: SecretName
+    version: int
+    sealed: bytes
+    at_s: float
+    variable: bool = False
+    dropped: tuple[int, ...] = ()  # older versions that are not kept any more
+
+
+class SecretDeleted(Value, frozen=True, kw_only=True, tag=True):
+    namespace: Namespace
+    name: SecretName
 
 
 class Run(Value, frozen=True, kw_only=True):
@@ -131,4 +148,6 @@ Record = (
     | Plan
     | AllocTransitions
     | AllocationsSnapshot
+    | SecretPut
+    | SecretDeleted
 )

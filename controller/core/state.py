@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
+import msgspec
 import numpy as np
 
 from controller.core import table as columns
@@ -25,11 +26,13 @@ from controller.core.records import (
     Plan,
     Record,
     RolloutEnded,
+    SecretDeleted,
+    SecretPut,
     VirtualAddressAssigned,
 )
 from controller.core.table import AllocTable, Bools, Ints, Shorts
 from controller.core.volatile import NodeLink, Volatile
-from outrider.ids import AllocId, JobName, ServiceName, alloc_id, alloc_serial
+from outrider.ids import AllocId, JobName, Namespace, SecretName, ServiceName, alloc_id, alloc_serial
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Job, JobType, Protocol
@@ -49,6 +52,13 @@ class JobEntry:
         return self.versions[self.latest].job
 
 
+@dataclass(slots=True)
+class SecretEntry:
+    variable: bool
+    versions: dict[int, SecretPut] = field(default_factory=dict)
+    latest: int = 0
+
+
 class State:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -65,6 +75,7 @@ class State:
         self.system_jobs: dict[JobName, None] = {}  # that are not stopped
         # Who provides a service: jobs that are not stopped, in their newest version.
         self.providers: dict[ServiceName, dict[JobName, Protocol]] = {}
+        self.secrets: dict[tuple[Namespace, SecretName], SecretEntry] = {}
         self.virtual: dict[ServiceName, int] = {}
         self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
         self.reasons: dict[int, str] = {}  # by serial: why it was stopped, or ended
@@ -133,6 +144,10 @@ class State:
                 self._change_job(record)
             case VirtualAddressAssigned():
                 self.virtual[record.service] = record.index
+            case SecretPut():
+                self._put_secret(record)
+            case SecretDeleted():
+                del self.secrets[record.namespace, record.name]
             case Plan():
                 self._carry_out(record)
             case AllocTransitions():
@@ -160,6 +175,8 @@ class State:
                 yield RolloutEnded(job=name, version=entry.latest, state=entry.rollout, reason=entry.rollout_reason)
             if entry.stopped:
                 yield JobStopped(job=name)
+        for secret in self.secrets.values():
+            yield from secret.versions.values()
         yield self._allocations_snapshot()
 
     def _change_job(self, record: JobVersionAdded | JobVersionsDropped | JobStopped | RolloutEnded) -> None:
@@ -220,6 +237,13 @@ class State:
                 providers.pop(job, None)
                 if not providers:
                     self.providers.pop(service.name, None)
+
+    def _put_secret(self, put: SecretPut) -> None:
+        entry = self.secrets.setdefault((put.namespace, put.name), SecretEntry(put.variable))
+        for version in put.dropped:
+            del entry.versions[version]
+        entry.versions[put.version] = msgspec.structs.replace(put, dropped=())
+        entry.latest = max(entry.latest, put.version)
 
     def _end_rollout(self, record: RolloutEnded) -> None:
         entry = self.jobs[record.job]

@@ -24,6 +24,10 @@ from controller.core.events import (
     JobStopRequested,
     JobSubmitted,
     LastWillSeen,
+    SecretDeleteRequested,
+    SecretPutRequested,
+    SecretsResealed,
+    StoreCall,
     Tick,
 )
 from controller.core.reports import take_reports
@@ -63,6 +67,8 @@ def _take(state: State, event: Event, now_s: float) -> None:
             serials = (state.serial(alloc) for alloc in event.allocs)
             reconcile.withdrawn(state, tuple(serial for serial in serials if serial is not None))
         case JobSubmitted() | JobStopRequested():
+            _call(state, event)
+        case SecretPutRequested() | SecretDeleteRequested() | SecretsResealed():
             _call(state, event)
         case Tick():
             _tick(state, now_s)
@@ -106,7 +112,7 @@ def _downed(state: State, ref: int) -> bool:
     return bool(state.nodes.down[ref]) or ref in state.live.downing
 
 
-def _call(state: State, event: JobSubmitted | JobStopRequested) -> None:
+def _call(state: State, event: JobSubmitted | JobStopRequested | StoreCall) -> None:
     if len(state.live.calls) >= state.policy.operator_calls_max:
         message = "too many calls wait for the journal; try again in a moment"
         state.live.out.append(Reply(request=event.request, code="busy", message=message))

@@ -1,5 +1,6 @@
 """Operators' calls: what a submission changes, and why one is refused. Owns the answers; writes nothing itself."""
 
+from controller.core import sealed
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
@@ -15,14 +16,15 @@ def submit(state: State, call: JobSubmitted, now_s: float, addresses: int) -> An
 
     `addresses`: how many virtual addresses earlier calls of the same batch take.
     """
-    job, entry = call.job, state.jobs.get(call.job.name)
-    if refusal := _refusal(state, job, entry):
+    entry = state.jobs.get(call.job.name)
+    job = sealed.stamped(state, call.job)
+    if refusal := _refusal(state, job, entry) or sealed.refusal(state, job):
         return (), Reply(request=call.request, code="conflict", message=refusal)
     warnings = job_warnings(state, job)
     if entry is not None and not entry.stopped and entry.job == job:
         return (), Reply(request=call.request, version=entry.latest, warnings=warnings)
     version = entry.latest + 1 if entry is not None else 1
-    records = (*added(state, job, version, now_s, addresses), *_dropped(state, entry, job.name))
+    records = (*added(state, job, version, now_s, addresses), *versions_dropped(state, entry, job.name))
     return records, Reply(request=call.request, version=version, changed=True, warnings=warnings)
 
 
@@ -92,7 +94,7 @@ def _names(job: Job) -> list[ServiceName]:
     return provided + [upstream.service for service in services for upstream in service.upstreams]
 
 
-def _dropped(state: State, entry: JobEntry | None, job: JobName) -> tuple[Record, ...]:
+def versions_dropped(state: State, entry: JobEntry | None, job: JobName) -> tuple[Record, ...]:
     """The oldest versions beyond those kept, unless an allocation is made from them or a revert may want them."""
     excess = len(entry.versions) + 1 - state.policy.versions_kept if entry is not None else 0
     if entry is None or excess <= 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from controller.core.commands import Command, Reply
-from controller.core.events import AgentConnected, JobStopRequested, JobSubmitted, SessionId, Ticket
+from controller.core.events import AgentConnected, JobStopRequested, JobSubmitted, SessionId, StoreCall, Ticket
 from controller.core.groups import FamilyKey
 from controller.core.records import Record
 from controller.core.table import Times
@@ -122,7 +122,7 @@ class Volatile:
     # For the journal.
     ticket: int = 0
     in_flight: InFlight | None = None
-    calls: deque[JobSubmitted | JobStopRequested] = field(default_factory=deque)
+    calls: deque[JobSubmitted | JobStopRequested | StoreCall] = field(default_factory=deque)
     registering: dict[NodeId, Node] = field(default_factory=dict)
     joining: dict[NodeId, AgentConnected] = field(default_factory=dict)
     downing: dict[int, None] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from outrider.cli.address import Address, find
 from outrider.errors import InputError, OutriderError, PeerError, RefusedError
 from outrider.tls import CONTROLLER_NAME, TlsFiles
 from outrider.v1.operator_pb2_grpc import OperatorServiceStub
+from outrider.v1.stores_pb2_grpc import StoreServiceStub
 
 CALL_TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 7 * 24 * 3600.0  # a person watches; keepalive notices a peer that is away
@@ -34,6 +35,7 @@ class Fleet:
     def __init__(self, address: Address, channel: grpc.Channel) -> None:
         self.address = address
         self.stub = OperatorServiceStub(channel)
+        self.stores = StoreServiceStub(channel)
 
     def call(self, method: Callable[..., M], request: Message, timeout_s: float = CALL_TIMEOUT_S) -> M:
         """One answer. Raises PeerError, RefusedError or InputError."""

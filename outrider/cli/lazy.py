@@ -23,6 +23,8 @@ COMMANDS = {
     "exec": Entry("allocations", "exec_", "Run a command beside a task, in its sandbox."),
     "events": Entry("events", "events", "What changed, oldest first."),
     "intention": Entry("intentions", "app", "Who may call whom."),
+    "secret": Entry("secrets", "app", "What jobs are given by name, and nobody may see."),
+    "variable": Entry("secrets", "variables", "What jobs are given by name, and operators may see."),
     "vm": Entry("vms", "app", "Virtual machines."),
     "dev": Entry("dev.commands", "app", "A fleet on this machine."),
     "controller": Entry("programs", "controller", "Run a controller here, until it is told to stop."),

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import msgspec
 
-from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
+from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, SecretName, ServiceName, TaskName
 from outrider.model.job import Group, Value
 
 
@@ -84,6 +84,7 @@ class Assignment(Value, frozen=True, kw_only=True):
     batch: bool = False  # ends when its work ends; a clean exit is not restarted
     desired: Desired = Desired.RUN
     mesh_ports: Mapping[ServiceName, int] = {}  # the host port of each service's sidecar listener
+    secrets: Mapping[SecretName, int] = {}  # the version of each that its tasks name, to be delivered now
     dynamic_ports: Mapping[PortName, int] = {}  # the host port of each `dynamic` port
 
 

@@ -9,7 +9,17 @@ from enum import StrEnum
 
 import msgspec
 
-from outrider.ids import DEFAULT_NAMESPACE, GroupName, JobName, Namespace, PortName, ServiceName, TaskName
+from outrider.ids import (
+    DEFAULT_NAMESPACE,
+    GroupName,
+    JobName,
+    Namespace,
+    PortName,
+    SecretName,
+    ServiceName,
+    TaskName,
+)
+from outrider.model.belongings import SecretUse
 
 MIB = 1024 * 1024
 
@@ -220,6 +230,7 @@ class Task(Value, frozen=True, kw_only=True):
     kill_signal: str = "SIGTERM"
     kill_timeout_s: float = 5.0
     user: int | None = None  # uid and gid inside, never root; None: the image's, or 1000
+    secrets: tuple[SecretUse, ...] = ()
     workdir: str = ""  # "": the image's; the task's directory where there is no image
     role: TaskRole = TaskRole.MAIN
 
@@ -291,6 +302,8 @@ class Group(Value, frozen=True, kw_only=True):
     constraints: tuple[Constraint, ...] = ()
     affinities: tuple[Affinity, ...] = ()
     spread: tuple[Spread, ...] = ()
+    # Which version of each secret it was rolled out with: the controller fills it in when the job is submitted.
+    secrets: Mapping[SecretName, int] = {}
     scaling: ScalingPolicy | None = None
     depends_on: tuple[ServiceName, ...] = ()  # of which one instance each must be healthy when a copy is placed
 

@@ -261,6 +261,26 @@ class Assignment(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class DynamicPortsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -288,6 +308,7 @@ class Assignment(_message.Message):
     BATCH_FIELD_NUMBER: _builtins.int
     DESIRED_FIELD_NUMBER: _builtins.int
     MESH_PORTS_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     DYNAMIC_PORTS_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     job: _builtins.str
@@ -299,6 +320,8 @@ class Assignment(_message.Message):
     def group(self) -> _job_pb2.Group: ...
     @_builtins.property
     def mesh_ports(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def dynamic_ports(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
@@ -312,11 +335,12 @@ class Assignment(_message.Message):
         batch: _builtins.bool = ...,
         desired: Global___Desired.ValueType = ...,
         mesh_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        secrets: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         dynamic_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "secrets", b"secrets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

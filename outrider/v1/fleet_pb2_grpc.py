@@ -46,6 +46,11 @@ class FleetServiceStub:
                 request_serializer=outrider_dot_v1_dot_fleet__pb2.IssueLeafRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_fleet__pb2.IssueLeafResponse.FromString,
                 _registered_method=True)
+        self.GetSecrets = channel.unary_unary(
+                '/outrider.v1.FleetService/GetSecrets',
+                request_serializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsResponse.FromString,
+                _registered_method=True)
         self.Tunnel = channel.stream_stream(
                 '/outrider.v1.FleetService/Tunnel',
                 request_serializer=outrider_dot_v1_dot_fleet__pb2.TunnelFrame.SerializeToString,
@@ -72,6 +77,13 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSecrets(self, request, context):
+        """The values of what an allocation on the caller's node names; else PERMISSION_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tunnel(self, request_iterator, context):
         """Answers an OpenTunnel: bulk data (logs, exec) beside the session. The first frame carries the tunnel's id alone.
         """
@@ -91,6 +103,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.IssueLeaf,
                     request_deserializer=outrider_dot_v1_dot_fleet__pb2.IssueLeafRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_fleet__pb2.IssueLeafResponse.SerializeToString,
+            ),
+            'GetSecrets': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSecrets,
+                    request_deserializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsResponse.SerializeToString,
             ),
             'Tunnel': grpc.stream_stream_rpc_method_handler(
                     servicer.Tunnel,
@@ -154,6 +171,33 @@ class FleetService:
             '/outrider.v1.FleetService/IssueLeaf',
             outrider_dot_v1_dot_fleet__pb2.IssueLeafRequest.SerializeToString,
             outrider_dot_v1_dot_fleet__pb2.IssueLeafResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSecrets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.FleetService/GetSecrets',
+            outrider_dot_v1_dot_fleet__pb2.GetSecretsRequest.SerializeToString,
+            outrider_dot_v1_dot_fleet__pb2.GetSecretsResponse.FromString,
             options,
             channel_credentials,
             insecure,

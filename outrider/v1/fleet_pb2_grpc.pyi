@@ -39,6 +39,8 @@ class FleetServiceStub:
     """One per agent, for as long as it lives. The agent's first message is Hello, the controller's is Welcome."""
     IssueLeaf: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.IssueLeafRequest, _fleet_pb2.IssueLeafResponse]
     """A leaf for a service that is placed on the caller's node; else PERMISSION_DENIED."""
+    GetSecrets: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetSecretsRequest, _fleet_pb2.GetSecretsResponse]
+    """The values of what an allocation on the caller's node names; else PERMISSION_DENIED."""
     Tunnel: _grpc.StreamStreamMultiCallable[_fleet_pb2.TunnelFrame, _fleet_pb2.TunnelFrame]
     """Answers an OpenTunnel: bulk data (logs, exec) beside the session. The first frame carries the tunnel's id alone."""
 
@@ -53,6 +55,8 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """One per agent, for as long as it lives. The agent's first message is Hello, the controller's is Welcome."""
     IssueLeaf: _aio.UnaryUnaryMultiCallable[_fleet_pb2.IssueLeafRequest, _fleet_pb2.IssueLeafResponse]  # type: ignore[assignment]
     """A leaf for a service that is placed on the caller's node; else PERMISSION_DENIED."""
+    GetSecrets: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetSecretsRequest, _fleet_pb2.GetSecretsResponse]  # type: ignore[assignment]
+    """The values of what an allocation on the caller's node names; else PERMISSION_DENIED."""
     Tunnel: _aio.StreamStreamMultiCallable[_fleet_pb2.TunnelFrame, _fleet_pb2.TunnelFrame]  # type: ignore[assignment]
     """Answers an OpenTunnel: bulk data (logs, exec) beside the session. The first frame carries the tunnel's id alone."""
 
@@ -76,6 +80,14 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.IssueLeafResponse, _abc.Awaitable[_fleet_pb2.IssueLeafResponse]]:
         """A leaf for a service that is placed on the caller's node; else PERMISSION_DENIED."""
+
+    @_abc_1.abstractmethod
+    def GetSecrets(
+        self,
+        request: _fleet_pb2.GetSecretsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.GetSecretsResponse, _abc.Awaitable[_fleet_pb2.GetSecretsResponse]]:
+        """The values of what an allocation on the caller's node names; else PERMISSION_DENIED."""
 
     @_abc_1.abstractmethod
     def Tunnel(

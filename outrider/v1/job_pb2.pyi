@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from outrider.v1 import belongings_pb2 as _belongings_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -706,6 +707,7 @@ class Task(_message.Message):
     ARGS_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     WORKDIR_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
@@ -726,6 +728,8 @@ class Task(_message.Message):
     def resources(self) -> Global___Resources: ...
     @_builtins.property
     def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.SecretUse]: ...
     def __init__(
         self,
         *,
@@ -741,11 +745,12 @@ class Task(_message.Message):
         args: _abc.Iterable[_builtins.str] | None = ...,
         user: _builtins.int | None = ...,
         workdir: _builtins.str = ...,
+        secrets: _abc.Iterable[_belongings_pb2.SecretUse] | None = ...,
         role: Global___TaskRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015
@@ -920,6 +925,26 @@ Global___ScalingPolicy: _TypeAlias = ScalingPolicy  # noqa: Y015
 class Group(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
@@ -933,6 +958,7 @@ class Group(_message.Message):
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
     AFFINITIES_FIELD_NUMBER: _builtins.int
     SPREAD_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     SCALING_FIELD_NUMBER: _builtins.int
     DEPENDS_ON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -959,6 +985,8 @@ class Group(_message.Message):
     @_builtins.property
     def spread(self) -> _containers.RepeatedCompositeFieldContainer[Global___Spread]: ...
     @_builtins.property
+    def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
     def scaling(self) -> Global___ScalingPolicy: ...
     @_builtins.property
     def depends_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -978,12 +1006,13 @@ class Group(_message.Message):
         constraints: _abc.Iterable[Global___Constraint] | None = ...,
         affinities: _abc.Iterable[Global___Affinity] | None = ...,
         spread: _abc.Iterable[Global___Spread] | None = ...,
+        secrets: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         scaling: Global___ScalingPolicy | None = ...,
         depends_on: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "scaling", b"scaling", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "depends_on", b"depends_on", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "scaling", b"scaling", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "depends_on", b"depends_on", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "scaling", b"scaling", "secrets", b"secrets", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

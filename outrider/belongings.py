@@ -1,0 +1,71 @@
+"""What makes a task's belongings impossible. Pure: `outrider.validate` asks here.
+
+Owns limits and names within one task. Never judges whether the fleet has what is named: that is the controller's.
+"""
+
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from outrider.ids import is_name
+from outrider.model.belongings import OnChange, SecretUse
+from outrider.model.job import Driver, Task
+
+LIST_MAX = 64
+ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_PATH_CHARS_MAX = 255
+
+Path = tuple[str | int, ...]
+Wrong = tuple[Path, str]
+
+
+def wrong_belongings(task: Task) -> Iterator[Wrong]:
+    """Where in `task`, and what is wrong there."""
+    yield from _secrets(task)
+
+
+def is_inner_path(text: str) -> bool:
+    """Whether it names a file below a directory, and nothing else."""
+    path = PurePosixPath(text)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in text
+
+
+def _secrets(task: Task) -> Iterator[Wrong]:
+    if not task.secrets:
+        return
+    if task.driver is Driver.VM:
+        yield ("secrets",), "a vm has no memory that the node can put a secret into; give it to a process beside it"
+    if len(task.secrets) > LIST_MAX:
+        yield ("secrets",), f"{len(task.secrets)} of them; at most {LIST_MAX}"
+    for use in task.secrets:
+        for at, text in _secret(use):
+            yield ("secrets", use.name, *at), text
+    for key, taken in (
+        ("env", Counter((*task.env, *(use.env for use in task.secrets if use.env)))),
+        ("file", Counter(use.file for use in task.secrets if use.file)),
+    ):
+        for use in task.secrets:
+            if taken[getattr(use, key)] > 1:
+                yield ("secrets", use.name, key), f"{getattr(use, key)} is given twice; take another"
+
+
+def _secret(use: SecretUse) -> Iterator[Wrong]:
+    if not is_name(use.name):
+        yield (), f"{use.name[:80]!r} is no secret's name; lower-case letters, digits and dashes, at most 63"
+    if use.env and not ENV_NAME.match(use.env):
+        yield ("env",), "a variable's name is letters, digits and underscores"
+    if use.file and (not is_inner_path(use.file) or len(use.file) > _PATH_CHARS_MAX):
+        yield ("file",), f"expected a path below /secrets, without .., of at most {_PATH_CHARS_MAX} characters"
+    if use.version is not None and use.version < 1:
+        yield ("version",), f"{use.version} is no version; the first is 1"
+    if use.env and use.on_change in (OnChange.SIGNAL, OnChange.NONE):
+        message = f"{use.on_change} cannot change the environment of what runs: give a file, or roll, or restart"
+        yield ("on_change",), message
+    yield from wrong_signal(use.signal)
+
+
+def wrong_signal(name: str) -> Iterator[Wrong]:
+    if name not in signal.Signals.__members__:
+        yield ("signal",), f"{name!r} is no signal; for example SIGHUP"

@@ -1,0 +1,47 @@
+"""What a workload brings along beside its image: secrets. As a task names it, and as the fleet tells of it.
+
+Values of the model like those of `outrider.model.job`, which names them.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from outrider.ids import JobName, Namespace, SecretName
+
+
+class Belonging(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of these values: frozen, compared by content, defaults left out on the wire."""
+
+
+class OnChange(StrEnum):
+    """What follows in a running task when what it was given changes."""
+
+    ROLL = "roll"  # a new version of the job, rolled out by its group's `update`
+    RESTART = "restart"  # of the task, where it runs
+    SIGNAL = "signal"
+    NONE = "none"
+
+
+class SecretUse(Belonging, frozen=True, kw_only=True):
+    """A secret or a variable that a task is given."""
+
+    name: SecretName
+    env: str = ""  # the environment variable that has it
+    file: str = ""  # its path below /secrets; "" where there is an `env`: no file
+    on_change: OnChange = OnChange.ROLL
+    signal: str = "SIGHUP"
+    version: int | None = None  # this one for ever; None: the newest
+
+
+class SecretInfo(Belonging, frozen=True, kw_only=True):
+    """A secret as operators see it: everything but what it holds. A variable's value is there to be seen."""
+
+    name: SecretName
+    namespace: Namespace
+    version: int  # the newest
+    versions: tuple[int, ...] = ()  # those that are kept
+    variable: bool = False
+    value: str = ""  # of a variable
+    changed_at_s: float = 0.0
+    jobs: tuple[JobName, ...] = ()  # not stopped, and naming it

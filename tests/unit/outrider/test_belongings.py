@@ -1,0 +1,51 @@
+"""What a job file says of a task's belongings: what is read, and how each mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from outrider.ids import SecretName
+from outrider.jobspec.reader import JobFileError, parse_job
+from outrider.model.belongings import OnChange, SecretUse
+from outrider.model.job import Task
+
+
+def task(text: str, directory: Path = Path()) -> Task:
+    content = f"job: a\ngroups: {{g: {{tasks: {{t: {{command: [x], {text}}}}}}}}}\n"
+    return parse_job(content.encode(), directory / "job.yaml").groups[0].tasks[0]
+
+
+def fault(text: str) -> str:
+    with pytest.raises(JobFileError) as raised:
+        task(text)
+    return str(raised.value)
+
+
+def test_a_secret_is_a_file_of_its_name_unless_it_says_otherwise() -> None:
+    assert task(
+        "secrets: {db: {}, key: API_KEY, both: {env: B, file: b/c, on_change: restart, version: 3}}"
+    ).secrets == (
+        SecretUse(name=SecretName("db"), file="db"),
+        SecretUse(name=SecretName("key"), env="API_KEY"),
+        SecretUse(name=SecretName("both"), env="B", file="b/c", on_change=OnChange.RESTART, version=3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("secrets: {db: {file: ../x}}", "secrets.db.file: expected a path below /secrets, without .."),
+        ("secrets: {db: {file: /x}}", "secrets.db.file: expected a path below /secrets"),
+        ("secrets: {db: {env: 1A}}", "secrets.db.env: a variable's name is letters"),
+        ("secrets: {db: {env: A, on_change: signal}}", "signal cannot change the environment of what runs"),
+        ("secrets: {db: {signal: SIGNONE, on_change: signal}}", "'SIGNONE' is no signal"),
+        ("secrets: {db: {on_chnage: roll}}", "unknown key; did you mean 'on_change'?"),
+        ("secrets: {db: A, b: A}", "A is given twice"),
+        ("env: {A: x}, secrets: {db: A}", "A is given twice"),
+        ("secrets: {Db: {}}", "'Db' is no secret's name"),
+        ("secrets: {db: {version: 0}}", "0 is no version; the first is 1"),
+        ("secrets: {db: }", "has no value; write {} for a file /secrets/db"),
+    ],
+)
+def test_a_mistake_is_told_with_what_to_do(text: str, told: str) -> None:
+    assert told in fault(text)
