@@ -27,6 +27,7 @@ from agent.events import Broker
 from agent.executor import Executor
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
+from agent.guest_states import GuestStates
 from agent.held import SIDECAR
 from agent.images import Images
 from agent.join import join
@@ -42,10 +43,12 @@ from agent.pull.keeper import Keeper
 from agent.pull.puller import Puller, Registries
 from agent.record_writer import RecordWriter
 from agent.sandbox.runtime import SandboxRuntime
+from agent.snapshots import Snapshots
 from agent.sources import Sources
 from agent.store import Loaded, Store
 from agent.tunnels import Tunnels
 from agent.uids import Uids
+from agent.vm_operations import VmOperations
 from agent.vms import Vms
 from outrider import __version__
 from outrider.clock import wall_s
@@ -60,6 +63,7 @@ from outrider.v1.fleet_pb2 import OpenTunnel
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
 from sidecar.sidecars import Sidecars
 
+QEMU = "qemu-system-x86_64"
 _KVM_DELAY_S = 5.0  # after joining: the first workloads start meanwhile
 
 
@@ -180,6 +184,14 @@ class Agent:
         self._mesh = MeshRelay(
             show=self._show, acknowledged=sidecars.acknowledged, applied=self._fleet.mesh_applied, log=log
         )
+        self._states = GuestStates(
+            snapshots=Snapshots(config.data / "snapshots"),
+            cluster=config.cluster,
+            qemu_version=self._qemu_version,
+            kvm=self._kvm_works,
+            changed=self._snapshots_changed,
+        )
+        self._vms = Vms(images=Images(config.data / "images"), states=self._states, kvm=self._kvm_works)
         self._executor = Executor(
             node=config.node_id,
             run_directory=config.run,
@@ -191,7 +203,7 @@ class Agent:
             names=self._names,
             leaves=self._leaves,
             envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
-            vms=Vms(images=Images(config.data / "images"), kvm=self._kvm_works),
+            vms=self._vms,
             images=self._make_images(),
             belongings=self._make_belongings(),
             tell=self._engine.tell,
@@ -200,7 +212,9 @@ class Agent:
             tasks=tasks,
             log=log,
         )
-        self._sources = Sources(store=host.store, runtime=host.runtime, held=self._executor.held)
+        self._sources = Sources(
+            store=host.store, runtime=host.runtime, held=self._executor.held, operations=self._operations()
+        )
         self._tunnels = Tunnels(sources=self._sources, dial=self._fleet.open_tunnel, log=log)
 
     async def begin(self, stack: contextlib.AsyncExitStack) -> None:
@@ -209,7 +223,9 @@ class Agent:
         (config.run / "resolv.conf").write_text(resolv_conf())
         self._fingerprint = await fingerprint(config, kvm="")
         known = self._kvm_known()
-        self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known)
+        self._states.snapshots.sweep()
+        names = self._states.snapshots.names()
+        self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known, snapshots=names)
         self._cache.open(self._host.store.directories())
         await self._take_over()
         if config.metrics_listen is not None:
@@ -334,13 +350,31 @@ class Agent:
         tls = ssl_context(config.tls, server=False)
         return Broker(config=config.mqtt, cluster=config.cluster, node=config.node_id, tls=tls, log=self._log)
 
+    def _operations(self) -> VmOperations:
+        return VmOperations(
+            store=self._host.store,
+            runtime=self._host.runtime,
+            held=self._executor.held,
+            vms=self._vms,
+            states=self._states,
+        )
+
+    def _qemu_version(self) -> str:
+        return self._fingerprint.runtimes.get(QEMU, "") if self._fingerprint is not None else ""
+
+    def _snapshots_changed(self) -> None:
+        assert self._fingerprint is not None, "`begin` comes before any operator's call"
+        names = self._states.snapshots.names()
+        self._fingerprint = msgspec.structs.replace(self._fingerprint, snapshots=names)
+        self._fleet.fingerprint_changed(self._fingerprint)
+
     async def _forward_refusals(self) -> None:
         while True:
             self._fleet.refused(await self._sidecars.refusals.get())
 
     def _kvm_known(self) -> str:
         assert self._fingerprint is not None, "taken before"
-        return kvm.known_verdict(self._config.data, self._fingerprint.runtimes.get("qemu-system-x86_64", ""))
+        return kvm.known_verdict(self._config.data, self._qemu_version())
 
     def _kvm_works(self) -> bool:
         return self._fingerprint is not None and self._fingerprint.kvm == kvm.WORKS
@@ -348,7 +382,7 @@ class Agent:
     async def _probe_kvm(self) -> None:
         assert self._fingerprint is not None, "taken before"
         await asyncio.sleep(_KVM_DELAY_S)
-        version = self._fingerprint.runtimes["qemu-system-x86_64"]
+        version = self._qemu_version()
         verdict = await kvm.probe(self._config.data, version)
         self._log.info("kvm tested", verdict=verdict)
         self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=verdict)

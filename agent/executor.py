@@ -33,18 +33,18 @@ from agent.core.events import (
 from agent.drivers import task_directory
 from agent.drivers.process import Place, identity, sandbox_id, sandbox_spec
 from agent.envoys import Envoys
-from agent.held import SIDECAR, Held, guest_directory, sandbox_directory, split, task_exit
+from agent.held import SIDECAR, Held, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
 from agent.names import Names
 from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
 from agent.pull.keeper import Keeper
 from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
+from agent.sandbox.spec import INNER_USER, SandboxSpec, SandboxStatus, StartError
 from agent.store import Store
 from agent.uids import Uids
-from agent.vms import Vms, booted, packets_sent, press_power_button, remove_guest
-from outrider.errors import HostError, InputError
+from agent.vms import Vms, booted, guest_directory, packets_sent, press_power_button, remove_guest, wake
+from outrider.errors import HostError, InputError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName, TaskName
 from outrider.log import Log
 from outrider.model.allocation import Assignment
@@ -247,21 +247,35 @@ class Executor:
         alloc, task = command.assignment.alloc, command.task
         held = self._hold(command.assignment)
         try:
-            status = await self._runtime.start(await self._spec(held, task))
-        except (InputError, StartError) as error:
+            status = await self._start(held, task)
+        except (InputError, StartError, RefusedError) as error:
             message = f"{task.name} cannot start: {error}"
+            _settle(held, task.name, message)
             await self._tell(TaskStartFailed(alloc=alloc, task=task.name, message=message, retry=False))
             return
         except HostError as error:
             message = f"{task.name} did not start: {error}"
+            _settle(held, task.name, message)
             await self._tell(TaskStartFailed(alloc=alloc, task=task.name, message=message))
             return
+        _settle(held, task.name, "")
         packets = packets_sent(status.pid) if task.driver is Driver.VM else 0
         await self._tell(TaskStarted(alloc=alloc, task=task.name, started_at_s=status.started_at_s))
         await self._watch_task(alloc, task.name, packets=packets)
 
-    async def _spec(self, held: Held, task: Task) -> SandboxSpec:
-        """All that the task's sandbox needs is there when this returns."""
+    async def _start(self, held: Held, task: Task) -> SandboxStatus:
+        spec, snapshot = await self._spec(held, task)
+        status = await self._runtime.start(spec)
+        if snapshot:
+            try:
+                await self._vms.take_up(snapshot, spec)
+            except StartError:
+                await self._runtime.delete(spec.id)
+                raise
+        return status
+
+    async def _spec(self, held: Held, task: Task) -> tuple[SandboxSpec, str]:
+        """All that the task's sandbox needs is there when this returns. With the snapshot that a guest goes on from."""
         assignment = held.assignment
         sandbox = self._sandbox_directory(assignment.alloc, task.name)
         is_guest = task.driver is Driver.VM
@@ -285,14 +299,16 @@ class Executor:
         task_directory.prepare(
             directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=uid_first + spec.user
         )
-        return spec
+        return spec, ""
 
-    async def _watch_task(self, alloc: AllocId, task: TaskName, *, packets: int = 0) -> None:
-        """`packets`: what guests before this one sent."""
+    async def _watch_task(self, alloc: AllocId, task: TaskName, *, packets: int | None = None) -> None:
+        """`packets`: what guests before this one sent; None where an earlier agent started it."""
         (spec,) = (each for each in self._held[alloc].assignment.group.tasks if each.name == task)
         booting = None
         if spec.driver is Driver.VM:
-            work = self._end_unless_booted(sandbox_id(alloc, task), spec.image.boot_deadline_s, packets)
+            if packets is None:
+                await wake(guest_directory(self._sandbox_directory(alloc, task)))
+            work = self._end_unless_booted(sandbox_id(alloc, task), spec.image.boot_deadline_s, packets or 0)
             booting = self._tasks.create_task(work, name=f"{alloc}.{task}-boot")
         try:
             exit_ = await task_exit(self._runtime, sandbox_id(alloc, task), self._sandbox_directory(alloc, task))
@@ -305,6 +321,8 @@ class Executor:
         self._belongings.ended(alloc, task)
         if booting is not None and booting.done() and not booting.cancelled() and booting.result():
             exit_ = msgspec.structs.replace(exit_, reason=booting.result())
+        if task in self._held[alloc].put_back:
+            exit_ = msgspec.structs.replace(exit_, again=True, reason="ended to go on from a snapshot")
         await self._tell(TaskExited(alloc=alloc, task=task, exit=exit_))
 
     async def _end_unless_booted(self, sandbox: str, deadline_s: float, packets: int) -> str:
@@ -406,6 +424,13 @@ class Executor:
             while (piece := await process.read()) is not None:
                 output = (output + piece[1])[-_EXEC_OUTPUT_BYTES_MAX:]
             return await process.wait(), output.decode(errors="replace").strip()
+
+
+def _settle(held: Held, task: TaskName, failure: str) -> None:
+    """Whoever had the task ended to go on from a snapshot hears what became of it."""
+    waiting = held.put_back.get(task)
+    if waiting is not None and not waiting.done():
+        waiting.set_result(failure)
 
 
 async def _ended(watcher: asyncio.Task[None], timeout_s: float) -> bool:

@@ -9,7 +9,7 @@ from agent.core.events import TaskExit
 from agent.sandbox import logs
 from agent.sandbox.runtime import SandboxRuntime
 from agent.uids import AllocUids
-from agent.vms import bad_end
+from agent.vms import bad_end, guest_directory
 from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
 
@@ -25,16 +25,12 @@ class Held(msgspec.Struct, kw_only=True):
     local_address: str = ""
     sidecar_added: bool = False
     watchers: dict[TaskName, asyncio.Task[None]] = {}  # of each task's run, and of SIDECAR
+    put_back: dict[TaskName, asyncio.Future[str]] = {}  # ended to go on from a snapshot: why it does not, or ""
 
 
 def sandbox_directory(allocation: Path, task: TaskName) -> Path:
     """Where a task's sandbox (or the sidecar's) has its bundle and its logs."""
     return allocation / task
-
-
-def guest_directory(sandbox: Path) -> Path:
-    """The disk and the sockets of a guest whose sandbox's directory is `sandbox`. No task's name has a dot."""
-    return sandbox.with_name(f"{sandbox.name}.vm")
 
 
 async def task_exit(runtime: SandboxRuntime, sandbox: str, directory: Path) -> TaskExit:

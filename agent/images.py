@@ -11,6 +11,7 @@ import stat
 import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -50,6 +51,12 @@ class Images:
                 raise StartError(f"{file.reference}: {error.strerror} on this node") from error
             raise HostError(str(self._directory), step=f"copy {file.reference}: {error.strerror}") from error
 
+    def take(self, path: Path, sha256: str) -> None:
+        """A file that was checked to be `sha256`, and stays where it is, into the cache. Raises OSError."""
+        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.link(path, self._directory / sha256)
+
     def _copy(self, file: GuestFile, cached: Path) -> Path:
         # Not a device nor a pipe, which might never end, and no wait to open one.
         source = os.open(file.reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -78,8 +85,11 @@ class Images:
             oldest.pop(0).unlink(missing_ok=True)
 
 
-def disk_format(path: Path, reference: str) -> tuple[str, int]:
-    """("qcow2" or "raw", its virtual size in bytes). Raises StartError for a disk that leads to other files."""
+def disk_format(path: Path, reference: str, *, backing: str = "") -> tuple[str, int]:
+    """("qcow2" or "raw", its virtual size in bytes). Raises StartError for a disk that leads to other files.
+
+    `backing`: what a disk's header must say of the file below it: an overlay's.
+    """
     with path.open("rb") as file:
         head = file.read(_FEATURES.size)
     for magic, name in _REFUSED.items():
@@ -89,8 +99,8 @@ def disk_format(path: Path, reference: str) -> tuple[str, int]:
         return "raw", path.stat().st_size
     if len(head) < _FEATURES.size:
         raise StartError(f"{reference} is a qcow2 disk that ends within its header")
-    _, version, backing, _, _, size, encryption = _HEADER.unpack_from(head)
-    if backing:
+    _, version, at, length, _, size, encryption = _HEADER.unpack_from(head)
+    if at and (not backing or _read_at(path, at, length) != backing.encode()):
         hint = "make it whole: qemu-img convert -O qcow2"
         raise StartError(f"{reference} has a backing file, which a guest's disk may not have; {hint}")
     if version > 2 and _FEATURES.unpack_from(head)[0] & _EXTERNAL_DATA:
@@ -98,6 +108,12 @@ def disk_format(path: Path, reference: str) -> tuple[str, int]:
     if encryption:
         raise StartError(f"{reference} is encrypted: no key for it travels with a job")
     return "qcow2", size
+
+
+def _read_at(path: Path, at: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(at)
+        return file.read(min(length, 1024))
 
 
 def _copy_blocks(reading: FileIO, descriptor: int) -> str:

@@ -6,21 +6,32 @@ from pathlib import Path
 from agent.console import Console, open_console
 from agent.drivers.process import sandbox_id
 from agent.drivers.vm import AGENT, CONSOLE
-from agent.held import SIDECAR, Held, guest_directory, sandbox_directory
+from agent.held import SIDECAR, Held, sandbox_directory
 from agent.qmp.guest_agent import GuestAgents, GuestProgram
 from agent.sandbox import logs
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.runtime import SandboxRuntime
 from agent.store import Store
+from agent.vm_operations import Operation, VmOperations
+from agent.vms import guest_directory
 from outrider.errors import RefusedError
 from outrider.ids import AllocId, TaskName
 from outrider.model.job import has_guest
+from outrider.v1.fleet_pb2 import VmCommand
 
 
 class Sources:
-    """`running`: whether a sandbox runs now."""
+    """`operations`: on guests and their snapshots."""
 
-    def __init__(self, *, store: Store, runtime: SandboxRuntime, held: Callable[[], tuple[Held, ...]]) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        runtime: SandboxRuntime,
+        held: Callable[[], tuple[Held, ...]],
+        operations: VmOperations,
+    ) -> None:
+        self._operations = operations
         self._store = store
         self._runtime = runtime
         self._held = held
@@ -61,6 +72,10 @@ class Sources:
         if not await self._runs(sandbox_id(alloc, task)):
             raise RefusedError("not-running", f"{task} of {alloc} does not run")
         return open_console(guest_directory(sandbox) / CONSOLE, self._consoles)
+
+    async def vm(self, alloc: AllocId, command: VmCommand) -> Operation:
+        """Raises RefusedError where there is nothing to do it with."""
+        return await self._operations.start(alloc, command)
 
     async def logs(
         self, alloc: AllocId, task: TaskName, *, streams: frozenset[str], tail_lines: int, follow: bool

@@ -15,7 +15,7 @@ from agent.fleet import TunnelStream
 from outrider.errors import OutriderError
 from outrider.ids import AllocId, TaskName
 from outrider.log import Log
-from outrider.v1.fleet_pb2 import ExecRequest, LogsRequest, LogStream, OpenTunnel, TunnelEnd, TunnelFrame
+from outrider.v1.fleet_pb2 import ExecRequest, LogsRequest, LogStream, OpenTunnel, TunnelEnd, TunnelFrame, VmCommand
 
 TUNNELS_MAX = 64
 _WRITE_S = 60.0  # a person who pauses the output
@@ -43,6 +43,10 @@ class Sources(Protocol):
 
     async def console(self, alloc: AllocId, task: TaskName) -> Process:
         """The serial line of a vm: it ends with the emulator, or with the operator's input."""
+        ...
+
+    async def vm(self, alloc: AllocId, command: VmCommand) -> Process:
+        """What is done with a guest, or with the node's snapshots of guests."""
         ...
 
     def logs(
@@ -107,6 +111,8 @@ class Tunnels:
 
     async def _start(self, request: ExecRequest) -> Process:
         alloc, task = AllocId(request.alloc), TaskName(request.task)
+        if request.HasField("vm"):
+            return await self._sources.vm(alloc, request.vm)
         if request.console:
             return await self._sources.console(alloc, task)
         rows, columns = request.rows or 24, request.columns or 80

@@ -6,19 +6,21 @@ Owns DATA/images and each guest's own directory; the emulator itself is a sandbo
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent import qmp, seed
 from agent.drivers.process import Place
 from agent.drivers.vm import OVERLAY, QMP, SEED, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
+from agent.guest_states import GuestPlace, GuestStates
 from agent.images import Images, disk_format
 from agent.network.guest import TAP
 from agent.sandbox import process
 from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
+from agent.snapshots import IMAGES, Manifest
 from outrider.clock import wall_s
-from outrider.errors import HostError
+from outrider.errors import HostError, RefusedError
 from outrider.model.allocation import Assignment
 from outrider.model.job import MIB, GuestFile, Task
 
@@ -31,22 +33,68 @@ _POWERED_OFF = f"{SHUTDOWN_TRACE} reason=6\n".encode()  # guest-shutdown of QEMU
 class Vms:
     """`kvm` tells whether the node's self-test has booted a guest with it."""
 
-    def __init__(self, *, images: Images, kvm: Callable[[], bool]) -> None:
+    def __init__(self, *, images: Images, states: GuestStates, kvm: Callable[[], bool]) -> None:
         self._images = images
+        self._states = states
         self._kvm = kvm
+        self._busy: set[Path] = set()  # guests whose state is being kept or put back
 
-    async def prepare(self, assignment: Assignment, task: Task, place: Place) -> SandboxSpec:
-        """Files fetched and checked, the overlay made unless an earlier run left one.
+    async def prepare(self, assignment: Assignment, task: Task, place: Place) -> tuple[SandboxSpec, str]:
+        """Files fetched and checked, the overlay made unless an earlier run left one. With the snapshot to go on from.
 
         Raises StartError where job or image are at fault, HostError where this host is.
         """
         directory, owner = Path(place.task_directory), place.uid_first + INNER_USER
+        where = GuestPlace(directory=directory, sandbox=Path(place.directory))
+        snapshot = self._states.wanted(task, where.sandbox)
+        if snapshot:
+            await self._states.check(snapshot, task, where.sandbox)
+            await asyncio.to_thread(self._take_images, snapshot)
         images = await asyncio.to_thread(self._fetch, task)
-        if not _is_ready(directory, owner) and images.disk:
+        ready = _is_ready(directory, owner)
+        if snapshot:
+            await self._states.lay_out(snapshot, directory, owner)
+        elif not ready and images.disk:
             await _make_overlay(directory / OVERLAY, task, images, owner)
-        if task.files:
+        if task.files and not snapshot:
             await seed.make(directory / SEED, assignment, task, owner)
-        return guest_spec(assignment, task, place, images, kvm=self._kvm())
+        return guest_spec(assignment, task, place, images, kvm=self._kvm(), waits=bool(snapshot)), snapshot
+
+    async def take_up(self, snapshot: str, spec: SandboxSpec) -> None:
+        """The emulator of `spec`, which was started, goes on from `snapshot`. Raises StartError."""
+        sandbox = Path(spec.directory)
+        await self._states.take_up(snapshot, GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox))
+
+    async def keep(self, snapshot: str, assignment: Assignment, task: Task, sandbox: Path) -> Manifest:
+        """The guest that runs, as a snapshot; it runs on. Raises RefusedError or HostError."""
+        place = GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox)
+        with self.alone_with(place.directory):
+            images = await asyncio.to_thread(self._fetch, task)
+            return await self._states.take(snapshot, assignment, task, place, images, kvm=self._kvm())
+
+    async def plan_return(self, snapshot: str, task: Task, sandbox: Path) -> None:
+        """The next start goes on from `snapshot`. Raises RefusedError where it could not."""
+        manifest = self._states.fitting(snapshot, task)
+        await asyncio.to_thread(self._states.snapshots.check, manifest)
+        self._states.want(snapshot, sandbox)
+
+    @contextmanager
+    def alone_with(self, directory: Path) -> Iterator[None]:
+        """Raises RefusedError where somebody else keeps, puts back or moves this guest."""
+        if directory in self._busy:
+            raise RefusedError("busy", "the guest's state is being kept, put back or moved already; wait for that")
+        self._busy.add(directory)
+        try:
+            yield
+        finally:
+            self._busy.discard(directory)
+
+    def _take_images(self, snapshot: str) -> None:
+        """What the snapshot was made on may be nowhere else on this node."""
+        manifest = self._states.snapshots.manifest(snapshot)
+        kept = self._states.snapshots.path(snapshot) / IMAGES
+        for each in manifest.images.values():
+            self._images.take(kept / each.sha256, each.sha256)
 
     def _fetch(self, task: Task) -> GuestImages:
         image = task.image
@@ -62,6 +110,17 @@ class Vms:
                 f"{image.reference} is a disk of {size} bytes, more than the job reserves: ask for {asked}"
             )
         return GuestImages(**paths, disk_format=kind)
+
+
+def guest_directory(sandbox: Path) -> Path:
+    """The disk and the sockets of a guest whose sandbox's directory is `sandbox`. No task's name has a dot."""
+    return sandbox.with_name(f"{sandbox.name}.vm")
+
+
+async def wake(directory: Path) -> None:
+    """A guest that an agent left paused, in the middle of keeping its state, runs on."""
+    with suppress(HostError):  # it ends just now, or somebody speaks with it
+        await qmp.resume(directory / QMP)
 
 
 async def press_power_button(directory: Path) -> None:

@@ -164,12 +164,15 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
     @duplex
     async def Exec(self, request_iterator: AsyncIterator[operator_pb2.ExecFrame], context: Context) -> None:
         start = await _start(request_iterator)
-        allocation, node = self._placed(start.alloc)
-        start.alloc = allocation.id
+        if start.HasField("vm") and start.node:
+            node = self._node(start.node)
+        else:
+            allocation, node = self._placed(start.alloc)
+            start.alloc = allocation.id
         with self._tunnels.open(node) as tunnel:
             self._sessions.open_tunnel(node, fleet_pb2.OpenTunnel(tunnel=tunnel.id, exec=start))
             async with asyncio.TaskGroup() as group:
-                typing = group.create_task(_read_exec(tunnel, request_iterator), name=f"exec-{allocation.id}-read")
+                typing = group.create_task(_read_exec(tunnel, request_iterator), name=f"exec-{tunnel.id}-read")
                 failure = await _write_frames(tunnel, context)
                 typing.cancel()
         if failure is not None:
@@ -254,6 +257,12 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
                 raise RefusedError("ambiguous", f"{prefix!r} begins more than one: {', '.join(found.matches)} ...")
             case _:
                 raise RefusedError("not-found", f"no allocation {prefix[:80]!r}; `outrider alloc ls` lists them")
+
+    def _node(self, name: str) -> NodeId:
+        node = views.node_state(self._engine.state, NodeId(name))
+        if node is None:
+            raise RefusedError("not-found", f"no node {name[:80]!r}; `outrider node ls` lists them")
+        return node.node.id
 
     def _placed(self, prefix: str) -> tuple[Allocation, NodeId]:
         allocation = self._allocation(prefix)

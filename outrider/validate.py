@@ -278,6 +278,14 @@ def _image(path: Path, driver: Driver, image: Image) -> Iterator[Problem]:
         yield Problem(path=path, message=message)
     if image.pull is not PullPolicy.IF_ABSENT and image.kind is not ImageKind.OCI:
         yield Problem(path=(*path, "pull"), message="only for images in a registry; others are looked at each time")
+    yield from _boot(path, image)
+
+
+def _boot(path: Path, image: Image) -> Iterator[Problem]:
+    """How a guest starts, and from what."""
+    yield from _range((*path, "boot_deadline"), image.boot_deadline_s, 1, DURATION_S_MAX)
+    if image.start_from:
+        yield from _name((*path, "start_from"), image.start_from)
     if image.initrd is not None and image.kernel is None:
         yield Problem(path=(*path, "initrd"), message="an initrd needs a kernel to be given too")
     if len(image.kernel_arguments) > _KERNEL_ARGUMENTS_CHARS_MAX or "\0" in image.kernel_arguments:
@@ -285,7 +293,6 @@ def _image(path: Path, driver: Driver, image: Image) -> Iterator[Problem]:
         yield Problem(path=(*path, "kernel_arguments"), message=message)
     if image.kernel_arguments and image.kernel is None:
         yield Problem(path=(*path, "kernel_arguments"), message="without a kernel, the disk's boot loader has them")
-    yield from _range((*path, "boot_deadline"), image.boot_deadline_s, 1, DURATION_S_MAX)
     disk = GuestFile(reference=image.reference, sha256=image.sha256) if image.reference else None
     is_guest = image.kind is ImageKind.DISK
     for name, file in (("disk", disk), ("kernel", image.kernel), ("initrd", image.initrd)):

@@ -209,6 +209,8 @@ def task_ended(alloc: AllocState, task: TaskState, exit_: TaskExit, turn: Turn) 
         task.status, task.restarts, task.message = TaskStatus.PENDING, task.restarts + 1, f"started again: {reason}"
     elif alloc.stopping or (alloc.assignment.batch and exit_.code == 0):
         task.status = TaskStatus.EXITED
+    elif exit_.again:
+        task.status, task.retry_at_s = TaskStatus.BACKOFF, turn.now_s
     else:
         _retry_task(alloc, task, task.message, exit_.log_tail, turn)
 

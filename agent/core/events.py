@@ -24,6 +24,7 @@ class TaskExit(Value, frozen=True, kw_only=True):
     oom_killed: bool = False
     finished_at_s: float = 0.0  # wall clock
     log_tail: str = ""
+    again: bool = False  # ended so as to start again at once, which is no failure
     reason: str = ""  # where its code does not say it: "the guest did not boot within 2 min"
 
 

@@ -10,14 +10,14 @@ from agent.drivers.process import Place, sandbox_id
 from agent.network.guest import TAP
 from agent.sandbox.spec import INNER_USER, Device, HostRoot, Limits, Mount, SandboxSpec
 from outrider.model.allocation import Assignment
-from outrider.model.job import EMULATOR, MIB, Image, Task, Value
+from outrider.model.job import EMULATOR, MIB, Image, Resources, Task, Value
 
 DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
 OVERLAY, SEED, QMP, CONSOLE, AGENT, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "agent", "trace"
 SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 
 # Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
-_MACHINE = "pc-q35-7.2"
+MACHINE = "pc-q35-7.2"
 # Always the same: it is alone on its link, and a clone or a moved guest keeps its own.
 _MAC = "52:54:00:00:00:02"
 _IMAGES = "/images"
@@ -40,8 +40,13 @@ class GuestImages(Value, frozen=True, kw_only=True):
     initrd: str = ""
 
 
-def guest_spec(assignment: Assignment, task: Task, place: Place, images: GuestImages, *, kvm: bool) -> SandboxSpec:
-    """The sandbox in which an emulator runs `task`. `place.task_directory` has its overlay, and gets its sockets."""
+def guest_spec(
+    assignment: Assignment, task: Task, place: Place, images: GuestImages, *, kvm: bool, waits: bool = False
+) -> SandboxSpec:
+    """The sandbox in which an emulator runs `task`. `place.task_directory` has its overlay, and gets its sockets.
+
+    `waits`: it boots nothing, but waits to be given a guest's state.
+    """
     resources = task.resources
     mounts = [Mount(source=place.task_directory, target=DIRECTORY, read_only=False), *place.mounts]
     for name, source in (("disk", images.disk), ("kernel", images.kernel), ("initrd", images.initrd)):
@@ -49,7 +54,7 @@ def guest_spec(assignment: Assignment, task: Task, place: Place, images: GuestIm
             mounts.append(Mount(source=source, target=f"{_IMAGES}/{name}"))
     return SandboxSpec(
         id=sandbox_id(assignment.alloc, task.name),
-        argv=("qemu-system-x86_64", *_arguments(assignment, task, images, kvm=kvm)),
+        argv=("qemu-system-x86_64", *_arguments(assignment, task, images, kvm=kvm, waits=waits)),
         env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
         cwd=DIRECTORY,
         root=HostRoot(),
@@ -69,16 +74,21 @@ def guest_spec(assignment: Assignment, task: Task, place: Place, images: GuestIm
     )
 
 
-def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: bool) -> Iterator[str]:
+def cpus(resources: Resources) -> int:
+    """How many processors a guest sees."""
+    return min(-(-(resources.cpu_max_millis or resources.cpu_millis) // 1000), _CPUS_MAX)
+
+
+def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: bool, waits: bool) -> Iterator[str]:
     resources = task.resources
-    cpus = -(-(resources.cpu_max_millis or resources.cpu_millis) // 1000)
     yield from ("-name", f"{assignment.alloc}.{task.name}", "-no-user-config", "-nodefaults", "-display", "none")
     # Without graphics the firmware speaks on the serial line: why a disk does not boot is in the logs.
-    yield from ("-machine", f"{_MACHINE},usb=off,graphics=off", "-cpu", "max", "-smp", str(min(cpus, _CPUS_MAX)))
+    yield from ("-machine", f"{MACHINE},usb=off,graphics=off", "-cpu", "max", "-smp", str(cpus(resources)))
     yield from ("-accel", "kvm" if kvm else f"tcg,tb-size={_TRANSLATED_MIB}")
     yield from ("-m", f"size={resources.memory_bytes // MIB}M")
     # A guest that resets itself ends: its restart policy says whether and when it boots again. The trace says why.
     yield from ("-action", "reboot=shutdown", "-D", f"{DIRECTORY}/{TRACE}", "-trace", SHUTDOWN_TRACE)
+    yield from ("-incoming", "defer") if waits else ()
     yield from _kernel(task.image, images)
     yield from ("-device", "vmgenid,guid=auto", "-device", "virtio-rng-pci")
     yield from ("-netdev", f"tap,id=mesh,ifname={TAP},script=no,downscript=no")

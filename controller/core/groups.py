@@ -20,6 +20,7 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     static_ports: tuple[int, ...]
     has_vms: bool
     uses_host_image: bool
+    snapshots: frozenset[str]  # that its guests start from
 
     @property
     def family(self) -> FamilyKey:
@@ -40,6 +41,7 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
         mesh_services=tuple(service.name for service in group.services if service.port is not None),
         static_ports=tuple(port.static for port in group.network.ports if port.static is not None),
         has_vms=any(task.driver is Driver.VM for task in group.tasks),
+        snapshots=frozenset(task.image.start_from for task in group.tasks if task.image.start_from),
         uses_host_image=any(
             task.driver is Driver.PROCESS and task.image.kind is ImageKind.HOST for task in group.tasks
         ),

@@ -114,6 +114,9 @@ def _kind_filters(nodes: NodeTable, group: GroupEntry) -> Iterator[Filter]:
     yield "crun or conmon is not installed", nodes.runs_processes[:size]
     if group.has_vms:
         yield "qemu is not installed", nodes.runs_vms[:size]
+    if group.snapshots:
+        held = (group.snapshots <= set(node.fingerprint.snapshots) for node in nodes.nodes)
+        yield f"snapshot {', '.join(sorted(group.snapshots))} is not there", np.fromiter(held, np.bool_, size)
     if group.uses_host_image:
         yield "`image: host` is not allowed there", nodes.allows_host_image[:size]
 

@@ -4,6 +4,7 @@ Threads: one that reads standard input while a command runs; one for each alloca
 """
 
 import contextlib
+import io
 import os
 import queue
 import shutil
@@ -23,6 +24,7 @@ from outrider.model.allocation import TERMINAL, Allocation
 from outrider.v1 import fleet_pb2, operator_pb2
 
 _CHUNK_BYTES = 32 * 1024
+_FILE_CHUNK_BYTES = 256 * 1024
 _LEAVE = b"\x1d"  # Ctrl-]: telnet's, and virsh's
 _FRAMES_MAX = 16  # typed ahead; then the terminal, or the pipe, waits
 
@@ -73,7 +75,7 @@ def sit_at_console(fleet: Fleet, target: str) -> None:
     with_tty = sys.stdin.isatty() and sys.stdout.isatty()
     if with_tty:
         output.say("at the console; Ctrl-] leaves it\r")
-    start = fleet_pb2.ExecRequest(alloc=_allocation(fleet, target), console=True, tty=with_tty)
+    start = fleet_pb2.ExecRequest(alloc=allocation_of(fleet, target), console=True, tty=with_tty)
     _converse(fleet, start, f"{target}: console")
 
 
@@ -82,7 +84,7 @@ def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty
     with_tty = tty if tty is not None else sys.stdin.isatty() and sys.stdout.isatty()
     size = shutil.get_terminal_size()
     start = fleet_pb2.ExecRequest(
-        alloc=_allocation(fleet, target),
+        alloc=allocation_of(fleet, target),
         task=task,
         command=command,
         tty=with_tty,
@@ -92,12 +94,51 @@ def execute(fleet: Fleet, target: str, *, task: str, command: Sequence[str], tty
     return _converse(fleet, start, " ".join(command))
 
 
-def _converse(fleet: Fleet, start: fleet_pb2.ExecRequest, what: str) -> int:
-    """Its exit code."""
+def operate(
+    fleet: Fleet,
+    verb: fleet_pb2.VmVerb.ValueType,
+    snapshot: str,
+    *,
+    alloc: str = "",
+    node: str = "",
+    source: BinaryIO | None = None,
+) -> str:
+    """What the node says of an operation on a vm, or on a snapshot. `source`: what it is given."""
+    said = io.BytesIO()
+    operate_into(fleet, said, verb, snapshot, alloc=alloc, node=node, source=source)
+    return said.getvalue().decode()
+
+
+def operate_into(
+    fleet: Fleet,
+    target: BinaryIO,
+    verb: fleet_pb2.VmVerb.ValueType,
+    snapshot: str,
+    *,
+    alloc: str = "",
+    node: str = "",
+    source: BinaryIO | None = None,
+) -> None:
+    """The same, what it gives into `target`. Raises RefusedError with what the node objects to."""
+    command = fleet_pb2.VmCommand(verb=verb, snapshot=snapshot)
+    start = fleet_pb2.ExecRequest(alloc=alloc, node=node, vm=command)
+    _converse(fleet, start, snapshot or node, source=source or io.BytesIO(), target=target)
+
+
+def _converse(
+    fleet: Fleet,
+    start: fleet_pb2.ExecRequest,
+    what: str,
+    *,
+    source: BinaryIO | None = None,
+    target: BinaryIO | None = None,
+) -> int:
+    """Its exit code. `source` and `target` instead of standard input and output."""
     frames: queue.Queue[operator_pb2.ExecFrame | None] = queue.Queue(_FRAMES_MAX)
     frames.put(operator_pb2.ExecFrame(start=start))
     leave = _LEAVE if start.console and start.tty else b""
-    reader = threading.Thread(target=_read_stdin, args=(frames, leave), name="exec-stdin", daemon=True)
+    arguments = (frames, leave, source)
+    reader = threading.Thread(target=_read_input, args=arguments, name="exec-stdin", daemon=True)
     with _raw_terminal(frames) if start.tty else contextlib.nullcontext():
         reader.start()
         for frame in fleet.stream(fleet.stub.Exec, iter(frames.get, None), STREAM_TIMEOUT_S):
@@ -105,11 +146,14 @@ def _converse(fleet: Fleet, start: fleet_pb2.ExecRequest, what: str) -> int:
                 if frame.end.error:
                     raise RefusedError("exec-failed", f"{what}: {frame.end.error}")
                 return frame.end.exit_code
-            _copy(frame)
+            if target is not None and frame.HasField("stdout"):
+                target.write(frame.stdout)
+            else:
+                _copy(frame)
     raise PeerError(f"{start.alloc}: broke off before its end")
 
 
-def _allocation(fleet: Fleet, target: str) -> str:
+def allocation_of(fleet: Fleet, target: str) -> str:
     """The one running allocation whose id begins with `target`, else the first that runs of the job `target`."""
     found = fleet.call(fleet.stub.ListAllocations, operator_pb2.ListAllocationsRequest()).allocations
     if any(each.id.startswith(target) for each in found):
@@ -168,9 +212,9 @@ def _write(file: BinaryIO, data: bytes) -> None:
     file.flush()
 
 
-def _read_stdin(frames: "queue.Queue[operator_pb2.ExecFrame | None]", leave: bytes) -> None:
+def _read_input(frames: "queue.Queue[operator_pb2.ExecFrame | None]", leave: bytes, source: BinaryIO | None) -> None:
     """Until its end, or `leave` is typed."""
-    while data := os.read(sys.stdin.fileno(), _CHUNK_BYTES):
+    while data := source.read(_FILE_CHUNK_BYTES) if source else os.read(sys.stdin.fileno(), _CHUNK_BYTES):
         if leave and leave in data:
             break
         frames.put(operator_pb2.ExecFrame(stdin=data))

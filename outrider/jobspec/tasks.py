@@ -22,7 +22,7 @@ _IMAGE_EXAMPLES = (
 )
 _RESOURCE_KEYS = ("cpu", "cpu_max", "memory", "disk", "pids", "devices")
 _GUEST_FILES = ("kernel", "initrd", "disk")
-_GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline")
+_GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline", "start_from")
 _ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR}
 
 
@@ -124,6 +124,7 @@ def _guest_image(fields: Fields, faults: Faults) -> Image:
         initrd=file("initrd"),
         kernel_arguments=fields.text("kernel_arguments", ""),
         boot_deadline_s=fields.quantity("boot_deadline", duration_s, Image().boot_deadline_s),
+        start_from=fields.text("start_from", ""),
     )
 
 

@@ -209,6 +209,7 @@ class Image(Value, frozen=True, kw_only=True):
     initrd: GuestFile | None = None
     kernel_arguments: str = ""
     boot_deadline_s: float = 120.0  # until the guest's first packet
+    start_from: str = ""  # a snapshot on the node: the guest goes on from there instead of booting
     pull: PullPolicy = PullPolicy.IF_ABSENT  # of one in a registry
 
 

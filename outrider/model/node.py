@@ -43,6 +43,7 @@ class Fingerprint(Value, frozen=True, kw_only=True):
     port_first: int = 20000  # the host ports that the scheduler may give out, both ends included
     port_last: int = 29999
     host_image: bool = False  # whether the node allows `image: host`
+    snapshots: tuple[str, ...] = ()  # of guests, that are kept there
     pool: str = "default"
     devices: Mapping[str, int] = {}  # counted ones, as its operator says; `kvm` has a field of its own
     reserved: Reserved = Reserved()

@@ -41,6 +41,41 @@ LOG_STREAM_STDOUT: LogStream.ValueType  # 1
 LOG_STREAM_STDERR: LogStream.ValueType  # 2
 Global___LogStream: _TypeAlias = LogStream  # noqa: Y015
 
+class _VmVerb:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VmVerbEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VmVerb.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VM_VERB_UNSPECIFIED: _VmVerb.ValueType  # 0
+    VM_VERB_SNAPSHOT: _VmVerb.ValueType  # 1
+    """keeps the guest's memory and disk on its node"""
+    VM_VERB_RESTORE: _VmVerb.ValueType  # 2
+    """puts the guest back"""
+    VM_VERB_LIST: _VmVerb.ValueType  # 3
+    """a line of JSON for each snapshot of the node"""
+    VM_VERB_DELETE: _VmVerb.ValueType  # 4
+    VM_VERB_EXPORT: _VmVerb.ValueType  # 5
+    """stdout is the file"""
+    VM_VERB_IMPORT: _VmVerb.ValueType  # 6
+    """stdin is"""
+
+class VmVerb(_VmVerb, metaclass=_VmVerbEnumTypeWrapper): ...
+
+VM_VERB_UNSPECIFIED: VmVerb.ValueType  # 0
+VM_VERB_SNAPSHOT: VmVerb.ValueType  # 1
+"""keeps the guest's memory and disk on its node"""
+VM_VERB_RESTORE: VmVerb.ValueType  # 2
+"""puts the guest back"""
+VM_VERB_LIST: VmVerb.ValueType  # 3
+"""a line of JSON for each snapshot of the node"""
+VM_VERB_DELETE: VmVerb.ValueType  # 4
+VM_VERB_EXPORT: VmVerb.ValueType  # 5
+"""stdout is the file"""
+VM_VERB_IMPORT: VmVerb.ValueType  # 6
+"""stdin is"""
+Global___VmVerb: _TypeAlias = VmVerb  # noqa: Y015
+
 @_typing.final
 class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -570,6 +605,8 @@ class ExecRequest(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
     CONSOLE_FIELD_NUMBER: _builtins.int
+    VM_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     task: _builtins.str
     tty: _builtins.bool
@@ -577,8 +614,14 @@ class ExecRequest(_message.Message):
     columns: _builtins.int
     console: _builtins.bool
     """the serial line of a vm, instead of a command"""
+    node: _builtins.str
+    """of a command for a vm that concerns a node's snapshots; then `alloc` is "" """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def vm(self) -> Global___VmCommand:
+        """instead of a command, too"""
+
     def __init__(
         self,
         *,
@@ -589,14 +632,38 @@ class ExecRequest(_message.Message):
         rows: _builtins.int = ...,
         columns: _builtins.int = ...,
         console: _builtins.bool = ...,
+        vm: Global___VmCommand | None = ...,
+        node: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vm", b"vm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "columns", b"columns", "command", b"command", "console", b"console", "rows", b"rows", "task", b"task", "tty", b"tty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "columns", b"columns", "command", b"command", "console", b"console", "node", b"node", "rows", b"rows", "task", b"task", "tty", b"tty", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecRequest: _TypeAlias = ExecRequest  # noqa: Y015
+
+@_typing.final
+class VmCommand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERB_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    verb: Global___VmVerb.ValueType
+    snapshot: _builtins.str
+    def __init__(
+        self,
+        *,
+        verb: Global___VmVerb.ValueType = ...,
+        snapshot: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VmCommand: _TypeAlias = VmCommand  # noqa: Y015
 
 @_typing.final
 class TunnelFrame(_message.Message):

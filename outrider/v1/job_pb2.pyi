@@ -616,12 +616,14 @@ class Image(_message.Message):
     KERNEL_ARGUMENTS_FIELD_NUMBER: _builtins.int
     BOOT_DEADLINE_S_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
+    START_FROM_FIELD_NUMBER: _builtins.int
     kind: Global___ImageKind.ValueType
     reference: _builtins.str
     sha256: _builtins.str
     kernel_arguments: _builtins.str
     boot_deadline_s: _builtins.float
     pull: Global___PullPolicy.ValueType
+    start_from: _builtins.str
     @_builtins.property
     def kernel(self) -> Global___GuestFile: ...
     @_builtins.property
@@ -637,10 +639,11 @@ class Image(_message.Message):
         kernel_arguments: _builtins.str = ...,
         boot_deadline_s: _builtins.float = ...,
         pull: Global___PullPolicy.ValueType = ...,
+        start_from: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_deadline_s", b"boot_deadline_s", "initrd", b"initrd", "kernel", b"kernel", "kernel_arguments", b"kernel_arguments", "kind", b"kind", "pull", b"pull", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_deadline_s", b"boot_deadline_s", "initrd", b"initrd", "kernel", b"kernel", "kernel_arguments", b"kernel_arguments", "kind", b"kind", "pull", b"pull", "reference", b"reference", "sha256", b"sha256", "start_from", b"start_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

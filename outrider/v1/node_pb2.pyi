@@ -146,6 +146,7 @@ class Fingerprint(_message.Message):
     PORT_FIRST_FIELD_NUMBER: _builtins.int
     PORT_LAST_FIELD_NUMBER: _builtins.int
     HOST_IMAGE_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     RESERVED_FIELD_NUMBER: _builtins.int
@@ -165,6 +166,8 @@ class Fingerprint(_message.Message):
     @_builtins.property
     def meta(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
+    def snapshots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
     def devices(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def reserved(self) -> Global___Reserved: ...
@@ -183,13 +186,14 @@ class Fingerprint(_message.Message):
         port_first: _builtins.int = ...,
         port_last: _builtins.int = ...,
         host_image: _builtins.bool = ...,
+        snapshots: _abc.Iterable[_builtins.str] | None = ...,
         pool: _builtins.str = ...,
         devices: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         reserved: Global___Reserved | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup", b"cgroup", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "host_image", b"host_image", "kernel", b"kernel", "kvm", b"kvm", "memory_bytes", b"memory_bytes", "meta", b"meta", "pool", b"pool", "port_first", b"port_first", "port_last", b"port_last", "reserved", b"reserved", "runtimes", b"runtimes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup", b"cgroup", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "host_image", b"host_image", "kernel", b"kernel", "kvm", b"kvm", "memory_bytes", b"memory_bytes", "meta", b"meta", "pool", b"pool", "port_first", b"port_first", "port_last", b"port_last", "reserved", b"reserved", "runtimes", b"runtimes", "snapshots", b"snapshots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

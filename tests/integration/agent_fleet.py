@@ -51,6 +51,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self.applied: Generation | None = None
         self.mesh_applied = 0
         self.fingerprints = 0
+        self.fingerprint_snapshots: tuple[str, ...] = ()
         self.leaves: Counter[str] = Counter()
         self.leaf_life_s = 3600.0
         self.refuse_leaves = False
@@ -137,13 +138,13 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self._say(fleet_pb2.ControllerMessage(open_tunnel=fleet_pb2.OpenTunnel(tunnel=name, **request)))
         return name
 
-    async def tunnelled(self, name: str) -> tuple[bytes, fleet_pb2.TunnelEnd]:
+    async def tunnelled(self, name: str, *, timeout_s: float = 10.0) -> tuple[bytes, fleet_pb2.TunnelEnd]:
         """All its output, and how it ended."""
-        output = b""
-        async with asyncio.timeout(10):
+        output = bytearray()
+        async with asyncio.timeout(timeout_s):
             while (frame := await self.tunnels[name].get()) is not None:
                 if frame.WhichOneof("frame") == "end":
-                    return output, frame.end
+                    return bytes(output), frame.end
                 output += frame.stdout + frame.stderr
         raise AssertionError(f"the tunnel broke off after {output!r}")
 
@@ -176,6 +177,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
                     self.mesh_applied = message.mesh_applied.version
                 case "fingerprint_changed":
                     self.fingerprints += 1
+                    self.fingerprint_snapshots = tuple(message.fingerprint_changed.fingerprint.snapshots)
 
     def _hear_reports(self, reports: Any) -> None:
         for report in reports:

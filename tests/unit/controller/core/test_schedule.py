@@ -1,5 +1,6 @@
 """Where copies go, and why some go nowhere."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -158,3 +159,16 @@ def test_a_vm_goes_where_qemu_is() -> None:
     with_qemu = {"crun": "1", "conmon": "2", "qemu-system-x86_64": "7.2"}
     free = snapshot(node("n1"), node("n2", runtimes=with_qemu))
     assert place(free, entry(vm()), 1, none(free), seed=0).nodes == [1]
+
+
+def test_a_guest_starts_only_where_its_snapshot_is() -> None:
+    with_it = node("n2")
+    fingerprint = msgspec.structs.replace(with_it.fingerprint, snapshots=("warm",))
+    free = snapshot(node("n1"), msgspec.structs.replace(with_it, fingerprint=fingerprint))
+    free.nodes.runs_vms[:2] = True
+    (task,) = vm().tasks
+    image = msgspec.structs.replace(task.image, start_from="warm")
+    warm = msgspec.structs.replace(vm(), tasks=(msgspec.structs.replace(task, image=image),))
+    assert place(free, entry(warm), 1, none(free), seed=0).nodes == [1]
+    free.ready[1] = False
+    assert "1 of 2 nodes: snapshot warm is not there" in place(free, entry(warm), 1, none(free), seed=0).reason

@@ -1,0 +1,214 @@
+"""A guest's state kept and taken up again: its memory, its devices and what it wrote to its disk, as one.
+
+Owns what goes into a snapshot and what must be the same for a guest to go on from it. Whether the guest's emulator
+runs, and its restart, are its caller's. Starts no task.
+"""
+
+import asyncio
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+from agent import qmp
+from agent.drivers.vm import MACHINE, OVERLAY, QMP, GuestImages, cpus
+from agent.sandbox.spec import StartError
+from agent.snapshots import DISK, IMAGES, MEMORY, SEED, FileSum, Manifest, Snapshots, copy_sparse, sum_of
+from outrider.clock import wall_s
+from outrider.errors import HostError, OutriderError, RefusedError
+from outrider.model.allocation import Assignment
+from outrider.model.job import Task, Value
+
+KVM, TCG = "kvm", "tcg"
+_PENDING, _TAKEN_UP = "load", "loaded"  # in the sandbox's own directory, which no guest reaches
+
+
+class GuestPlace(Value, frozen=True, kw_only=True):
+    """Where one guest's files are: the emulator's directory, and the agent's beside it."""
+
+    directory: Path
+    sandbox: Path
+
+
+class GuestStates:
+    """`qemu_version`: of the emulator that would be started; `kvm`: whether with KVM."""
+
+    def __init__(
+        self,
+        *,
+        snapshots: Snapshots,
+        cluster: str,
+        qemu_version: Callable[[], str],
+        kvm: Callable[[], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self.snapshots = snapshots
+        self._cluster = cluster
+        self._qemu_version = qemu_version
+        self._kvm = kvm
+        self.changed = changed
+
+    async def take(
+        self, name: str, assignment: Assignment, task: Task, place: GuestPlace, images: GuestImages, *, kvm: bool
+    ) -> Manifest:
+        """Keep what runs at `place` as `name`. The guest pauses meanwhile, and runs on in every case.
+
+        Raises RefusedError where it cannot be kept so, HostError where emulator or host fail.
+        """
+        control = place.directory / QMP
+        made = self.snapshots.begin(name)
+        try:
+            version = await qmp.version(control)
+            memory = os.open(made / MEMORY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                await qmp.save(control, memory)
+                await asyncio.to_thread(_copy_disks, place.directory, made)
+            finally:
+                os.close(memory)
+                await qmp.resume(control)
+            manifest = Manifest(
+                name=name,
+                made_at_s=wall_s(),
+                cluster=self._cluster,
+                job=assignment.job,
+                group=assignment.group.name,
+                task=task.name,
+                qemu=version,
+                machine=MACHINE,
+                accelerator=KVM if kvm else TCG,
+                processor=_processor() if kvm else "",
+                cpus=cpus(task.resources),
+                memory_bytes=task.resources.memory_bytes,
+                disk_bytes=task.resources.disk_bytes if images.disk else 0,
+                disk_format=images.disk_format,
+                kernel_arguments=task.image.kernel_arguments,
+                images=await asyncio.to_thread(_link_images, images, made),
+                files=await asyncio.to_thread(_sums, made),
+            )
+            await asyncio.to_thread(self.snapshots.keep, made, manifest)
+        except OSError as error:
+            raise HostError(str(made), step=f"keep snapshot {name}: {error.strerror}") from error
+        finally:
+            self.snapshots.drop(made)  # gone already where it was kept
+        self.changed()
+        return manifest
+
+    def remove(self, name: str) -> None:
+        self.snapshots.remove(name)
+        self.changed()
+
+    def fitting(self, name: str, task: Task) -> Manifest:
+        """Raises RefusedError where a guest of `task` could not go on from it, with all that is in the way."""
+        manifest = self.snapshots.manifest(name)
+        reasons = [*misfits(manifest, task), *self._foreign(manifest)]
+        if reasons:
+            raise RefusedError("unfit", f"snapshot {name} does not fit: {'; '.join(reasons)}")
+        return manifest
+
+    def wanted(self, task: Task, sandbox: Path) -> str:
+        """The snapshot that the next start goes on from; "" where it boots."""
+        pending = sandbox / _PENDING
+        if pending.exists():
+            return pending.read_text()
+        return "" if (sandbox / _TAKEN_UP).exists() else task.image.start_from
+
+    def want(self, name: str, sandbox: Path) -> None:
+        """From the next start on, also where another agent makes it."""
+        unfinished = sandbox / f"{_PENDING}.new"
+        unfinished.write_text(name)
+        unfinished.replace(sandbox / _PENDING)
+
+    async def check(self, name: str, task: Task, sandbox: Path) -> None:
+        """Raises StartError where it does not fit, or is damaged."""
+        try:
+            await asyncio.to_thread(self.snapshots.check, self.fitting(name, task))
+        except RefusedError as error:
+            (sandbox / _PENDING).unlink(missing_ok=True)
+            raise StartError(str(error)) from error
+
+    async def lay_out(self, name: str, directory: Path, owner: int) -> None:
+        """The disks of a checked snapshot, in the emulator's directory."""
+        try:
+            kept, manifest = self.snapshots.path(name), self.snapshots.manifest(name)
+            await asyncio.to_thread(_lay_out, kept, manifest, directory, owner)
+        except (OSError, RefusedError) as error:
+            raise HostError(str(directory), step=f"lay out snapshot {name}: {error}") from error
+
+    async def take_up(self, name: str, place: GuestPlace) -> None:
+        """The started emulator's guest goes on from there. Raises StartError where it does not."""
+        try:
+            with (self.snapshots.path(name) / MEMORY).open("rb", buffering=0) as memory:
+                await qmp.load(place.directory / QMP, memory.fileno())
+        except (OSError, OutriderError) as error:
+            raise StartError(f"the guest does not go on from snapshot {name}: {error}") from error
+        finally:
+            (place.sandbox / _PENDING).unlink(missing_ok=True)
+        (place.sandbox / _TAKEN_UP).touch()
+
+    def _foreign(self, manifest: Manifest) -> list[str]:
+        """What is different about this node."""
+        found = []
+        here, there = self._qemu_version(), manifest.qemu
+        if here.split(".")[:2] != there.split(".")[:2]:
+            found.append(f"it was made by QEMU {there}, and this node has {here or 'none'}")
+        accelerator = KVM if self._kvm() else TCG
+        if manifest.accelerator != accelerator:
+            found.append(f"it was made under {manifest.accelerator}, and this node has {accelerator}")
+        elif manifest.processor != (_processor() if self._kvm() else ""):
+            found.append(f"it was made on {manifest.processor}, and this node has {_processor()}")
+        return found
+
+
+def misfits(manifest: Manifest, task: Task) -> list[str]:
+    """What the job says otherwise than the guest in the snapshot was."""
+    image, resources = task.image, task.resources
+    given = {"disk": image.sha256 if image.reference else ""}
+    given |= {name: file.sha256 if file else "" for name, file in (("kernel", image.kernel), ("initrd", image.initrd))}
+    kept = {name: manifest.images[name].sha256 if name in manifest.images else "" for name in given}
+    found = [f"another {name}" for name in given if given[name] != kept[name]]
+    pairs = (
+        ("memory", manifest.memory_bytes, resources.memory_bytes),
+        ("processors", manifest.cpus, cpus(resources)),
+        ("disk size", manifest.disk_bytes, resources.disk_bytes if image.reference else 0),
+        ("machine", manifest.machine, MACHINE),
+    )
+    found += [f"{what} {theirs} there, {ours} here" for what, theirs, ours in pairs if theirs != ours]
+    if (SEED in manifest.files) != bool(task.files):
+        found.append("files on a disk of their own in one, none in the other")
+    return found
+
+
+def _copy_disks(directory: Path, made: Path) -> None:
+    for name, kept in ((OVERLAY, DISK), (SEED, SEED)):
+        if (directory / name).exists():
+            copy_sparse(directory / name, made / kept)
+
+
+def _lay_out(kept: Path, manifest: Manifest, directory: Path, owner: int) -> None:
+    for name, target in ((DISK, OVERLAY), (SEED, SEED)):
+        (directory / target).unlink(missing_ok=True)
+        if name in manifest.files:
+            copy_sparse(kept / name, directory / target)
+            os.chown(directory / target, owner, owner)
+
+
+def _link_images(images: GuestImages, made: Path) -> dict[str, FileSum]:
+    """In the cache they go when others need room: here they stay. Named by what is in them, so not read again."""
+    (made / IMAGES).mkdir()
+    found = {}
+    for role in ("disk", "kernel", "initrd"):
+        if path := getattr(images, role):
+            source = Path(path)
+            (made / IMAGES / source.name).unlink(missing_ok=True)
+            os.link(source, made / IMAGES / source.name)
+            found[role] = FileSum(sha256=source.name, size_bytes=source.stat().st_size)
+    return found
+
+
+def _sums(made: Path) -> dict[str, FileSum]:
+    return {name: sum_of(made / name) for name in (MEMORY, DISK, SEED) if (made / name).exists()}
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
