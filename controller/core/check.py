@@ -4,6 +4,7 @@ The controller stops on a PlanError: better no decision than one that cannot be 
 """
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from controller.core import table as columns
 from controller.core.groups import FamilyKey, GroupEntry
 from controller.core.records import Plan
 from controller.core.state import State
-from controller.core.table import Ints
-from outrider.model.node import NodeStatus
+from controller.core.table import Ints, Times
+from outrider.model.attributes import describe
 
 
 class PlanError(AssertionError):
@@ -27,6 +28,8 @@ def check(state: State, plan: Plan) -> None:
     placed = list(_placements(state, plan))
     _check_nodes(state, plan, placed)
     _check_ports(state, plan, placed)
+    _check_distinct(state, plan, placed)
+    _check_victims(state, plan)
     _check_names(state, plan)
 
 
@@ -47,7 +50,7 @@ def _placements(state: State, plan: Plan) -> list[Placed]:
 def _placed(plan: Plan, group: GroupEntry, nodes: bytes, ports: bytes) -> Placed:
     refs = np.frombuffer(nodes, np.int32).astype(np.int64)
     numbers = np.frombuffer(ports, np.int32).astype(np.int64)
-    width = len(group.mesh_services)
+    width = group.ports_width
     if len(numbers) != len(refs) * width:
         raise PlanError(f"plan {plan.generation}: {group.family}: {len(numbers)} ports for {len(refs)} allocations")
     return group, refs, numbers.reshape(len(refs), width)
@@ -78,33 +81,84 @@ def _check_serials(state: State, plan: Plan) -> None:
 
 
 def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
+    """No node gives what it has not, or runs what it must not."""
     nodes, size = state.nodes, len(state.nodes)
-    cpu, memory, disk = (np.zeros(size, np.int64) for _ in range(3))
+    ready = state.ready_nodes
+    taken: dict[str, Times] = {}
     for group, refs, _ in placed:
         if refs.max(initial=-1) >= size or refs.min(initial=0) < -1:
             raise PlanError(f"plan {plan.generation}: {group.family} on a node that nobody knows")
-        counts = np.bincount(refs[refs >= 0], minlength=size)
-        for ref in np.flatnonzero(counts).tolist():
-            if state.live.links[ref].status is not NodeStatus.READY:
-                raise PlanError(f"plan {plan.generation}: {group.family} on {nodes.nodes[ref].id}, which is not ready")
-        cpu += counts * group.need.cpu_millis
-        memory += counts * group.need.memory_bytes
-        disk += counts * group.need.disk_bytes
-    for what, wanted, free in (
-        ("cpu", cpu, nodes.cpu_free),
-        ("memory", memory, nodes.memory_free),
-        ("disk", disk, nodes.disk_free),
-    ):
-        for ref in np.flatnonzero((wanted > 0) & (wanted > free[:size])).tolist():
+        there = refs[refs >= 0]
+        for problem, passing in (("is not ready", ready), ("does not suit it", nodes.suited(group.demand))):
+            if not passing[there].all():
+                bad = nodes.nodes[int(there[~passing[there]][0])].id
+                raise PlanError(f"plan {plan.generation}: {group.family} on {bad}, which {problem}")
+        for what, wanted in _takes(group):
+            if wanted:
+                sums = taken.setdefault(what, np.zeros(size))
+                np.add.at(sums, there, wanted)
+    free = {"cpu": nodes.cpu_free, "memory": nodes.memory_free, "disk": nodes.disk_free}
+    for what, sums in taken.items():
+        left = free[what][:size] if what in free else nodes.device_free(what)
+        for ref in np.flatnonzero((sums > 0) & (sums > left)).tolist():
             raise PlanError(
-                f"plan {plan.generation}: {nodes.nodes[ref].id} over-committed: {what} {wanted[ref]} of {free[ref]}"
+                f"plan {plan.generation}: {nodes.nodes[ref].id} over-committed: {what} {sums[ref]:.0f} of {left[ref]}"
             )
+
+
+def _takes(group: GroupEntry) -> Iterator[tuple[str, int]]:
+    yield "cpu", group.need.cpu_millis
+    yield "memory", group.need.memory_bytes
+    yield "disk", group.need.disk_bytes
+    yield from group.devices
+
+
+def _check_distinct(state: State, plan: Plan, placed: list[Placed]) -> None:
+    """No value of an attribute has more copies than a group or a job allows."""
+    gone = {serial for stop in plan.stops for serial in np.frombuffer(stop.serials, np.int64).tolist()}
+    for group in {one.family: one for one, _, _ in placed if one.distinct}.values():
+        for distinct in group.distinct:
+            families = {
+                family for family in state.families if family[0] == group.job
+            } if distinct.whole_job else {group.family}  # fmt: skip
+            stay = [_staying(state, family, gone) for family in families if family in state.families]
+            new = [refs for one, refs, _ in placed if one.job == group.job and (distinct.whole_job or one is group)]
+            new_refs = np.concatenate([refs[refs >= 0] for refs in new])
+            codes = state.nodes.attributes.column(distinct.attribute).codes
+            counts = Counter(codes[np.concatenate([*stay, new_refs])].tolist())
+            touched = set(codes[new_refs].tolist())
+            if any(counts[code] > distinct.most for code in touched):
+                raise PlanError(
+                    f"plan {plan.generation}: {group.family}: {describe(distinct.constraint)} does not hold"
+                )
+
+
+def _staying(state: State, family: FamilyKey, gone: set[int]) -> Ints:
+    """The nodes of what is there and is to stay."""
+    table, rows = state.table, state.family_rows(family)
+    rows = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN) & (table.node[rows] >= 0)]
+    if gone:
+        rows = rows[[serial not in gone for serial in table.serial[rows].tolist()]]
+    nodes: Ints = table.node[rows].astype(np.int64)
+    return nodes
+
+
+def _check_victims(state: State, plan: Plan) -> None:
+    """Nobody goes for one of the same or a lower priority."""
+    for stop in plan.stops:
+        if stop.by is None:
+            continue
+        priority = state.jobs[stop.by].job.priority
+        for row in state.table.rows(np.frombuffer(stop.serials, np.int64)).tolist():
+            if state.group_of(row).priority >= priority:
+                name = state.alloc_id(int(state.table.serial[row]))
+                raise PlanError(f"plan {plan.generation}: {name} is not less important than {stop.by}")
 
 
 def _check_ports(state: State, plan: Plan, placed: list[Placed]) -> None:
     given: dict[int, set[int]] = {}
     for group, refs, mesh_ports in placed:
-        if not group.mesh_services and not group.static_ports:
+        if not group.ports_width and not group.static_ports:
             continue
         for ref, row in zip(refs.tolist(), mesh_ports.tolist(), strict=True):
             if ref < 0:

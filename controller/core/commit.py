@@ -202,6 +202,8 @@ def _follow_plan(state: State, plan: Plan) -> None:
                 continue  # it ran nowhere, and is forgotten already
             if state.table.status[row] == columns.LIVE:
                 notices.of_alloc(state, Kind.ALLOC_STOPPING, row, part.reason)
+                if part.by is not None:
+                    state.live.dirty_jobs[state.group_of(row).job] = None  # wanted as before: elsewhere, or later
                 reconcile.to_stop(state, row, serial)
             else:
                 notices.of_alloc(state, Kind.ALLOC_COMPLETE, row, part.reason)

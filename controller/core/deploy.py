@@ -49,8 +49,10 @@ def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
     """The records of the next decision; () where nothing is to be done."""
     draft = Draft(state, seed)
     records: list[Record] = []
-    while state.live.dirty_jobs and draft.size < state.policy.plan_placements_max:
-        job = next(iter(state.live.dirty_jobs))
+    # The important first: what is short is theirs.
+    for job in sorted(state.live.dirty_jobs, key=lambda job: -state.jobs[job].job.priority):
+        if draft.size >= state.policy.plan_placements_max:
+            break
         del state.live.dirty_jobs[job]
         progress = _decide_job(state, job, draft, now_s)
         if draft.cut:
@@ -134,7 +136,8 @@ def _wanted(state: State, group: GroupEntry) -> Bools:
     wanted = np.ones(group.group.count, np.bool_)
     if group.type is JobType.BATCH:
         # What ended by itself is done; what was lost with its node is wanted again.
-        done = state.table.index[_ended(state, group, (columns.COMPLETE, columns.FAILED))]
+        ended = _ended(state, group, (columns.COMPLETE, columns.FAILED))
+        done = state.table.index[ended[state.table.desired[ended] == columns.RUN]]
         wanted[done[done < len(wanted)]] = False
     return wanted
 

@@ -1,14 +1,24 @@
-"""A plan in the making: gathers stops and placements, gives out serials. Owns the one snapshot that they share."""
+"""A plan in the making: gathers stops and placements, gives out serials. Owns the one snapshot that they share.
+
+Beside the plan it leaves in `live` why something found no node, and for whom room was made on which.
+"""
 
 import itertools
+from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 
+from controller.core import table as columns
 from controller.core.groups import GroupEntry
+from controller.core.preempt import make_room
 from controller.core.records import LatePlacement, Plan, Run, Stop
-from controller.core.schedule import Placement, Snapshot, place
+from controller.core.schedule import Placement, held_back, place, place_on
+from controller.core.scores import Near
+from controller.core.snapshot import Hold, Snapshot
 from controller.core.state import State
 from controller.core.table import Ints, Shorts
+from outrider.ids import JobName
 from outrider.model.allocation import Generation
 from outrider.model.job import JobType
 
@@ -21,38 +31,55 @@ class Draft:
         self._runs: list[Run] = []
         self._late: list[LatePlacement] = []
         self._stops: list[Stop] = []
+        self._stopped: list[Ints] = []  # rows
+        self._given: dict[JobName, list[Ints]] = {}  # nodes, of jobs whose groups keep apart from each other
+        self._next_serial = state.next_serial
         self.size = 0  # allocations made or placed
         self.cut = False  # something did not fit into this plan and must go with the next
 
-    def stop(self, rows: Ints, reason: str) -> None:
+    def stop(self, rows: Ints, reason: str, by: JobName | None = None) -> None:
+        """`by`: the job that takes their place. What this plan stops already is left out."""
+        if len(rows) and self._stopped:
+            rows = rows[~np.isin(rows, np.concatenate(self._stopped))]
         if len(rows):
-            self._stops.append(Stop(serials=self._state.table.serial[rows].tobytes(), reason=reason))
+            self._stopped.append(rows)
+            self._stops.append(Stop(serials=self._state.table.serial[rows].tobytes(), reason=reason, by=by))
 
-    def place(self, key: int, missing: Ints, pending: Ints, spread: Ints) -> None:
+    def place(self, key: int, missing: Ints, pending: Ints, spread: Ints, avoid: Iterable[int] = ()) -> None:
         """Allocations of the group for the `missing` indices, and nodes for the `pending` rows.
 
-        `spread`: the rows of the group that new copies should keep away from.
+        `spread`: the rows of the group that new copies should keep away from. `avoid`: nodes, by reference, that are
+        taken only where no other is left.
         """
         room = max(0, self._state.policy.plan_placements_max - self.size)
         self.cut |= len(missing) > room
         missing = missing[:room]
-        count = len(pending) + len(missing)
-        group = self._state.groups[key]
-        if not count:
-            if not len(pending):
-                self._state.live.unplaced.pop(group.family, None)
+        group, unplaced = self._state.groups[key], self._state.live.unplaced
+        if not len(pending) and not len(missing):
+            unplaced.pop(group.family, None)
             return
+        near = self._near(group, spread, tuple(avoid))
         if group.type is JobType.SYSTEM:
             indices = np.concatenate([self._state.table.index[pending].astype(np.int64), missing])
-            found = self._place_each(group, indices)
+            found = self._place_each(group, indices, near)
         else:
-            found = self._place_all(group, count, spread)
+            found = self._place_all(group, len(pending) + len(missing), near)
         nodes = np.array(found.nodes, np.int32)
-        ports = np.array(found.ports, np.int32).reshape(len(nodes), len(group.mesh_services))
-        if found.reason:
-            self._state.live.unplaced[group.family] = found.reason
+        ports = np.array(found.ports, np.int32).reshape(len(nodes), group.ports_width)
+        if group.distinct:
+            self._given.setdefault(group.job, []).append(nodes[nodes >= 0].astype(np.int64))
+        reason = found.reason
+        if reason and self._state.policy.preempts:
+            serials = self._state.table.serial[pending].tolist()
+            serials.extend(range(self._next_serial, self._next_serial + len(missing)))
+            waiting = dict.fromkeys(serials[at] for at in np.flatnonzero(nodes < 0).tolist())
+            if group.type is JobType.SYSTEM:
+                waiting = {serial: int(ref) for serial, ref in zip(serials, indices, strict=True) if serial in waiting}
+            reason = self._make_room(group, near.joined_by(nodes[nodes >= 0].astype(np.int64)), waiting) or reason
+        if reason:
+            unplaced[group.family] = reason
         else:
-            self._state.live.unplaced.pop(group.family, None)
+            unplaced.pop(group.family, None)
         self._add_late(pending, nodes[: len(pending)], ports[: len(pending)])
         self._add_runs(group, missing, nodes[len(pending) :], ports[len(pending) :])
 
@@ -70,38 +97,96 @@ class Draft:
             stops=tuple(self._stops),
         )
 
-    def _place_all(self, group: GroupEntry, count: int, spread: Ints) -> Placement:
+    def _near(self, group: GroupEntry, spread: Ints, avoid: tuple[int, ...]) -> Near:
+        size = self._nodes().size
+        there = self._state.table.node[spread]
+        of_group = np.bincount(there[there >= 0], minlength=size)
+        if not any(distinct.whole_job for distinct in group.distinct):
+            return Near(of_group, avoid=avoid)
+        of_job = of_group.copy()
+        for other in self._state.current_groups(group.job):
+            if (family := self._state.groups[other].family) != group.family:
+                rows = self._state.family_rows(family)
+                table = self._state.table
+                running = (table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)
+                nodes = table.node[rows[running]]
+                of_job += np.bincount(nodes[nodes >= 0], minlength=size)
+        for nodes_given in self._given.get(group.job, ()):
+            of_job += np.bincount(nodes_given, minlength=size)
+        return Near(of_group, of_job, avoid)
+
+    def _place_all(self, group: GroupEntry, count: int, near: Near) -> Placement:
         """A node or -1 for each."""
-        snapshot = self._nodes()
-        near = self._state.table.node[spread]
-        have = np.bincount(near[near >= 0], minlength=snapshot.size)
         self._seed += 1
-        found = place(snapshot, group, count, have, seed=self._seed)
+        found = place(self._nodes(), group, count, near, seed=self._seed)
         short = count - len(found.nodes)
         return Placement(
             nodes=found.nodes + [-1] * short,
-            ports=found.ports + [0] * (short * len(group.mesh_services)),
+            ports=found.ports + [0] * (short * group.ports_width),
             reason=found.reason,
         )
 
-    def _place_each(self, group: GroupEntry, indices: Ints) -> Placement:
-        """Each on the node that its index names."""
-        snapshot = self._nodes()
-        none_yet = np.zeros(snapshot.size, np.int64)
-        nodes: list[int] = []
-        ports: list[int] = []
-        reason = ""
-        for index in indices.tolist():
-            found = place(snapshot, group, 1, none_yet, seed=0, allowed=np.arange(snapshot.size) == index)
-            nodes.extend(found.nodes or [-1])
-            ports.extend(found.ports or [0] * len(group.mesh_services))
-            reason = found.reason or reason
-        return Placement(nodes=nodes, ports=ports, reason=reason)
+    def _place_each(self, group: GroupEntry, indices: Ints, near: Near) -> Placement:
+        """Each on the node that its index names, or -1."""
+        found = place_on(self._nodes(), group, indices, near)
+        width, given = group.ports_width, dict(zip(found.nodes, itertools.count(), strict=False))
+        ports = [
+            port
+            for ref in indices.tolist()
+            for port in (found.ports[given[ref] * width :][:width] if ref in given else [0] * width)
+        ]
+        return Placement(
+            nodes=[ref if ref in given else -1 for ref in indices.tolist()], ports=ports, reason=found.reason
+        )
+
+    def _make_room(self, group: GroupEntry, near: Near, waiting: dict[int, int | None]) -> str:
+        """Allocations of lower priority go, for those by serial that found no node. What they wait for; or "".
+
+        `waiting`: where a serial may run alone, None: anywhere.
+        """
+        state, snapshot = self._state, self._nodes()
+        if self._lowest >= group.priority:
+            return ""
+        only = {ref: serial for serial, ref in waiting.items() if ref is not None}
+        allowed = np.ones(snapshot.size, np.bool_)
+        if only:
+            allowed[:] = False
+            allowed[list(only)] = True
+        stopped = np.concatenate(self._stopped) if self._stopped else np.zeros(0, np.int64)
+        for serial in waiting:
+            state.live.nominated.pop(serial, None)
+        snapshot.holds = tuple(hold for hold in snapshot.holds if hold.group.family != group.family)
+        with held_back(snapshot, group):
+            rooms = list(make_room(state, snapshot, group, near, len(waiting), stopped=stopped, allowed=allowed))
+        for serial, room in zip(waiting, rooms, strict=False):
+            rows = np.array(room.victims, np.int64)
+            self.stop(rows, f"preempted by {group.job}, priority {group.priority}", group.job)
+            state.live.nominated[only.get(room.ref, serial)] = room.ref
+            snapshot.holds = (*snapshot.holds, Hold(ref=room.ref, group=group))
+        names = sorted({state.nodes.nodes[room.ref].id for room in rooms})
+        return f"waits until what stops on {', '.join(names)} has ended" if names else ""
+
+    @cached_property
+    def _lowest(self) -> int:
+        """The lowest priority of any job."""
+        return min((entry.job.priority for entry in self._state.jobs.values()), default=0)
 
     def _nodes(self) -> Snapshot:
         if self._snapshot is None:
-            self._snapshot = Snapshot(self._state.nodes, self._state.ready_nodes)
+            state = self._state
+            self._snapshot = Snapshot(state.nodes, state.ready_nodes, state.policy.placement, tuple(self._holds()))
         return self._snapshot
+
+    def _holds(self) -> Iterable[Hold]:
+        """Room that was made for those which still wait for it."""
+        table, nominated = self._state.table, self._state.live.nominated
+        for serial, ref in list(nominated.items()):
+            row = table.row(serial)
+            waits = row is not None and table.node[row] < 0 and table.status[row] == columns.LIVE
+            if row is None or not waits or table.desired[row] != columns.RUN:
+                del nominated[serial]
+            else:
+                yield Hold(ref=ref, group=self._state.group_of(row))
 
     def _add_late(self, pending: Ints, nodes: Shorts, ports: Shorts) -> None:
         placed = nodes >= 0
@@ -126,13 +211,11 @@ class Draft:
                     job=group.job,
                     version=group.version,
                     group=group.position,
-                    first_serial=self._state.next_serial + self._made(),
+                    first_serial=self._next_serial,
                     first_index=int(missing[first]),
                     nodes=nodes[first:end].tobytes(),
                     ports=ports[first:end].tobytes(),
                 )
             )
+            self._next_serial += end - first
         self.size += len(missing)
-
-    def _made(self) -> int:
-        return sum(len(run.nodes) // 4 for run in self._runs)

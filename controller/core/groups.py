@@ -2,10 +2,36 @@
 
 import msgspec
 
-from outrider.ids import GroupName, JobName, ServiceName
-from outrider.model.job import Driver, Group, ImageKind, Job, JobType, Resources, UpdatePolicy, group_resources
+from controller.core.attributes import Demand
+from outrider.ids import GroupName, JobName, PortName, ServiceName
+from outrider.model.attributes import ANY_POOL, KVM, POOL
+from outrider.model.job import (
+    Affinity,
+    Constraint,
+    Driver,
+    Group,
+    ImageKind,
+    Job,
+    JobType,
+    Operator,
+    Packing,
+    Resources,
+    Spread,
+    UpdatePolicy,
+    Value,
+    group_resources,
+)
 
 FamilyKey = tuple[JobName, GroupName]
+
+
+class Distinct(Value, frozen=True, kw_only=True):
+    """At most so many copies on nodes of one value; of the job's groups together, or of this one."""
+
+    constraint: Constraint
+    attribute: str
+    most: int
+    whole_job: bool
 
 
 class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,35 +40,80 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     type: JobType
     group: Group
-    spec: Group  # what an allocation is made from: the group without count, updating, scaling and waiting
+    spec: Group  # what an allocation is made from: the group without count, updating, scaling, waiting and preferences
     need: Resources
     mesh_services: tuple[ServiceName, ...]  # those with a port: each takes a host port
+    dynamic_ports: tuple[PortName, ...]  # likewise
     static_ports: tuple[int, ...]
-    has_vms: bool
-    uses_host_image: bool
-    snapshots: frozenset[str]  # that its guests start from
+    demand: Demand
+    devices: tuple[tuple[str, int], ...]  # counted ones
+    distinct: tuple[Distinct, ...]
+    affinities: tuple[Affinity, ...]
+    spread: tuple[Spread, ...]
+    packing: Packing | None  # None: as the fleet's policy says
+    priority: int
 
     @property
     def family(self) -> FamilyKey:
         """The group across the job's versions."""
         return self.job, self.group.name
 
+    @property
+    def ports_width(self) -> int:
+        """How many ports of the node's range each allocation takes."""
+        return len(self.mesh_services) + len(self.dynamic_ports)
+
 
 def group_entry(job: Job, version: int, position: int) -> GroupEntry:
     group = job.groups[position]
+    need = group_resources(group)
+    constraints = (*job.constraints, *group.constraints)
+    distinct = tuple(
+        _distinct(constraint, whole_job=at < len(job.constraints))
+        for at, constraint in enumerate(constraints)
+        if constraint.operator is Operator.DISTINCT
+    )
+    wanted = tuple(constraint for constraint in constraints if constraint.operator is not Operator.DISTINCT)
+    if job.pool != ANY_POOL:
+        wanted = (Constraint(attribute=POOL, operator=Operator.EQUAL, value=job.pool), *wanted)
     return GroupEntry(
         job=job.name,
         version=version,
         position=position,
         type=job.type,
         group=group,
-        spec=msgspec.structs.replace(group, count=0, update=UpdatePolicy(), scaling=None, depends_on=()),
-        need=group_resources(group),
-        mesh_services=tuple(service.name for service in group.services if service.port is not None),
-        static_ports=tuple(port.static for port in group.network.ports if port.static is not None),
-        has_vms=any(task.driver is Driver.VM for task in group.tasks),
-        snapshots=frozenset(task.image.start_from for task in group.tasks if task.image.start_from),
-        uses_host_image=any(
-            task.driver is Driver.PROCESS and task.image.kind is ImageKind.HOST for task in group.tasks
+        spec=msgspec.structs.replace(
+            group,
+            count=0,
+            update=UpdatePolicy(),
+            scaling=None,
+            depends_on=(),
+            constraints=(*wanted, *(one.constraint for one in distinct)),
+            affinities=(),
+            spread=(),
         ),
+        need=need,
+        mesh_services=tuple(service.name for service in group.services if service.port is not None),
+        dynamic_ports=tuple(port.name for port in group.network.ports if port.dynamic),
+        static_ports=tuple(port.static for port in group.network.ports if port.static is not None),
+        demand=Demand(
+            constraints=wanted,
+            attributes=tuple(one.attribute for one in distinct),
+            vms=any(task.driver is Driver.VM for task in group.tasks),
+            host_image=any(task.driver is Driver.PROCESS and task.image.kind is ImageKind.HOST for task in group.tasks),
+            snapshots=tuple(sorted({task.image.start_from for task in group.tasks if task.image.start_from})),
+            kvm=KVM in need.devices,
+        ),
+        devices=tuple(sorted((name, count) for name, count in need.devices.items() if name != KVM)),
+        distinct=distinct,
+        affinities=(*job.affinities, *group.affinities),
+        spread=tuple({one.attribute: one for one in (*job.spread, *group.spread)}.values()),
+        packing=job.placement,
+        priority=job.priority,
+    )
+
+
+def _distinct(constraint: Constraint, *, whole_job: bool) -> Distinct:
+    return Distinct(
+        constraint=constraint, attribute=constraint.attribute, most=int(constraint.value), whole_job=whole_job
     )

@@ -129,7 +129,7 @@ def _serving(state: State, ref: int) -> Iterator[tuple[int, int]]:
 def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -> Iterator[ServiceRegistration]:
     group = state.group_of(row)
     report = state.live.reports.get(serial)
-    ports = dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=True))
+    ports = dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=False))
     checks = {check.service: check for check in report.checks} if report is not None else {}
     running = report is not None and report.status is AllocStatus.RUNNING
     for position, service in enumerate(group.group.services):

@@ -1,6 +1,6 @@
 """The numbers that the controller decides by, in one place. Never read from anywhere else."""
 
-from outrider.model.job import Value
+from outrider.model.job import Packing, Value
 
 
 class Policy(Value, frozen=True, kw_only=True):
@@ -19,4 +19,6 @@ class Policy(Value, frozen=True, kw_only=True):
     plan_placements_max: int = 50_000  # in one plan: bounds a step, and what one fsync carries
     operator_calls_max: int = 4096  # waiting for the journal; more are told to come back
     unclaimed_max: int = 10_000  # allocations of others that are remembered by name
+    placement: Packing = Packing.SPREAD  # of jobs that do not say
+    preempts: bool = True  # whether a job of higher priority may take the place of one of lower
     events_each_max: int = 1000  # placements of one run told one by one; more are told as one

@@ -97,6 +97,7 @@ def _assignment(state: State, serial: int) -> Assignment:
     row = _row(state, serial)
     entry, table = state.group_of(row), state.table
     ended = table.status[row] != columns.LIVE
+    ports = state.ports.get(serial, ())
     stops = ended or (table.desired[row] == columns.STOP and serial not in state.live.withdrawing)
     return Assignment(
         alloc=state.alloc_id(serial),
@@ -107,7 +108,8 @@ def _assignment(state: State, serial: int) -> Assignment:
         batch=entry.type is JobType.BATCH,
         desired=Desired.STOP if stops else Desired.RUN,
         secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),
-        mesh_ports=dict(zip(entry.mesh_services, state.ports.get(serial, ()), strict=False)),
+        mesh_ports=dict(zip(entry.mesh_services, ports, strict=False)),
+        dynamic_ports=dict(zip(entry.dynamic_ports, ports[len(entry.mesh_services) :], strict=False)),
     )
 
 

@@ -101,6 +101,7 @@ class LatePlacement(Value, frozen=True, kw_only=True):
 class Stop(Value, frozen=True, kw_only=True):
     serials: bytes  # int64
     reason: str
+    by: JobName | None = None  # the job of higher priority that takes their place
 
 
 class Plan(Value, frozen=True, kw_only=True, tag=True):

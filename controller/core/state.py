@@ -278,7 +278,7 @@ class State:
         """Account what was placed. `nodes` may hold -1; then its ports are 0."""
         group = self.groups[key]
         self.nodes.take(nodes[nodes >= 0], group)
-        width = len(group.mesh_services)
+        width = group.ports_width
         if width:
             given = np.frombuffer(ports, np.int32).reshape(len(nodes), width).tolist()
             for serial, ref, mesh_ports in zip(serials.tolist(), nodes.tolist(), given, strict=True):
@@ -322,7 +322,7 @@ class State:
         placed = rows[self.table.node[rows] >= 0]
         nodes = self.table.node[placed]
         self.nodes.release(nodes, group)
-        if group.group.services or group.static_ports:
+        if group.group.services or group.ports_width or group.static_ports:
             for serial, ref in zip(self.table.serial[placed].tolist(), nodes.tolist(), strict=True):
                 for port in (*self.ports.pop(serial, ()), *group.static_ports):
                     self.nodes.release_port(ref, port)
@@ -386,7 +386,7 @@ class State:
             before = self.families.get(family, np.zeros(0, np.int64))
             self.families[family] = np.sort(np.concatenate([before, self.table.serial[rows]]))
             live = rows[self.table.status[rows] == columns.LIVE]
-            ports = [self.ports.get(serial, (0,) * len(self.groups[key].mesh_services))
+            ports = [self.ports.get(serial, (0,) * self.groups[key].ports_width)
                      for serial in self.table.serial[live].tolist()]  # fmt: skip
             packed = np.array(ports, np.int32).tobytes()
             self._place(key, self.table.serial[live], self.table.node[live], packed)

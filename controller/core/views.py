@@ -13,7 +13,7 @@ from controller.core.table import ENDED_STATUSES, OBSERVED, Ints
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.allocation import TERMINAL, Allocation, AllocStatus, Desired, Generation
 from outrider.model.fleet import JobStatus, JobSummary, NodeState
-from outrider.model.job import JobType, JobVersion, Value
+from outrider.model.job import JobType, JobVersion, Value, published_ports
 from outrider.model.node import NodeStatus
 
 _AMBIGUOUS_SHOWN = 10
@@ -143,6 +143,7 @@ def _allocation(state: State, row: int) -> Allocation:
         reason = state.live.unplaced.get(group.family, "")
     elif not reason and report is not None:
         reason = report.message
+    dynamic = state.ports.get(serial, ())[len(group.mesh_services) :]
     return Allocation(
         id=state.alloc_id(serial),
         job=group.job,
@@ -155,7 +156,7 @@ def _allocation(state: State, row: int) -> Allocation:
         healthy=bool(table.healthy[row]) and table.status[row] == columns.LIVE,
         report=report,
         mesh_ports=dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=False)),
-        ports={port.name: port.static for port in group.group.network.ports if port.static is not None},
+        ports=published_ports(group.group.network, dict(zip(group.dynamic_ports, dynamic, strict=False))),
         created_at_s=float(table.created_s[row]),
         reason=reason,
     )

@@ -130,6 +130,7 @@ class Volatile:
     # For the scheduler.
     dirty_jobs: dict[JobName, None] = field(default_factory=dict)
     unplaced: dict[FamilyKey, str] = field(default_factory=dict)  # why
+    nominated: dict[int, int] = field(default_factory=dict)  # node where room is made, by the serial that waits for it
     backoff: dict[FamilyKey, Backoff] = field(default_factory=dict)
     # For the agents and the mesh.
     outgoing: dict[int, Outgoing] = field(default_factory=dict)

@@ -17,8 +17,9 @@ FILES = sorted(
 )
 # What a pure core may use: data and computation, nothing that reads the world.
 PURE_STDLIB = {
-    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "ipaddress",
-    "itertools", "math", "operator", "random", "re", "string", "textwrap", "typing", "types", "array", "urllib.parse",
+    "__future__", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "heapq",
+    "ipaddress", "itertools", "math", "operator", "random", "re", "string", "textwrap", "typing", "types", "array",
+    "urllib.parse",
 }  # fmt: skip
 PURE_SHARED = {"ids", "model", "errors"}
 LINES_MAX = 500

@@ -6,7 +6,9 @@ import pytest
 
 from controller.core.groups import GroupEntry, group_entry
 from controller.core.nodes import NodeTable
-from controller.core.schedule import Snapshot, place
+from controller.core.schedule import place
+from controller.core.scores import Near
+from controller.core.snapshot import Snapshot
 from outrider.ids import PortName, TaskName
 from outrider.model.job import MIB, Driver, Group, Image, ImageKind, Network, Port, Resources, Task
 from outrider.model.node import Node
@@ -37,7 +39,7 @@ def vm() -> Group:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 100])
 def test_copies_spread_evenly_over_equal_nodes(count: int) -> None:
     free = snapshot(node("n1"), node("n2"), node("n3"))
-    found = place(free, entry(group(cpu_millis=1, memory_mib=1)), count, none(free), seed=5)
+    found = place(free, entry(group(cpu_millis=1, memory_mib=1)), count, Near(none(free)), seed=5)
     shares = np.bincount(found.nodes, minlength=3)
     assert shares.sum() == count
     assert shares.max() - shares.min() <= 1
@@ -45,26 +47,26 @@ def test_copies_spread_evenly_over_equal_nodes(count: int) -> None:
 
 def test_neighbouring_copies_are_on_different_nodes() -> None:
     free = snapshot(node("n1"), node("n2"), node("n3"))
-    found = place(free, entry(group()), 6, none(free), seed=5)
+    found = place(free, entry(group()), 6, Near(none(free)), seed=5)
     assert set(found.nodes[:3]) == set(found.nodes[3:]) == {0, 1, 2}
 
 
 def test_a_new_copy_avoids_the_node_that_has_one() -> None:
     free = snapshot(node("n1"), node("n2", cpu_millis=200))
-    found = place(free, entry(group()), 1, np.array([1, 0]), seed=0)
+    found = place(free, entry(group()), 1, Near(np.array([1, 0])), seed=0)
     assert found.nodes == [1]
 
 
 def test_among_equals_the_least_loaded_node_wins() -> None:
     free = snapshot(node("n1"), node("n2"), node("n3"))
     free.cpu_free[:] = [1000, 3000, 2000]
-    assert place(free, entry(group()), 1, none(free), seed=3).nodes == [1]
+    assert place(free, entry(group()), 1, Near(none(free)), seed=3).nodes == [1]
 
 
 def test_ties_fall_by_the_seed_and_by_nothing_else() -> None:
     def choice(seed: int) -> list[int]:
         free = snapshot(*(node(f"n{at}") for at in range(20)))
-        return place(free, entry(group()), 1, none(free), seed=seed).nodes
+        return place(free, entry(group()), 1, Near(none(free)), seed=seed).nodes
 
     assert choice(1) == choice(1)
     assert len({choice(seed)[0] for seed in range(50)}) > 5
@@ -76,10 +78,10 @@ def test_many_at_once_is_what_one_after_the_other_gives(seed: int) -> None:
     nodes = [node(f"n{at}", cpu, memory) for at, (cpu, memory) in enumerate(sizes)]
     wanted, have = entry(group(cpu_millis=150)), np.array([2, 0, 1, 0])
     at_once, one_by_one = snapshot(*nodes), snapshot(*nodes)
-    found = place(at_once, wanted, 20, have.copy(), seed=seed)
+    found = place(at_once, wanted, 20, Near(have), seed=seed)
     counts = have.copy()
     placed = 0
-    while placed < 20 and (step := place(one_by_one, wanted, 1, counts, seed=seed).nodes):
+    while placed < 20 and (step := place(one_by_one, wanted, 1, Near(counts), seed=seed).nodes):
         counts[step[0]] += 1
         placed += 1
     assert len(found.nodes) == placed
@@ -106,29 +108,33 @@ def test_many_at_once_is_what_one_after_the_other_gives(seed: int) -> None:
             [node("n1", port_first=1, port_last=0)],
             [True],
             group(services=[service("web")]),
-            "1 of 1 nodes: mesh ports 1 wanted, at most 0 free",
+            "1 of 1 nodes: ports 1 wanted, at most 0 free",
         ),
     ],
 )
 def test_what_fits_nowhere_says_why(nodes: list[Node], ready: list[bool], wanted: Group, reason: str) -> None:
     free = snapshot(*nodes, ready=ready)
-    found = place(free, entry(wanted), 1, none(free), seed=0)
+    found = place(free, entry(wanted), 1, Near(none(free)), seed=0)
     assert found.nodes == []
     assert found.reason == reason
 
 
 def test_the_sidecar_counts() -> None:
     bare, meshed = group(memory_mib=1000), group(memory_mib=1000, services=[service("web")])
-    assert place(snapshot(node("n1", memory_mib=1000)), entry(bare), 1, np.zeros(1, np.int64), seed=0).nodes == [0]
-    assert place(snapshot(node("n1", memory_mib=1000)), entry(meshed), 1, np.zeros(1, np.int64), seed=0).nodes == []
+    assert place(snapshot(node("n1", memory_mib=1000)), entry(bare), 1, Near(np.zeros(1, np.int64)), seed=0).nodes == [
+        0
+    ]
+    assert (
+        place(snapshot(node("n1", memory_mib=1000)), entry(meshed), 1, Near(np.zeros(1, np.int64)), seed=0).nodes == []
+    )
 
 
 def test_a_static_port_is_given_once_on_each_node() -> None:
     free = snapshot(node("n1"), node("n2"))
-    found = place(free, entry(group(static=8080)), 3, none(free), seed=0)
+    found = place(free, entry(group(static=8080)), 3, Near(none(free)), seed=0)
     assert sorted(found.nodes) == [0, 1]
     assert found.reason == "2 of 2 nodes: one copy each, port 8080 is pinned"
-    again = place(free, entry(group(static=8080)), 1, none(free), seed=0)
+    again = place(free, entry(group(static=8080)), 1, Near(none(free)), seed=0)
     assert again.reason == "2 of 2 nodes: port 8080 is taken"
 
 
@@ -140,7 +146,7 @@ def test_mesh_ports_are_distinct_in_range_and_not_the_static_ones() -> None:
         services=(service("web"), service("admin")),
         network=Network(ports=(Port(name=PortName("http"), static=8081),)),
     )
-    found = place(free, entry(wanted), 1, none(free), seed=0)
+    found = place(free, entry(wanted), 1, Near(none(free)), seed=0)
     assert found.ports == [8080, 8082]
 
 
@@ -151,14 +157,14 @@ def test_a_port_just_freed_is_given_again_last() -> None:
     given = []
     for _ in range(4):
         free = Snapshot(table, np.ones(1, np.bool_))
-        given += place(free, wanted, 1, none(free), seed=0).ports
+        given += place(free, wanted, 1, Near(none(free)), seed=0).ports
     assert given == [1, 2, 3, 1]
 
 
 def test_a_vm_goes_where_qemu_is() -> None:
     with_qemu = {"crun": "1", "conmon": "2", "qemu-system-x86_64": "7.2"}
     free = snapshot(node("n1"), node("n2", runtimes=with_qemu))
-    assert place(free, entry(vm()), 1, none(free), seed=0).nodes == [1]
+    assert place(free, entry(vm()), 1, Near(none(free)), seed=0).nodes == [1]
 
 
 def test_a_guest_starts_only_where_its_snapshot_is() -> None:
@@ -166,9 +172,11 @@ def test_a_guest_starts_only_where_its_snapshot_is() -> None:
     fingerprint = msgspec.structs.replace(with_it.fingerprint, snapshots=("warm",))
     free = snapshot(node("n1"), msgspec.structs.replace(with_it, fingerprint=fingerprint))
     free.nodes.runs_vms[:2] = True
+    free.nodes.attributes.forget()
     (task,) = vm().tasks
     image = msgspec.structs.replace(task.image, start_from="warm")
     warm = msgspec.structs.replace(vm(), tasks=(msgspec.structs.replace(task, image=image),))
-    assert place(free, entry(warm), 1, none(free), seed=0).nodes == [1]
+    assert place(free, entry(warm), 1, Near(none(free)), seed=0).nodes == [1]
     free.ready[1] = False
-    assert "1 of 2 nodes: snapshot warm is not there" in place(free, entry(warm), 1, none(free), seed=0).reason
+    assert "1 of 2 nodes: snapshot warm is not there" in place(free, entry(warm), 1, Near(none(free)), seed=0).reason
+    assert place(free, entry(vm()), 1, Near(none(free)), seed=0).nodes == [1]
