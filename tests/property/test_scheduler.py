@@ -175,7 +175,7 @@ def follow(places: list[Place], job: Job, seed: int) -> None:
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=slow)
+@settings(max_examples=2000, deadline=None, suppress_health_check=slow)
 @given(cases(), st.integers(0, 5))
 def test_no_copy_had_a_better_node(case: tuple[list[Place], Job], seed: int) -> None:
     follow(*case, seed)
