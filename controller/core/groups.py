@@ -4,7 +4,7 @@ import msgspec
 
 from controller.core.attributes import Demand
 from outrider.ids import GroupName, JobName, PortName, ServiceName
-from outrider.model.attributes import ANY_POOL, KVM, POOL
+from outrider.model.attributes import POOL
 from outrider.model.job import (
     Affinity,
     Constraint,
@@ -21,6 +21,7 @@ from outrider.model.job import (
     Value,
     group_resources,
 )
+from outrider.model.node import ANY_POOL, KVM
 
 FamilyKey = tuple[JobName, GroupName]
 
