@@ -179,4 +179,3 @@ def test_a_guest_starts_only_where_its_snapshot_is() -> None:
     assert place(free, entry(warm), 1, Near(none(free)), seed=0).nodes == [1]
     free.ready[1] = False
     assert "1 of 2 nodes: snapshot warm is not there" in place(free, entry(warm), 1, Near(none(free)), seed=0).reason
-    assert place(free, entry(vm()), 1, Near(none(free)), seed=0).nodes == [1]
