@@ -21,6 +21,7 @@ from controller.core.commands import (
     Append,
     CloseSession,
     Command,
+    PlanLaunch,
     ProbeNode,
     Publish,
     Reply,
@@ -34,6 +35,7 @@ from controller.core.state import State
 from controller.core.step import step
 from controller.event_log import EventLog
 from controller.journal import Journal, LeadershipLostError
+from controller.launches import planned
 from controller.standing import Alone, Standing
 from outrider.clock import monotonic_s, wall_s
 from outrider.errors import PeerError, RefusedError
@@ -283,6 +285,8 @@ class Engine:
                     intentions = intentions or command.intentions
                 case WithdrawEndpoints():
                     withdrawals.append(command)
+                case PlanLaunch():
+                    self.post(planned(command))
                 case Publish():
                     self._events.publish(command.event)
                 case Reply():

@@ -10,13 +10,19 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from controller.core import views
 from controller.core.commands import Reply
-from controller.core.events import JobStopRequested, JobSubmitted
+from controller.core.events import (
+    JobDispatchRequested,
+    JobRevertRequested,
+    JobScaleRequested,
+    JobStopRequested,
+    JobSubmitted,
+)
 from controller.parts import Parts
 from controller.rpc import Context, Edge, caller, duplex, stream, unary, within, write
 from controller.tunnels import Tunnel
 from outrider import __version__, codec
 from outrider.errors import InputError, OutriderError, RefusedError
-from outrider.ids import JobName, NodeId, ServiceName, is_name
+from outrider.ids import GroupName, JobName, NodeId, ServiceName, is_name
 from outrider.log import Log
 from outrider.model.allocation import Allocation
 from outrider.model.fleet import JobStatus
@@ -35,6 +41,8 @@ DATA_WRITE_TIMEOUT_S = 600.0  # a person may pause a terminal
 STATUS_INTERVAL_S = 0.05  # changes within it are told as one
 PROBLEMS_SHOWN_MAX = 10
 DESCRIPTION_CHARS_MAX = 256
+PARAMETER_CHARS_MAX = 4096
+PAYLOAD_BYTES_MAX = 64 * 1024
 
 
 class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
@@ -81,13 +89,58 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
             shown = "; ".join(f"{problem.where}: {problem.message}" for problem in found[:PROBLEMS_SHOWN_MAX])
             raise InputError(f"job {job.name[:80]!r}: {shown}")
         reply = _done(await self._engine.request(lambda request: JobSubmitted(request=request, job=job)))
-        return operator_pb2.SubmitJobResponse(version=reply.version, changed=reply.changed, warnings=reply.warnings)
+        return _submitted(reply)
 
     @unary
     async def StopJob(self, request: operator_pb2.StopJobRequest, context: Context) -> operator_pb2.StopJobResponse:
         job = JobName(request.job)
         reply = _done(await self._engine.request(lambda request: JobStopRequested(request=request, job=job)))
         return operator_pb2.StopJobResponse(version=reply.version)
+
+    @unary
+    async def DispatchJob(
+        self, request: operator_pb2.DispatchJobRequest, context: Context
+    ) -> operator_pb2.DispatchJobResponse:
+        payload = request.payload if request.HasField("payload") else None
+        for name, value in request.parameters.items():
+            if len(value) > PARAMETER_CHARS_MAX or "\0" in value:
+                raise InputError(f"parameter {name[:80]}: holds a NUL, or more than {PARAMETER_CHARS_MAX} characters")
+        if payload is not None and len(payload) > PAYLOAD_BYTES_MAX:
+            raise InputError(f"payload: {len(payload)} bytes; at most {PAYLOAD_BYTES_MAX}")
+        job, parameters = JobName(request.job), dict(request.parameters)
+        reply = await self._engine.request(
+            lambda request: JobDispatchRequested(request=request, job=job, parameters=parameters, payload=payload)
+        )
+        return operator_pb2.DispatchJobResponse(job=_done(reply).job or "")
+
+    @unary
+    async def ScaleJob(self, request: operator_pb2.ScaleJobRequest, context: Context) -> operator_pb2.SubmitJobResponse:
+        job, group, count = JobName(request.job), GroupName(request.group) or None, request.count
+        reply = await self._engine.request(
+            lambda request: JobScaleRequested(request=request, job=job, group=group, count=count)
+        )
+        return _submitted(_done(reply))
+
+    @unary
+    async def RevertJob(
+        self, request: operator_pb2.RevertJobRequest, context: Context
+    ) -> operator_pb2.SubmitJobResponse:
+        job, version = JobName(request.job), request.version
+        reply = await self._engine.request(
+            lambda request: JobRevertRequested(request=request, job=job, version=version)
+        )
+        return _submitted(_done(reply))
+
+    @unary
+    async def GetJobHistory(
+        self, request: operator_pb2.GetJobRequest, context: Context
+    ) -> operator_pb2.GetJobHistoryResponse:
+        versions = views.job_history(self._engine.state, JobName(request.job))
+        if versions is None:
+            raise RefusedError("not-found", f"no job {request.job[:80]!r}; `outrider job ls` lists them")
+        return operator_pb2.GetJobHistoryResponse(
+            versions=[codec.to_wire(version, operator_pb2.VersionStatus) for version in versions]
+        )
 
     @unary
     async def ListJobs(self, request: operator_pb2.ListJobsRequest, context: Context) -> operator_pb2.ListJobsResponse:
@@ -286,6 +339,10 @@ def _done(reply: Reply) -> Reply:
     if reply.code:
         raise RefusedError(reply.code, reply.message)
     return reply
+
+
+def _submitted(reply: Reply) -> operator_pb2.SubmitJobResponse:
+    return operator_pb2.SubmitJobResponse(version=reply.version, changed=reply.changed, warnings=reply.warnings)
 
 
 def _check_ends(source: str, destination: str, *, wildcard: bool) -> None:

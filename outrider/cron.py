@@ -24,6 +24,18 @@ def next_launch_s(cron: str, time_zone: str, after_s: float) -> float:
     return found.timestamp()
 
 
+def last_launch_s(cron: str, time_zone: str, until_s: float) -> float | None:
+    """The newest time up to `until_s`; None where there is none within 50 years. Raises ValueError likewise."""
+    # A fraction of a second counts as the step back from which the search begins: `until_s` itself is found too.
+    start = datetime.fromtimestamp(int(until_s), zone(time_zone)).replace(microsecond=1)
+    try:
+        return next(CronSim(cron, start, reverse=True)).timestamp()
+    except CronSimError as error:
+        raise ValueError(_complaint(cron, str(error))) from error
+    except StopIteration:
+        return None
+
+
 def zone(name: str) -> ZoneInfo:
     """Raises ValueError where there is none of this name."""
     try:

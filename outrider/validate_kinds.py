@@ -5,10 +5,11 @@ Pure; `outrider.validate` makes problems of what is found here. Each is a path w
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 
 from outrider.cron import next_launch_s, zone
-from outrider.ids import ServiceName, is_name
+from outrider.ids import is_name
+from outrider.model.dependencies import circle, waits
 from outrider.model.job import Group, Job, JobType, Parameters, ScalingMetric, ScalingPolicy, Schedule, TaskRole
 
 Finding = tuple[tuple[str | int, ...], str]
@@ -47,35 +48,6 @@ def group_findings(job: Job, group: Group) -> Iterator[Finding]:
             yield ("scaling",), f"only a service is scaled; this is a {job.type} job"
         for at, message in _scaling(group, group.scaling):
             yield ("scaling", *at), message
-
-
-def circle(depends: Mapping[ServiceName, Iterable[ServiceName]]) -> tuple[ServiceName, ...]:
-    """Services that wait for each other, the first again at the end; () where none do."""
-    done: set[ServiceName] = set()
-    for start in sorted(depends):
-        path: list[ServiceName] = [start]
-        waiting = [iter(depends.get(start, ()))]
-        while waiting:
-            following = next(waiting[-1], None)
-            if following is None:
-                done.add(path.pop())
-                waiting.pop()
-            elif following in path:
-                return (*path[path.index(following) :], following)
-            elif following not in done:
-                path.append(following)
-                waiting.append(iter(depends.get(following, ())))
-    return ()
-
-
-def waits(groups: Iterable[Group]) -> dict[ServiceName, set[ServiceName]]:
-    """What each service that `groups` provide waits for."""
-    found: dict[ServiceName, set[ServiceName]] = {}
-    for group in groups:
-        for service in group.services:
-            if service.port is not None:
-                found.setdefault(service.name, set()).update(group.depends_on)
-    return found
 
 
 def _template(job: Job) -> Iterator[Finding]:

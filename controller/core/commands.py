@@ -2,10 +2,10 @@
 
 from controller.core.events import RequestId, SessionId, Ticket
 from controller.core.records import Record
-from outrider.ids import AllocId, NodeId, ServiceName
+from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.allocation import Assignment, Generation
 from outrider.model.fleet import FleetEvent
-from outrider.model.job import Value
+from outrider.model.job import Schedule, Value
 
 
 class Append(Value, frozen=True, kw_only=True):
@@ -41,11 +41,24 @@ class Reply(Value, frozen=True, kw_only=True):
     """The answer to an operator's call. `code` is "" where it was done, else RefusedError's code."""
 
     request: RequestId
+    job: JobName | None = None  # that was launched
     version: int = 0
     changed: bool = False
     warnings: tuple[str, ...] = ()
     code: str = ""
     message: str = ""
+
+
+class PlanLaunch(Value, frozen=True, kw_only=True):
+    """Say when the schedule fires: `LaunchPlanned`, with the newest time after `after_s` that has passed by `now_s`,
+    and the next one. Calendars and time zones are the edge's.
+    """
+
+    job: JobName
+    version: int
+    schedule: Schedule
+    after_s: float
+    now_s: float
 
 
 class SyncMesh(Value, frozen=True, kw_only=True):
@@ -74,4 +87,6 @@ class Publish(Value, frozen=True, kw_only=True):
     event: FleetEvent
 
 
-Command = Append | SendAssignments | CloseSession | ProbeNode | Reply | SyncMesh | WithdrawEndpoints | Publish
+Command = (
+    Append | SendAssignments | CloseSession | ProbeNode | Reply | PlanLaunch | SyncMesh | WithdrawEndpoints | Publish
+)

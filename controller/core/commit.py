@@ -4,16 +4,30 @@ While the journal works, what happens gathers and goes with the next append: gro
 from a state in which all that was written is true.
 """
 
+from typing import assert_never
+
 import numpy as np
 
-from controller.core import liveness, notices, reconcile, sealed, store_calls
+from controller.core import launch, liveness, notices, reconcile, sealed, store_calls
 from controller.core import table as columns
 from controller.core.commands import Append, Reply
 from controller.core.deploy import decide, note_failure
-from controller.core.events import Appended, JobSubmitted, StoreCall, Ticket
+from controller.core.events import (
+    Appended,
+    JobDispatchRequested,
+    JobRevertRequested,
+    JobScaleRequested,
+    JobStopRequested,
+    JobSubmitted,
+    LaunchDue,
+    StoreCall,
+    Ticket,
+)
 from controller.core.kinds import Kind
 from controller.core.records import (
     AllocTransitions,
+    GroupScaled,
+    JobLaunched,
     JobStopped,
     JobVersionAdded,
     NodeDowned,
@@ -26,8 +40,9 @@ from controller.core.records import (
     VirtualAddressAssigned,
 )
 from controller.core.state import State
-from controller.core.submit import names_touched, stop, submit
-from controller.core.volatile import InFlight
+from controller.core.submit import names_of_stop, names_touched, stop, submit
+from controller.core.versions import revert, scale
+from controller.core.volatile import InFlight, JobCall
 from outrider.ids import JobName
 from outrider.model.allocation import AllocReport, AllocStatus
 from outrider.model.fleet import RolloutState
@@ -73,6 +88,9 @@ def appended(state: State, event: Appended, now_s: float) -> None:
         before = len(state.nodes)
         state.apply(record)
         _follow(state, record, now_s, known=len(state.nodes) == before)
+    for job in state.live.perhaps_over:
+        launch.note_over(state, job)
+    state.live.perhaps_over.clear()
     state.live.out.extend(flight.replies)
 
 
@@ -89,6 +107,7 @@ def _gathered(state: State, now_s: float) -> tuple[tuple[Record, ...], tuple[Rep
         reason = "its node went down"
         records.append(_transition(AllocStatus.LOST, lost, now_s, reason))
     records.extend(_endings(state, set(lost), now_s))
+    records.extend(launch.retired(state))
     calls, replies = _calls(state, now_s)
     return (*records, *calls), replies
 
@@ -125,21 +144,50 @@ def _calls(state: State, now_s: float) -> tuple[list[Record], tuple[Reply, ...]]
                 break
             # Alone: it touches whatever job names what it changes.
             state.live.calls.popleft()
-            made, reply = store_calls.answer(state, call, now_s)
-            return [*made], (reply,)
-        names = names_touched(state, call.job) if isinstance(call, JobSubmitted) else frozenset({f"job {call.job}"})
+            changes, answer = store_calls.answer(state, call, now_s)
+            return [*changes], (answer,)
+        names = _touched(state, call)
         if names & touched:
             break
         touched |= names
         state.live.calls.popleft()
-        if isinstance(call, JobSubmitted):
-            made, reply = submit(state, call, now_s, addresses)
-            addresses += sum(isinstance(record, VirtualAddressAssigned) for record in made)
-        else:
-            made, reply = stop(state, call)
+        made, reply = _judged(state, call, now_s, addresses)
+        addresses += sum(isinstance(record, VirtualAddressAssigned) for record in made)
         records.extend(made)
-        replies.append(reply)
+        if reply is not None:
+            replies.append(reply)
     return records, tuple(replies)
+
+
+def _touched(state: State, call: JobCall) -> frozenset[str]:
+    match call:
+        case JobSubmitted():
+            return names_touched(state, call.job)
+        case JobStopRequested():
+            return names_of_stop(state, call.job)
+        case JobRevertRequested() if (entry := state.jobs.get(call.job)) is not None:
+            versions = entry.versions.values()
+            return frozenset().union(*(names_touched(state, added.job) for added in versions))
+        case _:
+            return frozenset({f"job {call.job}"})
+
+
+def _judged(state: State, call: JobCall, now_s: float, addresses: int) -> tuple[tuple[Record, ...], Reply | None]:
+    match call:
+        case JobSubmitted():
+            return submit(state, call, now_s, addresses)
+        case JobStopRequested():
+            return stop(state, call)
+        case JobDispatchRequested():
+            return launch.by_hand(state, call, now_s)
+        case LaunchDue():
+            return launch.by_schedule(state, call, now_s), None
+        case JobRevertRequested():
+            return revert(state, call, now_s, addresses)
+        case JobScaleRequested():
+            return scale(state, call)
+        case _:
+            assert_never(call)
 
 
 def _follow(state: State, record: Record, now_s: float, *, known: bool) -> None:
@@ -154,10 +202,20 @@ def _follow(state: State, record: Record, now_s: float, *, known: bool) -> None:
             notices.of_job(state, Kind.JOB_SUBMITTED, record.job.name, f"version {record.version}")
             notices.of_job(state, Kind.ROLLOUT_STARTED, record.job.name, f"version {record.version}")
             _job_changed(state, record.job.name)
+            launch.forget_plan(state, record.job.name)
+            launch.plan_next(state, record.job.name)
         case JobStopped():
             notices.of_job(state, Kind.JOB_STOPPED, record.job)
             _job_changed(state, record.job)
+            launch.forget_plan(state, record.job)
+            state.live.perhaps_over[record.job] = None
+        case JobLaunched():
+            launch.tell(state, record)
+        case GroupScaled():
+            notices.of_job(state, Kind.JOB_SCALED, record.job, f"group {record.group}: {record.reason}")
+            state.live.dirty_jobs[record.job] = None
         case RolloutEnded():
+            state.live.perhaps_over[record.job] = None
             notices.of_job(state, _ROLLOUTS[record.state], record.job, record.reason)
         case SecretPut():
             sealed.told(state, record)
@@ -242,7 +300,7 @@ def _tell_endings(state: State, record: AllocTransitions, now_s: float) -> None:
         assert row is not None, "only what lives ends"
         group, ref = state.group_of(row), int(table.node[row])
         notices.of_alloc(state, _ENDED[record.status], row, record.reason)
-        live.dirty_jobs[group.job] = None
+        live.dirty_jobs[group.job] = live.perhaps_over[group.job] = None
         if group.group.services:
             live.mesh_nodes[ref] = None
         if record.status is not AllocStatus.LOST:

@@ -54,6 +54,8 @@ def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
         if draft.size >= state.policy.plan_placements_max:
             break
         del state.live.dirty_jobs[job]
+        if job not in state.jobs:
+            continue  # it was over, and is forgotten
         progress = _decide_job(state, job, draft, now_s)
         if draft.cut:
             state.live.dirty_jobs[job] = None  # the rest with the next plan

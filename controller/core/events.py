@@ -1,8 +1,9 @@
 """What the controller's core is told. Every edge speaks to the core through these alone."""
 
+from collections.abc import Mapping
 from typing import NewType
 
-from outrider.ids import AllocId, JobName, Namespace, NodeId, SecretName
+from outrider.ids import AllocId, GroupName, JobName, Namespace, NodeId, SecretName
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.job import Job, Value
 from outrider.model.node import Fingerprint, Node
@@ -100,6 +101,51 @@ class SecretsResealed(Value, frozen=True, kw_only=True):
 StoreCall = SecretPutRequested | SecretDeleteRequested | SecretsResealed  # about what the fleet keeps apart from jobs
 
 
+class JobDispatchRequested(Value, frozen=True, kw_only=True):
+    """Launch a job from one with parameters, or now from one with a schedule."""
+
+    request: RequestId
+    job: JobName
+    parameters: Mapping[str, str] = {}
+    payload: bytes | None = None
+
+
+class JobRevertRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    job: JobName
+    version: int = 0  # 0: the last good one before the newest
+
+
+class JobScaleRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    job: JobName
+    group: GroupName | None  # None: the only one
+    count: int
+
+
+class Launch(Value, frozen=True, kw_only=True):
+    """One of the times at which a schedule fires."""
+
+    at_s: float
+    stamp: str  # in UTC, as a name has it: 20261126-053000
+
+
+class LaunchPlanned(Value, frozen=True, kw_only=True):
+    """The answer to `PlanLaunch`."""
+
+    job: JobName
+    version: int
+    due: Launch | None = None  # the newest that has passed
+    next: Launch | None = None  # None: the schedule never fires again
+
+
+class LaunchDue(Value, frozen=True, kw_only=True):
+    """From the core to itself: a schedule fired, and waits its turn among the operators' calls."""
+
+    job: JobName
+    launch: Launch
+
+
 class Appended(Value, frozen=True, kw_only=True):
     """The journal has the records of this ticket on disk."""
 
@@ -122,6 +168,10 @@ Event = (
     | JobSubmitted
     | JobStopRequested
     | StoreCall
+    | JobDispatchRequested
+    | JobRevertRequested
+    | JobScaleRequested
+    | LaunchPlanned
     | Appended
     | Tick
 )

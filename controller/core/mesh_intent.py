@@ -78,7 +78,7 @@ def owned_intentions(state: State) -> tuple[OwnedIntention, ...]:
     """The `allow:` lines of all jobs that are not stopped, each once."""
     found: dict[OwnedIntention, None] = {}
     for name, entry in sorted(state.jobs.items()):
-        if not entry.stopped:
+        if not entry.stopped and entry.job.parent is None:  # the job that it was launched from owns them
             for group in entry.job.groups:
                 for service in group.services:
                     for source in service.allow:

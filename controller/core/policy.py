@@ -16,6 +16,7 @@ class Policy(Value, frozen=True, kw_only=True):
     replace_reset_s: float = 600.0  # a group without a failure for so long starts at the first delay again
     ended_kept: int = 5  # ended allocations of each group that stay visible
     versions_kept: int = 20  # of each job
+    children_kept: int = 20  # that are over, of each job that others are launched from
     plan_placements_max: int = 50_000  # in one plan: bounds a step, and what one fsync carries
     operator_calls_max: int = 4096  # waiting for the journal; more are told to come back
     unclaimed_max: int = 10_000  # allocations of others that are remembered by name

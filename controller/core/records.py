@@ -4,7 +4,7 @@ Owns their shapes, never their meaning: that is `State.apply`. Times are wall-cl
 record are packed little-endian integers, because an object for each would decide the scheduler's speed.
 """
 
-from outrider.ids import JobName, Namespace, NodeId, SecretName, ServiceName
+from outrider.ids import GroupName, JobName, Namespace, NodeId, SecretName, ServiceName
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Job, Value
@@ -45,6 +45,31 @@ class JobVersionsDropped(Value, frozen=True, kw_only=True, tag=True):
 
 class JobStopped(Value, frozen=True, kw_only=True, tag=True):
     job: JobName
+
+
+class JobLaunched(Value, frozen=True, kw_only=True, tag=True):
+    """A job was launched from this one, or its schedule fired in vain. The launched job's version follows."""
+
+    job: JobName
+    number: int  # of launches by hand so far: names are never given twice
+    fired_s: float = 0.0  # the schedule's time that is dealt with; 0: launched by hand
+    child: JobName | None = None  # None: left out
+    reason: str = ""  # why it was left out
+
+
+class JobForgotten(Value, frozen=True, kw_only=True, tag=True):
+    """A launched job that is over, and all that is known of it, goes."""
+
+    job: JobName
+
+
+class GroupScaled(Value, frozen=True, kw_only=True, tag=True):
+    """The newest version's group has another count from here on."""
+
+    job: JobName
+    group: GroupName
+    count: int
+    reason: str
 
 
 class RolloutEnded(Value, frozen=True, kw_only=True, tag=True):
@@ -144,6 +169,9 @@ Record = (
     | JobVersionAdded
     | JobVersionsDropped
     | JobStopped
+    | JobLaunched
+    | JobForgotten
+    | GroupScaled
     | RolloutEnded
     | VirtualAddressAssigned
     | Plan

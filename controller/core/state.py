@@ -18,6 +18,9 @@ from controller.core.records import (
     AllocationsSnapshot,
     AllocTransitions,
     EpochBegun,
+    GroupScaled,
+    JobForgotten,
+    JobLaunched,
     JobStopped,
     JobVersionAdded,
     JobVersionsDropped,
@@ -37,6 +40,8 @@ from outrider.model.allocation import AllocReport, Generation
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Job, JobType, Protocol
 
+JobRecord = JobVersionAdded | JobVersionsDropped | JobStopped | JobLaunched | JobForgotten | GroupScaled | RolloutEnded
+
 
 @dataclass(slots=True)
 class JobEntry:
@@ -46,6 +51,11 @@ class JobEntry:
     rollout: RolloutState = RolloutState.RUNNING  # of the latest version
     rollout_reason: str = ""
     good_version: int = 0  # the last whose rollout succeeded; 0: none yet
+    outcomes: dict[int, RolloutEnded] = field(default_factory=dict)  # by version, where its rollout has ended
+    # Of one that others are launched from.
+    launches: int = 0  # by hand
+    fired_s: float = 0.0  # the schedule's newest time that was dealt with
+    children: dict[JobName, None] = field(default_factory=dict)
 
     @property
     def job(self) -> Job:
@@ -69,6 +79,7 @@ class State:
         self.jobs: dict[JobName, JobEntry] = {}
         self.groups: dict[int, GroupEntry] = {}
         self.group_keys: dict[tuple[JobName, int, int], int] = {}
+        self.next_group_key = 0
         self.nodes = NodeTable()
         self.table = AllocTable()
         self.families: dict[FamilyKey, Ints] = {}  # serials of all that is not forgotten, ascending
@@ -76,6 +87,7 @@ class State:
         # Who provides a service: jobs that are not stopped, in their newest version.
         self.providers: dict[ServiceName, dict[JobName, Protocol]] = {}
         self.secrets: dict[tuple[Namespace, SecretName], SecretEntry] = {}
+        self.dependents: dict[ServiceName, dict[JobName, None]] = {}  # who waits for a service, in the same way
         self.virtual: dict[ServiceName, int] = {}
         self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
         self.reasons: dict[int, str] = {}  # by serial: why it was stopped, or ended
@@ -125,8 +137,10 @@ class State:
         return np.flatnonzero((self.table.node[:size] == ref) & (self.table.status[:size] == columns.LIVE))
 
     def current_groups(self, job: JobName) -> tuple[int, ...]:
-        """Keys of the groups of the job's newest version."""
+        """Keys of the groups of the job's newest version. One that others are launched from runs none itself."""
         entry = self.jobs[job]
+        if entry.job.is_template:
+            return ()
         return tuple(self.group_keys[job, entry.latest, at] for at in range(len(entry.job.groups)))
 
     def apply(self, record: Record) -> None:
@@ -140,7 +154,15 @@ class State:
                     self.live.links.append(NodeLink())
             case NodeDowned():
                 self.nodes.down[self.nodes.reference[record.node]] = True
-            case JobVersionAdded() | JobVersionsDropped() | JobStopped() | RolloutEnded():
+            case (
+                JobVersionAdded()
+                | JobVersionsDropped()
+                | JobStopped()
+                | JobLaunched()
+                | JobForgotten()
+                | GroupScaled()
+                | RolloutEnded()
+            ):
                 self._change_job(record)
             case VirtualAddressAssigned():
                 self.virtual[record.service] = record.index
@@ -169,17 +191,17 @@ class State:
         for name, entry in self.jobs.items():
             for version, added in entry.versions.items():
                 yield added
-                if version == entry.good_version:
-                    yield RolloutEnded(job=name, version=version, state=RolloutState.SUCCESSFUL)
-            if entry.rollout is not RolloutState.RUNNING:
-                yield RolloutEnded(job=name, version=entry.latest, state=entry.rollout, reason=entry.rollout_reason)
+                if version in entry.outcomes:
+                    yield entry.outcomes[version]
+            if entry.launches or entry.fired_s:
+                yield JobLaunched(job=name, number=entry.launches, fired_s=entry.fired_s)
             if entry.stopped:
                 yield JobStopped(job=name)
         for secret in self.secrets.values():
             yield from secret.versions.values()
         yield self._allocations_snapshot()
 
-    def _change_job(self, record: JobVersionAdded | JobVersionsDropped | JobStopped | RolloutEnded) -> None:
+    def _change_job(self, record: JobRecord) -> None:
         match record:
             case JobVersionAdded():
                 self._add_version(record)
@@ -189,6 +211,13 @@ class State:
                 self._stop_job(record)
             case RolloutEnded():
                 self._end_rollout(record)
+            case GroupScaled():
+                self._scale(record)
+            case JobLaunched():
+                entry = self.jobs[record.job]
+                entry.launches, entry.fired_s = record.number, max(entry.fired_s, record.fired_s)
+            case JobForgotten():
+                self._forget_job(record.job)
             case _:
                 assert_never(record)
 
@@ -204,22 +233,59 @@ class State:
             self.system_jobs[job.name] = None
         for position in range(len(job.groups)):
             group = group_entry(job, added.version, position)
-            key = len(self.group_keys)
+            key, self.next_group_key = self.next_group_key, self.next_group_key + 1
             self.group_keys[job.name, added.version, position] = key
             self.groups[key] = group
+            if job.is_template:
+                continue
             for service in group.group.services:
                 if service.port is not None:
                     self.providers.setdefault(service.name, {})[job.name] = service.protocol
+            for needed in group.group.depends_on:
+                self.dependents.setdefault(needed, {})[job.name] = None
+        if job.parent in self.jobs:
+            self.jobs[job.parent].children[job.name] = None
         for wanted in job.groups:
             self._forget((job.name, wanted.name))
 
     def _drop_versions(self, record: JobVersionsDropped) -> None:
         entry = self.jobs[record.job]
         for version in record.versions:
-            dropped = entry.versions.pop(version)
-            for position in range(len(dropped.job.groups)):
-                # The pair stays in `group_keys`: keys count upwards by its length.
-                del self.groups[self.group_keys[record.job, version, position]]
+            self._drop_groups(entry.versions.pop(version))
+            entry.outcomes.pop(version, None)
+
+    def _drop_groups(self, version: JobVersionAdded) -> None:
+        for position in range(len(version.job.groups)):
+            del self.groups[self.group_keys.pop((version.job.name, version.version, position))]
+
+    def _scale(self, record: GroupScaled) -> None:
+        """In the version itself: what a submission is compared with, and what a revert goes back to."""
+        entry = self.jobs[record.job]
+        added = entry.versions[entry.latest]
+        groups = tuple(
+            msgspec.structs.replace(group, count=record.count) if group.name == record.group else group
+            for group in added.job.groups
+        )
+        job = msgspec.structs.replace(added.job, groups=groups)
+        entry.versions[entry.latest] = msgspec.structs.replace(added, job=job)
+        for position in range(len(groups)):
+            key = self.group_keys[record.job, entry.latest, position]
+            self.groups[key] = group_entry(job, entry.latest, position)
+
+    def _forget_job(self, name: JobName) -> None:
+        """Nothing of it lives."""
+        self._withdraw_provider(name)
+        entry = self.jobs.pop(name)
+        families = {(name, group.name) for version in entry.versions.values() for group in version.job.groups}
+        for family in families:
+            rows = self.family_rows(family)
+            assert (self.table.status[rows] != columns.LIVE).all(), f"{name} is over"
+            self._forget_rows(family, rows)
+            self.families.pop(family, None)
+        for version in entry.versions.values():
+            self._drop_groups(version)
+        if entry.job.parent in self.jobs:
+            self.jobs[entry.job.parent].children.pop(name, None)
 
     def _stop_job(self, record: JobStopped) -> None:
         entry = self.jobs[record.job]
@@ -237,6 +303,11 @@ class State:
                 providers.pop(job, None)
                 if not providers:
                     self.providers.pop(service.name, None)
+            for needed in group.depends_on:
+                dependents = self.dependents.get(needed, {})
+                dependents.pop(job, None)
+                if not dependents:
+                    self.dependents.pop(needed, None)
 
     def _put_secret(self, put: SecretPut) -> None:
         entry = self.secrets.setdefault((put.namespace, put.name), SecretEntry(put.variable))
@@ -247,6 +318,7 @@ class State:
 
     def _end_rollout(self, record: RolloutEnded) -> None:
         entry = self.jobs[record.job]
+        entry.outcomes[record.version] = record
         if record.state is RolloutState.SUCCESSFUL:
             entry.good_version = record.version
         if record.version == entry.latest:
@@ -341,14 +413,17 @@ class State:
         excess = len(ended) - self.policy.ended_kept
         if excess <= 0:
             return
-        oldest = ended[np.argsort(self.table.changed_s[ended], kind="stable")[:excess]]
-        gone = self.table.serial[oldest]
-        self.families[family] = np.setdiff1d(self.families[family], gone, assume_unique=True)
+        self._forget_rows(family, ended[np.argsort(self.table.changed_s[ended], kind="stable")[:excess]])
+
+    def _forget_rows(self, family: FamilyKey, rows: Ints) -> None:
+        gone = self.table.serial[rows]
+        if len(gone):
+            self.families[family] = np.setdiff1d(self.families[family], gone, assume_unique=True)
         for serial in gone.tolist():
             self.reasons.pop(serial, None)
             self.last_reports.pop(serial, None)
             self.live.forget_report(serial)
-        self.table.forget(oldest)
+        self.table.forget(rows)
 
     def _allocations_snapshot(self) -> AllocationsSnapshot:
         kept = np.flatnonzero(self.table.status[: self.table.size] != columns.FORGOTTEN)

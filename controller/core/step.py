@@ -9,7 +9,7 @@ from typing import assert_never
 
 import msgspec
 
-from controller.core import commit, deploy, liveness, reconcile
+from controller.core import commit, deploy, launch, liveness, reconcile
 from controller.core.commands import Command, Reply
 from controller.core.events import (
     AgentApplied,
@@ -21,17 +21,22 @@ from controller.core.events import (
     Event,
     FingerprintChanged,
     HeartbeatReceived,
+    JobDispatchRequested,
+    JobRevertRequested,
+    JobScaleRequested,
     JobStopRequested,
     JobSubmitted,
     LastWillSeen,
+    LaunchDue,
+    LaunchPlanned,
     SecretDeleteRequested,
     SecretPutRequested,
     SecretsResealed,
-    StoreCall,
     Tick,
 )
 from controller.core.reports import take_reports
 from controller.core.state import State
+from controller.core.volatile import Call
 from outrider.ids import JobName
 
 
@@ -40,6 +45,8 @@ def step(state: State, event: Event, now_s: float, rng: random.Random) -> tuple[
     live = state.live
     if live.started_at_s is None:
         liveness.begin(state, now_s)
+        live.now_s = now_s
+        launch.begin(state)
     live.now_s = now_s
     _take(state, event, now_s)
     if live.in_flight is None:
@@ -66,10 +73,12 @@ def _take(state: State, event: Event, now_s: float) -> None:
         case EndpointsWithdrawn():
             serials = (state.serial(alloc) for alloc in event.allocs)
             reconcile.withdrawn(state, tuple(serial for serial in serials if serial is not None))
-        case JobSubmitted() | JobStopRequested():
+        case JobSubmitted() | JobStopRequested() | JobDispatchRequested() | JobRevertRequested() | JobScaleRequested():
             _call(state, event)
         case SecretPutRequested() | SecretDeleteRequested() | SecretsResealed():
             _call(state, event)
+        case LaunchPlanned():
+            launch.planned(state, event)
         case Tick():
             _tick(state, now_s)
         case _:
@@ -112,7 +121,8 @@ def _downed(state: State, ref: int) -> bool:
     return bool(state.nodes.down[ref]) or ref in state.live.downing
 
 
-def _call(state: State, event: JobSubmitted | JobStopRequested | StoreCall) -> None:
+def _call(state: State, event: Call) -> None:
+    assert not isinstance(event, LaunchDue), "the core's own"
     if len(state.live.calls) >= state.policy.operator_calls_max:
         message = "too many calls wait for the journal; try again in a moment"
         state.live.out.append(Reply(request=event.request, code="busy", message=message))
@@ -132,5 +142,7 @@ def _tick(state: State, now_s: float) -> None:
                 reconcile.withdraw_timeout(state, withdrawal)
             case (deploy.JOB, str(job)):
                 state.live.dirty_jobs[JobName(job)] = None
+            case (launch.LAUNCH, str(job)):
+                launch.fired(state, JobName(job))
             case _:
                 raise AssertionError(f"a timer for nobody: {key}")

@@ -59,7 +59,7 @@ def _put(state: State, call: SecretPutRequested, now_s: float) -> Answer:
     for job in sealed.naming(state, call.namespace, call.name):
         old = state.jobs[job]
         rolled = sealed.restamped(state, old.job, {(call.namespace, call.name): version})
-        if rolled != old.job:
+        if rolled != old.job and old.job.parent is None:  # what was launched has what there was then
             records.extend(added(state, rolled, old.latest + 1, now_s))
             records.extend(versions_dropped(state, old, job))
             notes.append(f"job {job} is rolled: version {old.latest + 1}")

@@ -1,12 +1,15 @@
 """Operators' calls: what a submission changes, and why one is refused. Owns the answers; writes nothing itself."""
 
+import msgspec
+
 from controller.core import sealed
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
 from controller.core.state import JobEntry, State
 from outrider.ids import JobName, ServiceName
-from outrider.model.job import Job, Protocol
+from outrider.model.dependencies import circle, waits
+from outrider.model.job import Group, Job, Protocol
 
 Answer = tuple[tuple[Record, ...], Reply]
 
@@ -17,7 +20,7 @@ def submit(state: State, call: JobSubmitted, now_s: float, addresses: int) -> An
     `addresses`: how many virtual addresses earlier calls of the same batch take.
     """
     entry = state.jobs.get(call.job.name)
-    job = sealed.stamped(state, call.job)
+    job = sealed.stamped(state, _with_found_counts(call.job, entry))
     if refusal := _refusal(state, job, entry) or sealed.refusal(state, job):
         return (), Reply(request=call.request, code="conflict", message=refusal)
     warnings = job_warnings(state, job)
@@ -33,7 +36,8 @@ def stop(state: State, call: JobStopRequested) -> Answer:
     if entry is None:
         message = f"no job {call.job!r}; `outrider job ls` lists them"
         return (), Reply(request=call.request, code="not-found", message=message)
-    records = () if entry.stopped else (JobStopped(job=call.job),)
+    launched = (name for name in entry.children if not state.jobs[name].stopped)
+    records = () if entry.stopped else (JobStopped(job=call.job), *(JobStopped(job=name) for name in launched))
     return records, Reply(request=call.request, version=entry.latest, changed=bool(records))
 
 
@@ -54,6 +58,12 @@ def names_touched(state: State, job: Job) -> frozenset[str]:
     return frozenset({f"job {job.name}", *(f"service {name}" for name in provided | new)})
 
 
+def names_of_stop(state: State, job: JobName) -> frozenset[str]:
+    """Likewise of a stop, which takes along what was launched from the job."""
+    entry = state.jobs.get(job)
+    return frozenset(f"job {name}" for name in (job, *(entry.children if entry is not None else ())))
+
+
 def job_warnings(state: State, job: Job) -> tuple[str, ...]:
     """Upstreams that nobody provides, this job included."""
     own = {service.name for group in job.groups for service in group.services if service.port is not None}
@@ -67,10 +77,24 @@ def job_warnings(state: State, job: Job) -> tuple[str, ...]:
 
 
 def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:
-    if entry is not None and not entry.stopped and entry.job.type is not job.type:
+    if entry is not None and (taken := _name_taken(job, entry)):
+        return taken
+    if names := _circle(state, job):
+        return f"{' -> '.join(names)}: each waits for the next, so none would ever start"
+    return _protocol_clash(state, job)
+
+
+def _name_taken(job: Job, entry: JobEntry) -> str:
+    if not entry.stopped and entry.job.type is not job.type:
         return f"job {job.name} is a {entry.job.type} job; stop it before it becomes a {job.type} job"
-    if entry is not None and entry.job.namespace != job.namespace:  # stopped or not: its history is not to be inherited
+    if entry.job.parent is not None:
+        return f"job {job.name} was launched from {entry.job.parent}; `outrider job dispatch` launches another"
+    if entry.job.namespace != job.namespace:  # stopped or not: its history is not to be inherited
         return f"a job {job.name} is in another namespace already; take another name"
+    return ""
+
+
+def _protocol_clash(state: State, job: Job) -> str:
     own: dict[ServiceName, Protocol] = {}
     for group in job.groups:
         for service in group.services:
@@ -85,6 +109,30 @@ def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:
                         "give one of them another name, or both the same protocol"
                     )
     return ""
+
+
+def _circle(state: State, job: Job) -> tuple[ServiceName, ...]:
+    """Services that would wait for each other, over all jobs."""
+    if not any(group.depends_on for group in job.groups):
+        return ()
+    others = {name for jobs in state.dependents.values() for name in jobs if name != job.name}
+    groups = [group for name in sorted(others) for group in state.jobs[name].job.groups]
+    return circle(waits([*groups, *job.groups]))
+
+
+def _with_found_counts(job: Job, entry: JobEntry | None) -> Job:
+    """A group that the fleet scales keeps the number of copies that it has been found to need."""
+    if entry is None or entry.stopped:
+        return job
+    found = {group.name: group.count for group in entry.job.groups if group.scaling is not None}
+
+    def kept(group: Group) -> Group:
+        if group.scaling is None or group.name not in found:
+            return group
+        count = min(max(found[group.name], group.scaling.count_min), group.scaling.count_max)
+        return msgspec.structs.replace(group, count=count)
+
+    return msgspec.structs.replace(job, groups=tuple(kept(group) for group in job.groups))
 
 
 def _names(job: Job) -> list[ServiceName]:

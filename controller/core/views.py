@@ -12,7 +12,7 @@ from controller.core.submit import job_warnings
 from controller.core.table import ENDED_STATUSES, OBSERVED, Ints
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.allocation import TERMINAL, Allocation, AllocStatus, Desired, Generation
-from outrider.model.fleet import JobStatus, JobSummary, NodeState
+from outrider.model.fleet import JobState, JobStatus, JobSummary, NodeState, RolloutState, VersionStatus
 from outrider.model.job import JobType, JobVersion, Value, published_ports
 from outrider.model.node import NodeStatus
 
@@ -60,6 +60,29 @@ def job_status(state: State, job: JobName) -> JobStatus | None:
         warnings=() if entry.stopped else (*job_warnings(state, added.job), *_held_back(state, job)),
         rollout=entry.rollout,
         rollout_reason=entry.rollout_reason,
+        state=_job_state(state, job),
+        next_launch_s=_next_launch_s(state, job),
+        children=tuple(_job_summary(state, child) for child in entry.children),
+    )
+
+
+def job_history(state: State, job: JobName) -> tuple[VersionStatus, ...] | None:
+    """The versions that are kept, the oldest first."""
+    entry = state.jobs.get(job)
+    if entry is None:
+        return None
+    return tuple(
+        VersionStatus(
+            version=JobVersion(
+                job=added.job,
+                version=version,
+                submitted_at_s=added.submitted_at_s,
+                stopped=entry.stopped and version == entry.latest,
+            ),
+            rollout=entry.outcomes[version].state if version in entry.outcomes else _unended(state, job, version),
+            reason=entry.outcomes[version].reason if version in entry.outcomes else "",
+        )
+        for version, added in sorted(entry.versions.items())
     )
 
 
@@ -191,8 +214,37 @@ def _job_summary(state: State, job: JobName) -> JobSummary:
         pending=counts[OBSERVED.index(AllocStatus.PENDING)],
         failed=int((table.status[rows] == columns.FAILED).sum()),
         submitted_at_s=entry.versions[entry.latest].submitted_at_s,
+        state=_job_state(state, job),
+        parent=entry.job.parent,
+        next_launch_s=_next_launch_s(state, job),
         namespace=entry.job.namespace,
     )
+
+
+def _job_state(state: State, job: JobName) -> JobState:
+    entry, table = state.jobs[job], state.table
+    if entry.stopped:
+        return JobState.STOPPED
+    if entry.job.is_template:
+        return JobState.WAITING
+    rows = _job_rows(state, job)
+    live = rows[table.status[rows] == columns.LIVE]
+    if entry.job.type is JobType.BATCH and entry.rollout is RolloutState.SUCCESSFUL and not len(live):
+        return JobState.COMPLETE
+    if entry.rollout is RolloutState.FAILED:
+        return JobState.FAILED
+    runs = (table.observed[live] == OBSERVED.index(AllocStatus.RUNNING)).any()
+    return JobState.RUNNING if runs else JobState.PENDING
+
+
+def _next_launch_s(state: State, job: JobName) -> float | None:
+    launch = state.live.launches.get(job)
+    return launch.at_s if launch is not None else None
+
+
+def _unended(state: State, job: JobName, version: int) -> RolloutState:
+    entry = state.jobs[job]
+    return entry.rollout if version == entry.latest else RolloutState.RUNNING
 
 
 def _held_back(state: State, job: JobName) -> tuple[str, ...]:

@@ -9,7 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from controller.core.commands import Command, Reply
-from controller.core.events import AgentConnected, JobStopRequested, JobSubmitted, SessionId, StoreCall, Ticket
+from controller.core.events import (
+    AgentConnected,
+    JobDispatchRequested,
+    JobRevertRequested,
+    JobScaleRequested,
+    JobStopRequested,
+    JobSubmitted,
+    Launch,
+    LaunchDue,
+    SessionId,
+    StoreCall,
+    Ticket,
+)
 from controller.core.groups import FamilyKey
 from controller.core.records import Record
 from controller.core.table import Times
@@ -17,6 +29,9 @@ from outrider.ids import AllocId, JobName, NodeId
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
 from outrider.model.node import Node, NodeStatus
 
+# What waits for the journal to be free.
+JobCall = JobSubmitted | JobStopRequested | JobDispatchRequested | JobRevertRequested | JobScaleRequested | LaunchDue
+Call = JobCall | StoreCall
 TimerKey = tuple[str, int | str]  # what for, and whom
 
 
@@ -122,11 +137,15 @@ class Volatile:
     # For the journal.
     ticket: int = 0
     in_flight: InFlight | None = None
-    calls: deque[JobSubmitted | JobStopRequested | StoreCall] = field(default_factory=deque)
+    calls: deque[Call] = field(default_factory=deque)
     registering: dict[NodeId, Node] = field(default_factory=dict)
     joining: dict[NodeId, AgentConnected] = field(default_factory=dict)
     downing: dict[int, None] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
+    # For jobs that others are launched from.
+    launches: dict[JobName, Launch] = field(default_factory=dict)  # when each schedule fires next
+    children_over: dict[JobName, dict[JobName, None]] = field(default_factory=dict)  # by parent, oldest first
+    perhaps_over: dict[JobName, None] = field(default_factory=dict)  # something of them ended
     # For the scheduler.
     dirty_jobs: dict[JobName, None] = field(default_factory=dict)
     unplaced: dict[FamilyKey, str] = field(default_factory=dict)  # why

@@ -15,6 +15,17 @@ class RolloutState(StrEnum):
     STOPPED = "stopped"
 
 
+class JobState(StrEnum):
+    """How a job is, in one word."""
+
+    PENDING = "pending"  # nothing of it runs yet
+    RUNNING = "running"
+    COMPLETE = "complete"  # a batch job whose work ended well
+    FAILED = "failed"  # its rollout failed, or a batch job's work did
+    STOPPED = "stopped"
+    WAITING = "waiting"  # for its schedule, or for somebody to dispatch it
+
+
 class JobSummary(Value, frozen=True, kw_only=True):
     name: JobName
     type: JobType
@@ -26,6 +37,9 @@ class JobSummary(Value, frozen=True, kw_only=True):
     pending: int = 0
     failed: int = 0
     submitted_at_s: float = 0.0
+    state: JobState = JobState.PENDING
+    parent: JobName | None = None  # the job that it was launched from
+    next_launch_s: float | None = None
     namespace: Namespace = DEFAULT_NAMESPACE
 
 
@@ -35,6 +49,17 @@ class JobStatus(Value, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()  # an upstream that nobody provides ...
     rollout: RolloutState = RolloutState.RUNNING  # of the newest version
     rollout_reason: str = ""
+    state: JobState = JobState.PENDING
+    next_launch_s: float | None = None  # of one with a schedule
+    children: tuple[JobSummary, ...] = ()  # the jobs launched from it, the newest last
+
+
+class VersionStatus(Value, frozen=True, kw_only=True):
+    """A version of a job that is kept, and what became of it."""
+
+    version: JobVersion
+    rollout: RolloutState = RolloutState.RUNNING  # of an older one: it was superseded before its rollout ended
+    reason: str = ""
 
 
 class NodeState(Value, frozen=True, kw_only=True):

@@ -55,6 +55,26 @@ class OperatorServiceStub:
                 request_serializer=outrider_dot_v1_dot_operator__pb2.StopJobRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_operator__pb2.StopJobResponse.FromString,
                 _registered_method=True)
+        self.DispatchJob = channel.unary_unary(
+                '/outrider.v1.OperatorService/DispatchJob',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.DispatchJobRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.DispatchJobResponse.FromString,
+                _registered_method=True)
+        self.ScaleJob = channel.unary_unary(
+                '/outrider.v1.OperatorService/ScaleJob',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.ScaleJobRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.FromString,
+                _registered_method=True)
+        self.RevertJob = channel.unary_unary(
+                '/outrider.v1.OperatorService/RevertJob',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.RevertJobRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.FromString,
+                _registered_method=True)
+        self.GetJobHistory = channel.unary_unary(
+                '/outrider.v1.OperatorService/GetJobHistory',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.GetJobHistoryResponse.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/outrider.v1.OperatorService/ListJobs',
                 request_serializer=outrider_dot_v1_dot_operator__pb2.ListJobsRequest.SerializeToString,
@@ -147,6 +167,32 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopJob(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DispatchJob(self, request, context):
+        """Launches a job from one with parameters, or now from one with a schedule.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleJob(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevertJob(self, request, context):
+        """What an older version held becomes a new one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJobHistory(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,6 +303,26 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.StopJob,
                     request_deserializer=outrider_dot_v1_dot_operator__pb2.StopJobRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_operator__pb2.StopJobResponse.SerializeToString,
+            ),
+            'DispatchJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DispatchJob,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.DispatchJobRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.DispatchJobResponse.SerializeToString,
+            ),
+            'ScaleJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleJob,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.ScaleJobRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.SerializeToString,
+            ),
+            'RevertJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevertJob,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.RevertJobRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.SerializeToString,
+            ),
+            'GetJobHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJobHistory,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.GetJobRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.GetJobHistoryResponse.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
@@ -413,6 +479,114 @@ class OperatorService:
             '/outrider.v1.OperatorService/StopJob',
             outrider_dot_v1_dot_operator__pb2.StopJobRequest.SerializeToString,
             outrider_dot_v1_dot_operator__pb2.StopJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DispatchJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/DispatchJob',
+            outrider_dot_v1_dot_operator__pb2.DispatchJobRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.DispatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/ScaleJob',
+            outrider_dot_v1_dot_operator__pb2.ScaleJobRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevertJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/RevertJob',
+            outrider_dot_v1_dot_operator__pb2.RevertJobRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJobHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/GetJobHistory',
+            outrider_dot_v1_dot_operator__pb2.GetJobRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.GetJobHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

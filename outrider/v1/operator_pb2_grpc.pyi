@@ -43,6 +43,12 @@ class OperatorServiceStub:
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SubmitJobRequest, _operator_pb2.SubmitJobResponse]
     """Answers once the journal has it."""
     StopJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.StopJobRequest, _operator_pb2.StopJobResponse]
+    DispatchJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DispatchJobRequest, _operator_pb2.DispatchJobResponse]
+    """Launches a job from one with parameters, or now from one with a schedule."""
+    ScaleJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ScaleJobRequest, _operator_pb2.SubmitJobResponse]
+    RevertJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.RevertJobRequest, _operator_pb2.SubmitJobResponse]
+    """What an older version held becomes a new one."""
+    GetJobHistory: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.GetJobHistoryResponse]
     ListJobs: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ListJobsRequest, _operator_pb2.ListJobsResponse]
     GetJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]
     WatchJob: _grpc.UnaryStreamMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]
@@ -74,6 +80,12 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     SubmitJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.SubmitJobRequest, _operator_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """Answers once the journal has it."""
     StopJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.StopJobRequest, _operator_pb2.StopJobResponse]  # type: ignore[assignment]
+    DispatchJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.DispatchJobRequest, _operator_pb2.DispatchJobResponse]  # type: ignore[assignment]
+    """Launches a job from one with parameters, or now from one with a schedule."""
+    ScaleJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.ScaleJobRequest, _operator_pb2.SubmitJobResponse]  # type: ignore[assignment]
+    RevertJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.RevertJobRequest, _operator_pb2.SubmitJobResponse]  # type: ignore[assignment]
+    """What an older version held becomes a new one."""
+    GetJobHistory: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.GetJobHistoryResponse]  # type: ignore[assignment]
     ListJobs: _aio.UnaryUnaryMultiCallable[_operator_pb2.ListJobsRequest, _operator_pb2.ListJobsResponse]  # type: ignore[assignment]
     GetJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]  # type: ignore[assignment]
     WatchJob: _aio.UnaryStreamMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]  # type: ignore[assignment]
@@ -120,6 +132,36 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_pb2.StopJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.StopJobResponse, _abc.Awaitable[_operator_pb2.StopJobResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DispatchJob(
+        self,
+        request: _operator_pb2.DispatchJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.DispatchJobResponse, _abc.Awaitable[_operator_pb2.DispatchJobResponse]]:
+        """Launches a job from one with parameters, or now from one with a schedule."""
+
+    @_abc_1.abstractmethod
+    def ScaleJob(
+        self,
+        request: _operator_pb2.ScaleJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.SubmitJobResponse, _abc.Awaitable[_operator_pb2.SubmitJobResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RevertJob(
+        self,
+        request: _operator_pb2.RevertJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.SubmitJobResponse, _abc.Awaitable[_operator_pb2.SubmitJobResponse]]:
+        """What an older version held becomes a new one."""
+
+    @_abc_1.abstractmethod
+    def GetJobHistory(
+        self,
+        request: _operator_pb2.GetJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.GetJobHistoryResponse, _abc.Awaitable[_operator_pb2.GetJobHistoryResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListJobs(

@@ -13,6 +13,7 @@ from controller.core.commands import (
     Append,
     CloseSession,
     Command,
+    PlanLaunch,
     Publish,
     Reply,
     SendAssignments,
@@ -28,6 +29,9 @@ from controller.core.events import (
     EndpointsWithdrawn,
     Event,
     HeartbeatReceived,
+    JobDispatchRequested,
+    JobRevertRequested,
+    JobScaleRequested,
     JobStopRequested,
     JobSubmitted,
     RequestId,
@@ -39,6 +43,7 @@ from controller.core.policy import Policy
 from controller.core.records import Record
 from controller.core.state import State
 from controller.core.step import step
+from controller.launches import planned
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
 from outrider.model.allocation import (
     TERMINAL,
@@ -216,6 +221,8 @@ class World:
                 self.replies[command.request] = command
             case Publish():
                 self.events.append(command.event)
+            case PlanLaunch():
+                self.send(planned(command))
             case WithdrawEndpoints():
                 if self.withdraw_acknowledged:
                     self.send(EndpointsWithdrawn(allocs=command.allocs))
@@ -295,15 +302,34 @@ class World:
     def stop(self, name: str) -> Reply:
         return self.replies[self.request(JobName(name))]
 
+    def dispatch(self, name: str, payload: bytes | None = None, **parameters: str) -> Reply:
+        request = self._next_request()
+        self.send(JobDispatchRequested(request=request, job=JobName(name), parameters=parameters, payload=payload))
+        return self.replies[request]
+
+    def revert(self, name: str, version: int = 0) -> Reply:
+        request = self._next_request()
+        self.send(JobRevertRequested(request=request, job=JobName(name), version=version))
+        return self.replies[request]
+
+    def scale(self, name: str, count: int, group_name: str | None = None) -> Reply:
+        request = self._next_request()
+        wanted = GroupName(group_name) if group_name is not None else None
+        self.send(JobScaleRequested(request=request, job=JobName(name), group=wanted, count=count))
+        return self.replies[request]
+
     def request(self, wanted: Job | JobName) -> RequestId:
         """A job to submit, or the name of one to stop; the reply comes when the journal works."""
-        request = RequestId(self._requests)
-        self._requests += 1
+        request = self._next_request()
         if isinstance(wanted, Job):
             self.send(JobSubmitted(request=request, job=wanted))
         else:
             self.send(JobStopRequested(request=request, job=wanted))
         return request
+
+    def _next_request(self) -> RequestId:
+        self._requests += 1
+        return RequestId(self._requests - 1)
 
     def fail(self, alloc: AllocId, message: str = "exit code 1") -> None:
         """The agent gives the allocation up."""
