@@ -59,7 +59,7 @@ def _template(job: Job) -> Iterator[Finding]:
     if job.is_template and len(job.name) > TEMPLATE_NAME_CHARS_MAX:
         message = f"more than {TEMPLATE_NAME_CHARS_MAX} characters: jobs launched from it are named after it"
         yield ("job",), message
-    if job.parent is not None:
+    if job.parent is not None or job.arguments:
         yield ("parent",), "only the fleet launches jobs from others: `outrider job dispatch`"
 
 

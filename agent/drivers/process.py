@@ -112,6 +112,7 @@ def references(assignment: Assignment, task: Task, node: NodeId) -> dict[str, st
         "task": task.name,
         **{f"port.{name}": str(number) for name, number in ports.items()},
         **{f"host_port.{name}": str(number) for name, number in published.items()},
+        **{f"param.{name}": value for name, value in assignment.arguments.items()},
     }
 
 
@@ -140,6 +141,7 @@ def environment(
         "OUTRIDER_NODE": node,
         **{_variable("PORT", name): str(number) for name, number in ports.items()},
         **{_variable("HOST_PORT", name): str(number) for name, number in published.items()},
+        **{f"OUTRIDER_PARAM_{name.upper()}": value for name, value in assignment.arguments.items()},
         **given,
     }
 

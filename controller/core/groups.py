@@ -1,5 +1,7 @@
 """A group of one version of a job, with what follows from it computed once. Owns no state."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from controller.core.attributes import Demand
@@ -42,6 +44,7 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     type: JobType
     group: Group
     spec: Group  # what an allocation is made from: the group without count, updating, scaling, waiting and preferences
+    arguments: Mapping[str, str]
     need: Resources
     mesh_services: tuple[ServiceName, ...]  # those with a port: each takes a host port
     dynamic_ports: tuple[PortName, ...]  # likewise
@@ -93,6 +96,7 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
             affinities=(),
             spread=(),
         ),
+        arguments=job.arguments,
         need=need,
         mesh_services=tuple(service.name for service in group.services if service.port is not None),
         dynamic_ports=tuple(port.name for port in group.network.ports if port.dynamic),

@@ -105,6 +105,7 @@ def _assignment(state: State, serial: int) -> Assignment:
         job_version=entry.version,
         group=entry.group,
         index=int(table.index[row]),
+        arguments=entry.arguments,
         batch=entry.type is JobType.BATCH,
         desired=Desired.STOP if stops else Desired.RUN,
         secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),

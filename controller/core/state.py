@@ -374,6 +374,7 @@ class State:
             self.table.status[unplaced] = columns.COMPLETE
             for family in {self.groups[key].family for key in np.unique(self.table.group[unplaced]).tolist()}:
                 self._forget(family)
+                self.live.perhaps_over[family[0]] = None
 
     def _end(self, serials: Ints, record: AllocTransitions) -> None:
         rows = self.table.rows(serials)

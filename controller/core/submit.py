@@ -36,7 +36,8 @@ def stop(state: State, call: JobStopRequested) -> Answer:
     if entry is None:
         message = f"no job {call.job!r}; `outrider job ls` lists them"
         return (), Reply(request=call.request, code="not-found", message=message)
-    launched = (name for name in entry.children if not state.jobs[name].stopped)
+    over = state.live.children_over.get(call.job, {})
+    launched = (name for name in entry.children if name not in over and not state.jobs[name].stopped)
     records = () if entry.stopped else (JobStopped(job=call.job), *(JobStopped(job=name) for name in launched))
     return records, Reply(request=call.request, version=entry.latest, changed=bool(records))
 

@@ -1,9 +1,16 @@
 """`outrider job`: validate, run, see and stop jobs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from outrider.cli import launches, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from outrider.model.fleet import JobSummary
 
 app = typer.Typer(no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
@@ -30,7 +37,7 @@ def run(
     from outrider import codec
     from outrider.cli import output
     from outrider.cli.client import connect
-    from outrider.cli.rollout import wait
+    from outrider.cli.rollout import next_launch, wait
     from outrider.jobspec.reader import read_job
     from outrider.v1 import job_pb2, operator_pb2
 
@@ -44,6 +51,8 @@ def run(
             news = "submitted" if answer.changed else "the fleet has exactly this already"
             print(f"job {job.name}, version {answer.version}: {news}", flush=True)
         status = None if detach else wait(fleet, job.name, answer.version)
+        if job.schedule is not None and not json:
+            print(f"job {job.name}: next launch {next_launch(fleet, job)}")
     if json:
         output.print_json({"job": job.name, "version": answer.version, "changed": answer.changed, "status": status})
 
@@ -63,14 +72,21 @@ def ls(json: Json = False) -> None:
     if json:
         output.print_json(jobs)
         return
+    _print_jobs(jobs)
+
+
+def _print_jobs(jobs: "Iterable[JobSummary]") -> None:
+    from outrider.cli import output
+
     output.print_table(
-        ("JOB", "NAMESPACE", "TYPE", "VERSION", "WANTED", "RUNNING", "HEALTHY", "PENDING", "FAILED", "AGE"),
+        ("JOB", "NAMESPACE", "TYPE", "STATUS", "VERSION", "WANTED", "RUNNING", "HEALTHY", "PENDING", "FAILED", "AGE"),
         (
             (
                 job.name,
                 job.namespace,
                 job.type,
-                f"{job.version} (stopped)" if job.stopped else str(job.version),
+                job.state if job.next_launch_s is None else f"{job.state}, next in {output.until(job.next_launch_s)}",
+                str(job.version),
                 *(str(count) for count in (job.wanted, job.running, job.healthy, job.pending, job.failed)),
                 output.age(job.submitted_at_s),
             )
@@ -101,7 +117,9 @@ def status(job: str, json: Json = False) -> None:
             ("namespace", version.job.namespace),
             ("type", version.job.type),
             ("version", f"{version.version}, {output.age(version.submitted_at_s)} old"),
-            ("stopped", "yes" if version.stopped else ""),
+            ("status", answer.state),
+            ("launched from", version.job.parent or ""),
+            ("next launch", output.when(answer.next_launch_s, version.job.schedule) if answer.next_launch_s else ""),
             ("rollout", answer.rollout),
             ("reason", answer.rollout_reason),
         )
@@ -109,7 +127,10 @@ def status(job: str, json: Json = False) -> None:
     for warning in answer.warnings:
         print(f"warning: {warning}")
     print()
-    print_allocations(answer.allocations)
+    if version.job.is_template:
+        _print_jobs(answer.children)
+    else:
+        print_allocations(answer.allocations)
 
 
 @app.command()
@@ -126,3 +147,10 @@ def stop(
         if not detach:
             wait_stopped(fleet, job)
     print(f"job {job}: {'stopping' if detach else 'stopped'}")
+
+
+app.command("dispatch")(launches.dispatch)
+app.command("history")(versions.history)
+app.command("diff")(versions.diff_)
+app.command("revert")(versions.revert)
+app.command("scale")(versions.scale)

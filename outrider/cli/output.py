@@ -5,9 +5,13 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from enum import Enum
 
 import msgspec
+
+from outrider.cron import zone
+from outrider.model.job import Schedule
 
 
 def plain(value: object) -> object:
@@ -69,6 +73,20 @@ def age(at_s: float) -> str:
     return f"{int(passed_s)}s"
 
 
+def until(at_s: float) -> str:
+    """How long until then, in one unit."""
+    left_s = max(0.0, at_s - time.time())
+    unit, seconds = next((pair for pair in (("d", 86400), ("h", 3600), ("m", 60)) if left_s >= pair[1]), ("s", 1))
+    return f"{left_s / seconds:.0f}{unit}"
+
+
+def when(at_s: float, schedule: Schedule | None) -> str:
+    """A time as the schedule that it is from counts: `2026-11-26 06:30:00 Europe/Berlin, in 3h`."""
+    name = schedule.time_zone if schedule is not None else "UTC"
+    shown = datetime.fromtimestamp(at_s, zone(name))
+    return f"{shown:%Y-%m-%d %H:%M:%S} {name}, in {until(at_s)}"
+
+
 def mebibytes(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 30):.1f}Gi" if size_bytes >= 10 << 30 else f"{size_bytes >> 20}Mi"
 
@@ -79,6 +97,7 @@ def cores(millis: int) -> str:
 
 _COLOURS = {
     "running": 32, "ready": 32, "healthy": 32, "successful": 32, "allow": 32, "yes": 32,
+    "complete": 32, "waiting": 33,
     "pending": 33, "starting": 33, "stopping": 33, "gone": 33, "suspect": 33, "no": 33,
     "failed": 31, "lost": 31, "down": 31, "deny": 31,
 }  # fmt: skip

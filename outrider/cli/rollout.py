@@ -2,17 +2,20 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from outrider import codec
 from outrider.cli import output
-from outrider.cli.client import Fleet
+from outrider.cli.client import STREAM_TIMEOUT_S, Fleet
 from outrider.errors import PeerError, RefusedError
 from outrider.model.allocation import TERMINAL, Allocation, AllocStatus
-from outrider.model.fleet import JobStatus, RolloutState
+from outrider.model.fleet import JobState, JobStatus, RolloutState
+from outrider.model.job import Job
 from outrider.v1 import operator_pb2
 
 _FAILURES_SHOWN_MAX = 5
+_SUCCESS = {JobState.COMPLETE: "is complete", JobState.WAITING: "waits to be launched"}
 
 
 def wait(fleet: Fleet, job: str, version: int) -> JobStatus:
@@ -28,7 +31,7 @@ def wait(fleet: Fleet, job: str, version: int) -> JobStatus:
                 break
     match status.rollout:
         case RolloutState.SUCCESSFUL:
-            output.say(f"job {job}, version {version}: runs as it should")
+            output.say(f"job {job}, version {version}: {_SUCCESS.get(status.state, 'runs as it should')}")
             return status
         case RolloutState.STOPPED:
             raise RefusedError("stopped", f"job {job}: was stopped meanwhile")
@@ -45,8 +48,44 @@ def wait_stopped(fleet: Fleet, job: str) -> None:
                 return
 
 
-def _statuses(fleet: Fleet, job: str) -> Iterator[JobStatus]:
-    for message in fleet.stream(fleet.stub.WatchJob, operator_pb2.GetJobRequest(job=job)):
+def wait_scaled(fleet: Fleet, job: str, group: str, count: int) -> None:
+    """Until the group has `count` healthy copies and no other.
+
+    Raises RefusedError where that is not so within the time that the group gives each copy to become healthy.
+    """
+    request = operator_pb2.GetJobRequest(job=job)
+    groups = codec.from_wire(fleet.call(fleet.stub.GetJob, request), JobStatus).job.job.groups
+    deadline_s = max((one.update.healthy_deadline_s for one in groups if group in ("", one.name)), default=120.0)
+    began_s = time.monotonic()
+    missing: list[Allocation] = []
+    with _progress() as show:
+        try:
+            for status in _statuses(fleet, job, timeout_s=deadline_s):
+                show(status)
+                copies = [each for each in status.allocations if group in ("", each.group)]
+                live = [each for each in copies if each.status not in TERMINAL]
+                missing = [each for each in live if not each.healthy]
+                if len(live) == count and not missing:
+                    return
+        except PeerError:
+            if time.monotonic() - began_s < deadline_s:
+                raise
+    shown = "".join(f"\n  {_line(each)}" for each in missing[:_FAILURES_SHOWN_MAX])
+    raise RefusedError("not-scaled", f"job {job}: not {count} healthy copies within {deadline_s:g} s{shown}")
+
+
+def next_launch(fleet: Fleet, job: Job) -> str:
+    """When the schedule fires next."""
+    for status in _statuses(fleet, job.name):
+        if status.next_launch_s is not None:
+            return output.when(status.next_launch_s, job.schedule)
+        if status.job.stopped:
+            break
+    return "never: it was stopped meanwhile"
+
+
+def _statuses(fleet: Fleet, job: str, timeout_s: float = STREAM_TIMEOUT_S) -> Iterator[JobStatus]:
+    for message in fleet.stream(fleet.stub.WatchJob, operator_pb2.GetJobRequest(job=job), timeout_s):
         yield codec.from_wire(message, JobStatus)
     raise PeerError(f"job {job}: the fleet stopped telling of it; `outrider job status {job}` shows how it is")
 

@@ -81,6 +81,7 @@ class Assignment(Value, frozen=True, kw_only=True):
     job_version: int
     group: Group
     index: int  # which of the group's copies: web[0], web[1] ...
+    arguments: Mapping[str, str] = {}  # what `${param.NAME}` is
     batch: bool = False  # ends when its work ends; a clean exit is not restarted
     desired: Desired = Desired.RUN
     mesh_ports: Mapping[ServiceName, int] = {}  # the host port of each service's sidecar listener

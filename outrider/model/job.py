@@ -340,6 +340,7 @@ class Job(Value, frozen=True, kw_only=True):
     schedule: Schedule | None = None
     parameters: Parameters | None = None
     parent: JobName | None = None  # the job that this one was launched from
+    arguments: Mapping[str, str] = {}  # what its parent's parameters are here
 
     @property
     def is_template(self) -> bool:

@@ -300,6 +300,26 @@ class Assignment(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ArgumentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ALLOC_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     JOB_VERSION_FIELD_NUMBER: _builtins.int
@@ -310,6 +330,7 @@ class Assignment(_message.Message):
     MESH_PORTS_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     DYNAMIC_PORTS_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     job: _builtins.str
     job_version: _builtins.int
@@ -324,6 +345,8 @@ class Assignment(_message.Message):
     def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def dynamic_ports(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -337,10 +360,11 @@ class Assignment(_message.Message):
         mesh_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         secrets: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         dynamic_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        arguments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "secrets", b"secrets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "secrets", b"secrets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1077,6 +1077,26 @@ Global___Parameters: _TypeAlias = Parameters  # noqa: Y015
 class Job(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ArgumentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
@@ -1090,6 +1110,7 @@ class Job(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: Global___JobType.ValueType
     priority: _builtins.int
@@ -1109,6 +1130,8 @@ class Job(_message.Message):
     def schedule(self) -> Global___Schedule: ...
     @_builtins.property
     def parameters(self) -> Global___Parameters: ...
+    @_builtins.property
+    def arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -1125,10 +1148,11 @@ class Job(_message.Message):
         schedule: Global___Schedule | None = ...,
         parameters: Global___Parameters | None = ...,
         parent: _builtins.str | None = ...,
+        arguments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "_placement", b"_placement", "parameters", b"parameters", "parent", b"parent", "placement", b"placement", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "_placement", b"_placement", "affinities", b"affinities", "constraints", b"constraints", "groups", b"groups", "name", b"name", "namespace", b"namespace", "parameters", b"parameters", "parent", b"parent", "placement", b"placement", "pool", b"pool", "priority", b"priority", "schedule", b"schedule", "spread", b"spread", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "_placement", b"_placement", "affinities", b"affinities", "arguments", b"arguments", "constraints", b"constraints", "groups", b"groups", "name", b"name", "namespace", b"namespace", "parameters", b"parameters", "parent", b"parent", "placement", b"placement", "pool", b"pool", "priority", b"priority", "schedule", b"schedule", "spread", b"spread", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__parent: _TypeAlias = _typing.Literal["parent"]  # noqa: Y015
     _WhichOneofArgType__parent: _TypeAlias = _typing.Literal["_parent", b"_parent"]  # noqa: Y015

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from controller.core import mesh_intent, views
 from controller.core import table as columns
 from controller.core.commands import Append, SendAssignments
+from controller.core.events import JobDispatchRequested, JobRevertRequested, JobScaleRequested
 from controller.core.policy import Policy
 from controller.core.state import State
 from outrider.ids import JobName
 from outrider.model.allocation import AllocStatus, Generation
 from outrider.model.fleet import RolloutState
-from outrider.model.job import JobType, UpdatePolicy
+from outrider.model.job import JobType, Parameters, Schedule, UpdatePolicy
 from tests.scenarios.world import World, group, job, node, service
 
 NODES = ("n1", "n2", "n3", "n4", "n5")
@@ -134,6 +135,10 @@ actions = st.one_of(
     st.tuples(st.just("journal"), st.booleans()),
     st.tuples(st.just("restart")),
     st.tuples(st.just("withdraw"), st.booleans()),
+    st.tuples(st.just("template"), st.sampled_from(["*/10 * * * * *", "", ""]), st.booleans()),
+    st.tuples(st.just("dispatch"), st.booleans()),
+    st.tuples(st.just("revert"), st.sampled_from(JOBS), st.integers(0, 4)),
+    st.tuples(st.just("scale"), st.sampled_from(JOBS), st.integers(0, 7)),
 )
 TYPES = {"batch": JobType.BATCH, "everywhere": JobType.SYSTEM}
 
@@ -177,6 +182,24 @@ def act(world: CheckedWorld, action: tuple[object, ...]) -> None:  # noqa: C901,
             world.begin()
         case ("withdraw", bool(acknowledged)):
             world.withdraw_acknowledged = acknowledged
+        case ("template" | "dispatch" | "revert" | "scale", *_):
+            act_on_versions(world, action)
+
+
+def act_on_versions(world: CheckedWorld, action: tuple[object, ...]) -> None:
+    """What launches jobs from others, or changes a job without a file."""
+    match action:
+        case ("template", str(cron), bool(overlap)):
+            wanted = job("launcher", group("main", 2), type=JobType.BATCH)
+            schedule = Schedule(cron=cron, overlap=overlap) if cron else None
+            parameters = None if cron else Parameters(optional=("who",))
+            world.request(msgspec.structs.replace(wanted, schedule=schedule, parameters=parameters))
+        case ("dispatch", bool(right)):
+            world.call(JobDispatchRequested, job=JobName("launcher"), parameters={"who": "me"} if right else {})
+        case ("revert", str(name), int(version)):
+            world.call(JobRevertRequested, job=JobName(name), version=version)
+        case ("scale", str(name), int(count)):
+            world.call(JobScaleRequested, job=JobName(name), group=None, count=count)
 
 
 histories = st.lists(actions, min_size=4, max_size=30)
@@ -212,7 +235,7 @@ def test_what_is_wanted_runs_after_many_more_histories(happenings: list[tuple[ob
 
 
 def keep_promises(happenings: list[tuple[object, ...]], seed: int) -> None:
-    world = CheckedWorld(Policy(ended_kept=2, versions_kept=3, plan_placements_max=5), seed)
+    world = CheckedWorld(Policy(ended_kept=2, versions_kept=3, children_kept=2, plan_placements_max=5), seed)
     world.join(node("n1"), node("n2"))
     for happening in happenings:
         act(world, happening)

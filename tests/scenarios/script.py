@@ -7,6 +7,8 @@ since the beginning. `python -m tests.scenarios` writes the traces anew; a chang
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from controller.core import mesh_intent, views
 from controller.core.commands import (
     CloseSession,
@@ -19,9 +21,10 @@ from controller.core.commands import (
     WithdrawEndpoints,
 )
 from controller.core.events import LastWillSeen
-from outrider.ids import AllocId, JobName, NodeId
+from outrider.ids import AllocId, JobName, NodeId, ServiceName
+from outrider.job_diff import diff
 from outrider.model.allocation import Allocation, AllocStatus
-from outrider.model.job import JobType, Protocol, UpdatePolicy
+from outrider.model.job import Group, Job, JobType, Parameters, Protocol, Schedule, UpdatePolicy
 from tests.scenarios.world import START_S, World, group, job, node, service
 
 HERE = Path(__file__).parent
@@ -133,12 +136,19 @@ class Stage:
             "finish": lambda names, _: world.finish(self._alloc(names[0])),
             "agents": self._agents,
             "sidecars": lambda words, _: setattr(world, "withdraw_acknowledged", words == ["acknowledge"]),
-            "restart": lambda _words, _: self._restart(),
+            "restart": lambda words, _: self._restart(float(words[0]) if words else 0.0),
+            "dispatch": lambda names, options: world.dispatch(names[0], **options) and None,
+            "revert": lambda words, _: world.revert(words[0], int(words[1]) if len(words) > 1 else 0) and None,
+            "scale": lambda words, _: world.scale(words[0], int(words[-1]), (*words[1:-1], None)[0]) and None,
+            "history": lambda names, _: self._history(names[0]),
             "show": lambda names, _: self._show(names[0]),
         }
 
     def _submit(self, words: list[str], options: dict[str, str]) -> None:
-        """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T max_parallel=N ..."""
+        """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T max_parallel=N ...
+
+        `schedule=*/5_*_*_*_*`, `overlap=allow`, `required=NAME`, `optional=NAME`, `depends_on=NAME`: see docs/JOBS.md.
+        """
         name, group_name = words[0].split(".")
         services = []
         if "service" in options:
@@ -157,9 +167,35 @@ class Stage:
                 auto_revert=options.get("auto_revert") == "true",
             ),
         )
-        self.world.submit(job(name, wanted, type=JobType(options.get("type", "service"))))
+        if "depends_on" in options:
+            wanted = msgspec.structs.replace(wanted, depends_on=(ServiceName(options["depends_on"]),))
+        self.world.submit(self._kind(name, wanted, options))
 
-    def _restart(self) -> None:
+    def _kind(self, name: str, wanted: Group, options: dict[str, str]) -> Job:
+        launched = {"schedule", "required", "optional"} & options.keys()
+        made = job(name, wanted, type=JobType(options.get("type", "batch" if launched else "service")))
+        if "schedule" in options:
+            cron = options["schedule"].replace("_", " ")
+            schedule = Schedule(cron=cron, overlap=options.get("overlap") == "allow")
+            return msgspec.structs.replace(made, schedule=schedule)
+        if launched:
+            names = ((options[key],) if key in options else () for key in ("required", "optional"))
+            required, optional = names
+            return msgspec.structs.replace(made, parameters=Parameters(required=required, optional=optional))
+        return made
+
+    def _history(self, name: str) -> None:
+        versions = views.job_history(self.world.state, JobName(name)) or ()
+        before = None
+        for one in versions:
+            changed = ", ".join(map(str, diff(before, one.version.job))) if before else "the first"
+            reason = f" ({one.reason})" if one.reason else ""
+            self.world.trace.append(f"  version {one.version.version} {one.rollout}{reason}: {changed}")
+            before = one.version.job
+
+    def _restart(self, away_s: float) -> None:
+        """restart SECONDS: nobody is there for so long; then a controller starts on the journal as it is."""
+        self.world.now_s += away_s
         self.world.begin()
         self.world.wait(0)
 
@@ -180,8 +216,14 @@ class Stage:
         assert status is not None, name
         reason = f": {status.rollout_reason}" if status.rollout_reason else ""
         self.world.trace.append(f"  rollout {status.rollout}{reason}")
+        if status.job.job.is_template:
+            self.world.trace.append(f"  {status.state}, next launch at {self._at(status.next_launch_s)}")
+            self.world.trace.extend(f"  {one.name} {one.state}" for one in status.children)
         self.world.trace.extend(f"  warning: {warning}" for warning in status.warnings)
         self.world.trace.extend(f"  {self._line(one)}" for one in status.allocations)
+
+    def _at(self, at_s: float | None) -> str:
+        return f"{at_s - START_S:.1f}" if at_s is not None else "no time"
 
     def _line(self, one: Allocation) -> str:
         health = " healthy" if one.healthy else " not healthy" if one.status is AllocStatus.RUNNING else ""

@@ -6,7 +6,7 @@ journal or an agent to be slow switches `journal_works` or the agent's `obedient
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from controller.core.commands import (
@@ -303,33 +303,25 @@ class World:
         return self.replies[self.request(JobName(name))]
 
     def dispatch(self, name: str, payload: bytes | None = None, **parameters: str) -> Reply:
-        request = self._next_request()
-        self.send(JobDispatchRequested(request=request, job=JobName(name), parameters=parameters, payload=payload))
-        return self.replies[request]
+        return self.replies[self.call(JobDispatchRequested, job=JobName(name), parameters=parameters, payload=payload)]
 
     def revert(self, name: str, version: int = 0) -> Reply:
-        request = self._next_request()
-        self.send(JobRevertRequested(request=request, job=JobName(name), version=version))
-        return self.replies[request]
+        return self.replies[self.call(JobRevertRequested, job=JobName(name), version=version)]
 
     def scale(self, name: str, count: int, group_name: str | None = None) -> Reply:
-        request = self._next_request()
         wanted = GroupName(group_name) if group_name is not None else None
-        self.send(JobScaleRequested(request=request, job=JobName(name), group=wanted, count=count))
-        return self.replies[request]
+        return self.replies[self.call(JobScaleRequested, job=JobName(name), group=wanted, count=count)]
+
+    def call(self, kind: Callable[..., Event], **values: object) -> RequestId:
+        """An operator's; the reply comes when the journal works."""
+        request = RequestId(self._requests)
+        self._requests += 1
+        self.send(kind(request=request, **values))
+        return request
 
     def request(self, wanted: Job | JobName) -> RequestId:
         """A job to submit, or the name of one to stop; the reply comes when the journal works."""
-        request = self._next_request()
-        if isinstance(wanted, Job):
-            self.send(JobSubmitted(request=request, job=wanted))
-        else:
-            self.send(JobStopRequested(request=request, job=wanted))
-        return request
-
-    def _next_request(self) -> RequestId:
-        self._requests += 1
-        return RequestId(self._requests - 1)
+        return self.call(JobSubmitted if isinstance(wanted, Job) else JobStopRequested, job=wanted)
 
     def fail(self, alloc: AllocId, message: str = "exit code 1") -> None:
         """The agent gives the allocation up."""

@@ -46,6 +46,14 @@ def test_names_are_filled_in() -> None:
     assert spec.env["WHO"] == "shop/web/server[2]@node-1:00ff00ff00"
 
 
+def test_arguments_are_taken_as_they_are() -> None:
+    task = changed(command=("get", "${param.url}?w=${param.width}"), env={})
+    given = msgspec.structs.replace(assignment(task), arguments={"url": "${job}}$", "width": ""})
+    spec = sandbox_spec(given, task, PLACE)
+    assert spec.argv == ("get", "${job}}$?w=")
+    assert (spec.env["OUTRIDER_PARAM_URL"], spec.env["OUTRIDER_PARAM_WIDTH"]) == ("${job}}$", "")
+
+
 def test_environment_tells_who_and_where() -> None:
     env = sandbox_spec(assignment(), TASK, PLACE).env
     assert {name: value for name, value in env.items() if name.startswith(("OUTRIDER_", "PORT_"))} == {
