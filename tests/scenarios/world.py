@@ -64,6 +64,7 @@ from outrider.model.job import (
     Port,
     Protocol,
     Resources,
+    RestartPolicy,
     Service,
     Task,
     UpdatePolicy,
@@ -111,6 +112,7 @@ def group(
     static: int | None = None,
     command: str = "serve",
     update: UpdatePolicy | None = None,
+    restart: RestartPolicy | None = None,
 ) -> Group:
     ports = [Port(name=PortName("http"))] if services else []
     if static is not None:
@@ -127,6 +129,7 @@ def group(
         services=tuple(services),
         network=Network(ports=tuple(ports)),
         update=update or UpdatePolicy(),
+        restart=restart or RestartPolicy(),
     )
 
 
