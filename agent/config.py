@@ -22,10 +22,10 @@ TcpPort = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class JoinConfig(Value, frozen=True, kw_only=True):
-    """How a node without a certificate gets one. The CA's fingerprint is pinned: the token meets no stranger."""
+    """How a node without a certificate gets one. The CA's fingerprint is in the token: it meets no stranger."""
 
     address: str
-    ca_sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F:]{64,95}$")]
+    ca_sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F:]{64,95}$")] | None = None  # instead of the token's
     token: str | None = None
     token_file: Path | None = None
 

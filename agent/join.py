@@ -1,13 +1,10 @@
 """How a node without a certificate becomes one of the fleet: key and request made here, one Join, three files written.
 
-The controller must show, in its TLS chain, the CA whose fingerprint the configuration pins; then the token is sent.
+The controller must show, in its TLS chain, the CA whose fingerprint the token has; then the token is sent.
 """
 
 import asyncio
-import hashlib
 import os
-import socket
-import ssl
 from pathlib import Path
 
 import grpc
@@ -17,10 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.config import Config, JoinConfig
 from agent.leaves import signing_request
-from outrider.config import host_port
 from outrider.errors import ConfigError, PeerError, RefusedError
 from outrider.log import Log
+from outrider.pinned import pinned_ca
 from outrider.tls import Identity, IdentityKind, joining_channel
+from outrider.tokens import parse_token
 from outrider.v1 import fleet_pb2, fleet_pb2_grpc
 
 _DEADLINE_S = 10.0
@@ -53,11 +51,12 @@ async def join(config: Config, log: Log) -> None:
 
 async def _join(config: Config, wanted: JoinConfig) -> None:
     files = config.tls
-    ca_pem = await asyncio.to_thread(_pinned_ca, wanted)
+    token = _token(wanted)
+    ca_pem = await asyncio.to_thread(pinned_ca, wanted.address, wanted.ca_sha256 or parse_token(token).ca_sha256)
     _write(files.ca, ca_pem.encode(), 0o644)
     identity = Identity(kind=IdentityKind.NODE, name=config.node, cluster=config.cluster)
     request = fleet_pb2.JoinRequest(
-        token=_token(wanted), node=config.node, csr_pem=signing_request(_key(files.key), identity.uri)
+        token=token, node=config.node, csr_pem=signing_request(_key(files.key), identity.uri)
     )
     async with joining_channel(wanted.address, files.ca) as channel:
         stub = fleet_pb2_grpc.JoinServiceStub(channel)
@@ -80,30 +79,6 @@ def _token(wanted: JoinConfig) -> str:
         return wanted.token_file.read_text().strip()
     except OSError as error:
         raise ConfigError(f"{wanted.token_file}: the join token cannot be read: {error.strerror}") from error
-
-
-def _pinned_ca(wanted: JoinConfig) -> str:
-    """The CA in the controller's chain that has the pinned fingerprint, as PEM. Raises PeerError, RefusedError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint is what is checked
-    context.set_alpn_protocols(["h2"])
-    try:
-        with (
-            socket.create_connection(host_port(wanted.address), timeout=_DEADLINE_S) as plain,
-            context.wrap_socket(plain) as secure,
-        ):
-            # Public as `get_unverified_chain` from Python 3.13 on.
-            chain = secure._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]  # noqa: SLF001
-    except OSError as error:
-        raise PeerError(f"{wanted.address}: {error}") from error
-    pinned = wanted.ca_sha256.replace(":", "").lower()
-    for certificate in chain:
-        pem: str = certificate.public_bytes()
-        if hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest() == pinned:
-            return pem
-    raise RefusedError(
-        "join", f"{wanted.address} shows no CA with fingerprint {wanted.ca_sha256}: check join.ca_sha256"
-    )
 
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -12,7 +12,10 @@ from collections.abc import Coroutine
 
 import grpc.aio
 
+from controller.access import AccessService
+from controller.audit import AuditLog
 from controller.ca import FleetCa
+from controller.callers import Callers
 from controller.candidate import candidate
 from controller.catalog.catalog import Catalog
 from controller.config import WILDCARDS, Config, JournalKind
@@ -25,7 +28,8 @@ from controller.engine import Engine
 from controller.event_log import EventLog
 from controller.events import Broker
 from controller.fleet import FleetService
-from controller.join import JoinService
+from controller.join import JoinService, admission
+from controller.join_token import keep_join_token
 from controller.journal.sqlite import SqliteJournal
 from controller.keyring import Keyring
 from controller.listeners import socket_listener, tls_listener
@@ -37,12 +41,10 @@ from controller.operator import OperatorService
 from controller.parts import Parts
 from controller.stores import StoreService
 from controller.term import Term
-from controller.tokens import Tokens
-from outrider.clock import wall_s
 from outrider.config import host_port
 from outrider.log import Log
 from outrider.tls import TlsFiles, server_credentials, ssl_context
-from outrider.v1 import fleet_pb2_grpc, operator_pb2_grpc, stores_pb2_grpc
+from outrider.v1 import access_pb2_grpc, fleet_pb2_grpc, operator_pb2_grpc, stores_pb2_grpc
 
 _DATACENTER = "dc1"
 
@@ -65,6 +67,7 @@ async def lead(config: Config, term: Term, stop: asyncio.Event) -> None:
         await controller.start(stack)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(task, name=name) for name, task in controller.tasks().items()]
+            await controller.begin()
             controller.log.info("ready", **controller.listening)
             await stop.wait()
             controller.log.info("stopping")
@@ -81,11 +84,10 @@ class Controller:
         self.log = Log("controller")
         self.listening: dict[str, str] = {}
         self._config = config
-        self._ca = FleetCa(config.data / "ca", config.cluster)
+        self._ca = FleetCa(config.data / "ca", config.cluster, node_valid_s=config.node_certificate_valid_s)
         self._files = issue(self._ca, config)
-        self._tokens = Tokens(config.data / "tokens")
-        self._tokens.ensure_first(wall_s())
         self._keyring = Keyring(config.secrets.key_file or config.data / "secrets.key", os.environ)
+        self._audit = AuditLog(config.data)
         self._events = EventLog()
         self._engine = Engine(journal=term.journal, events=self._events, log=Log("engine"), standing=term.standing)
         self._broker = self._make_broker()
@@ -118,8 +120,6 @@ class Controller:
         mesh.withdrawn = lambda allocs: self._engine.post(EndpointsWithdrawn(allocs=allocs))
         self._engine.sync_all(mesh)
         self._parts = parts
-        if self._term.joined is not None:
-            await self._term.joined()  # the first join token, where this controller has just made it
         await self._listen(stack)
 
     def tasks(self) -> dict[str, Coroutine[object, object, None]]:
@@ -134,6 +134,11 @@ class Controller:
         if self._broker is not None:
             tasks["mqtt"] = self._broker.run()
         return tasks
+
+    async def begin(self) -> None:
+        """Once the tasks run: what needs the journal."""
+        if self._config.join_token_file is not None:
+            await keep_join_token(self._config.join_token_file, self._engine, self._ca)
 
     def _make_broker(self) -> Broker | None:
         if self._config.mqtt is None:
@@ -173,41 +178,39 @@ class Controller:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         config, parts = self._config, self._parts
-        operator = OperatorService(parts, consul=self._consul_url)
-        fleet = FleetService(parts, heartbeat_interval_s=Policy().heartbeat_interval_s)
-        join = JoinService(
-            cluster=config.cluster,
-            ca=self._ca,
-            tokens=self._tokens,
-            refused=parts.refused,
-            joined=self._term.joined,
+        limit = config.rate_limit
+        callers = Callers(
+            cluster=config.cluster, access=self._engine.state.access, per_s=limit.per_s, burst=limit.burst
         )
+        operator = OperatorService(parts, consul=self._consul_url, callers=callers, audit=self._audit)
+        stores = StoreService(parts, callers=callers, audit=self._audit)
+        access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca)
+        fleet = FleetService(parts, heartbeat_interval_s=Policy().heartbeat_interval_s)
+        join = JoinService(cluster=config.cluster, ca=self._ca, admit=admission(self._engine), refused=parts.refused)
 
-        stores = StoreService(parts)
-
-        def register_operators(server: grpc.aio.Server) -> None:
+        def register_people(server: grpc.aio.Server) -> None:
             operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
             stores_pb2_grpc.add_StoreServiceServicer_to_server(stores, server)
+            access_pb2_grpc.add_AccessServiceServicer_to_server(access, server)
+
+        def register_anybody(server: grpc.aio.Server) -> None:
+            register_people(server)
+            fleet_pb2_grpc.add_JoinServiceServicer_to_server(join, server)
 
         def register_members(server: grpc.aio.Server) -> None:
-            register_operators(server)
+            register_people(server)
             fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
 
         members, anybody = (server_credentials(self._files, client_certificate=each) for each in (True, False))
         for key, listener in (
             (
                 "operator_socket",
-                socket_listener(config.operator_socket, register_operators),
+                socket_listener(config.operator_socket, register_people),
             ),
             ("listen", tls_listener("listen", config.listen, members, register_members)),
             (
                 "join_listen",
-                tls_listener(
-                    "join_listen",
-                    config.join_listen,
-                    anybody,
-                    lambda server: fleet_pb2_grpc.add_JoinServiceServicer_to_server(join, server),
-                ),
+                tls_listener("join_listen", config.join_listen, anybody, register_anybody),
             ),
         ):
             self.listening[key] = await stack.enter_async_context(listener)

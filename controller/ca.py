@@ -5,7 +5,6 @@ Owns making and keeping certificates. Never decides who may join: `join` does, b
 
 import datetime as dt
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,28 +14,40 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from controller.files import write_file
 from outrider.broker import CONTROLLER_USER, OPERATOR_USER
 from outrider.errors import HostError, RefusedError
 from outrider.ids import NodeId
+from outrider.model.job import Value
 from outrider.tls import CONTROLLER_NAME, Identity, IdentityKind, TlsFiles
 
+NODE_VALID_S = 7 * 24 * 3600.0  # renewed at half life
 _CA_VALID = dt.timedelta(days=3650)
-_LEAF_VALID = dt.timedelta(days=365)
+_OWN_VALID = dt.timedelta(days=365)  # made anew at each start
+_USER_VALID = dt.timedelta(days=30)
 _CLOCK_SKEW = dt.timedelta(minutes=5)
 
 _PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
+class Issued(Value, frozen=True, kw_only=True):
+    """A certificate, and what is told of it."""
+
+    pem: bytes
+    serial: str  # hexadecimal
+    expires_at_s: float
+
+
 class FleetCa:
     """One fleet's CA, made at the controller's first start."""
 
-    def __init__(self, directory: Path, cluster: str) -> None:
+    def __init__(self, directory: Path, cluster: str, *, node_valid_s: float = NODE_VALID_S) -> None:
         """Raises HostError where the files cannot be read, made or do not fit each other."""
         self._directory = directory
         self._cluster = cluster
+        self._node_valid = dt.timedelta(seconds=node_valid_s)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (directory / "nodes").mkdir(mode=0o700, exist_ok=True)
             if not (directory / "ca.key").exists():
                 self._create()
             self._key = _private_key((directory / "ca.key").read_bytes())
@@ -44,6 +55,11 @@ class FleetCa:
         except (OSError, ValueError) as error:
             hint = "restore the directory from a backup, or remove it: all nodes must join again then"
             raise HostError(str(directory), step=f"open the fleet's CA: {error}", hint=hint) from error
+
+    @property
+    def sha256(self) -> str:
+        """The CA certificate's fingerprint, in hexadecimal: tokens carry it."""
+        return self._certificate.fingerprint(hashes.SHA256()).hex()
 
     @property
     def pem(self) -> bytes:
@@ -70,24 +86,18 @@ class FleetCa:
         identity = Identity(kind=IdentityKind.READER, name=name, cluster=self._cluster)
         return self._issue_files("reader", "@reader", [_uri(identity)], server=False)
 
-    def issue_node(self, csr_pem: bytes, node: NodeId, *, known_may_rejoin: bool) -> bytes:
+    def issue_node(self, csr_pem: bytes, node: NodeId) -> Issued:
         """A node's certificate for the key of `csr_pem`; what else the request asks for is ignored.
 
-        Raises RefusedError where the request is malformed, or where `node` joined before with another key
-        and the token does not name it.
+        Raises RefusedError where the request is malformed.
         """
-        public_key = _requested_key(csr_pem)
-        path = self._directory / "nodes" / f"{node}.crt"
-        if path.exists() and not known_may_rejoin:
-            known = x509.load_pem_x509_certificate(path.read_bytes()).public_key()
-            if known != public_key:
-                raise RefusedError(
-                    "node-known", f"node {node} joined before with another key; take another name, or remove {path}"
-                )
         identity = Identity(kind=IdentityKind.NODE, name=node, cluster=self._cluster)
-        pem = self._sign(public_key, node, [_uri(identity)], server=False)
-        _write(path, pem, 0o600)
-        return pem
+        return self._sign(requested_key(csr_pem), node, [_uri(identity)], server=False, valid=self._node_valid)
+
+    def issue_user(self, csr_pem: bytes, user: str) -> Issued:
+        """A user's; to the broker all of them are one. Raises RefusedError as `issue_node` does."""
+        identity = Identity(kind=IdentityKind.USER, name=user, cluster=self._cluster)
+        return self._sign(requested_key(csr_pem), "@user", [_uri(identity)], server=False, valid=_USER_VALID)
 
     def _create(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -97,29 +107,35 @@ class FleetCa:
         builder = builder.add_extension(_key_usage(ca=True), critical=True)
         certificate = builder.sign(key, hashes.SHA256())
         # The certificate first: a key on disk means that both are there.
-        _write(self._directory / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        _write(self._directory / "ca.key", _key_pem(key), 0o600)
+        write_file(self._directory / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        write_file(self._directory / "ca.key", _key_pem(key), 0o600)
 
     def _issue_files(self, stem: str, common_name: str, names: Sequence[x509.GeneralName], *, server: bool) -> TlsFiles:
         key = ec.generate_private_key(ec.SECP256R1())
-        pem = self._sign(key.public_key(), common_name, names, server=server)
+        pem = self._sign(key.public_key(), common_name, names, server=server, valid=_OWN_VALID).pem
         files = TlsFiles(
             ca=self._directory / f"{stem}.ca",
             certificate=self._directory / f"{stem}.crt",
             key=self._directory / f"{stem}.key",
         )
-        _write(files.ca, self.pem, 0o644)
-        _write(files.key, _key_pem(key), 0o600)
+        write_file(files.ca, self.pem, 0o644)
+        write_file(files.key, _key_pem(key), 0o600)
         # A server shows the CA too: a node that joins knows its fingerprint before it has the certificate.
-        _write(files.certificate, pem + self.pem if server else pem, 0o644)
+        write_file(files.certificate, pem + self.pem if server else pem, 0o644)
         return files
 
     def _sign(
-        self, public_key: _PublicKey, common_name: str, names: Sequence[x509.GeneralName], *, server: bool
-    ) -> bytes:
+        self,
+        public_key: _PublicKey,
+        common_name: str,
+        names: Sequence[x509.GeneralName],
+        *,
+        server: bool,
+        valid: dt.timedelta,
+    ) -> Issued:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
-        builder = _builder(subject, self._certificate.subject, public_key, _LEAF_VALID)
+        builder = _builder(subject, self._certificate.subject, public_key, valid)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(ca=False), critical=True)
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -127,7 +143,12 @@ class FleetCa:
         builder = builder.add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
         )
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        signed = builder.sign(self._key, hashes.SHA256())
+        return Issued(
+            pem=signed.public_bytes(serialization.Encoding.PEM),
+            serial=f"{signed.serial_number:x}",
+            expires_at_s=signed.not_valid_after_utc.timestamp(),
+        )
 
 
 def _builder(
@@ -160,7 +181,8 @@ def _key_usage(*, ca: bool) -> x509.KeyUsage:
     )
 
 
-def _requested_key(csr_pem: bytes) -> _PublicKey:
+def requested_key(csr_pem: bytes) -> _PublicKey:
+    """The key that the request proves to hold. Raises RefusedError("bad-csr")."""
     try:
         request = x509.load_pem_x509_csr(csr_pem)
         if not request.is_signature_valid:
@@ -201,15 +223,3 @@ def _alternative(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Whole or not at all, and never readable by others for a moment."""
-    partial = path.with_name(path.name + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

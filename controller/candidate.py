@@ -63,7 +63,7 @@ async def candidate(config: Config, stop: asyncio.Event, *, lead: Lead, issue: I
                 log.info("term begins")
                 try:
                     await asyncio.to_thread(shared.pull)
-                    await lead(config, _term(config, election, shared), stop)
+                    await lead(config, _term(config, election), stop)
                 except* (LeadershipLostError, PeerError) as lost:
                     log.warning("term ends", reason="; ".join(str(each) for each in _flat(lost)))
                 await election.resign()
@@ -125,18 +125,13 @@ async def _follow(
             stopping.cancel()
 
 
-def _term(config: Config, election: Election, shared: SharedFiles) -> Term:
+def _term(config: Config, election: Election) -> Term:
     session = election.session
-
-    async def push() -> None:
-        await asyncio.to_thread(shared.push, session)
-
     return Term(
         journal=ConsulJournal(_kv(config), cluster=config.cluster, session=session),
         standing=election,
         lock=HeldLock(cluster=config.cluster, session=session),
         confirm=election.confirm,
-        joined=push,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from controller.ca import NODE_VALID_S
 from outrider.config import host_port
 from outrider.errors import ConfigError
 from outrider.ids import NAME_PATTERN
@@ -87,12 +88,19 @@ class SecretsConfig(Value, frozen=True, kw_only=True):
     key_file: Path | None = None  # default: secrets.key below `data`; it is made where it is not there
 
 
+class RateLimit(Value, frozen=True, kw_only=True):
+    """Calls of one user, and of one address; root's on the controller's own socket are not counted."""
+
+    per_s: Annotated[float, msgspec.Meta(gt=0)] = 50.0
+    burst: Annotated[float, msgspec.Meta(ge=1)] = 200.0
+
+
 class Config(Value, frozen=True, kw_only=True):
     cluster: Name
     name: Name = msgspec.field(default_factory=_host_name)  # of this controller among those of the fleet
     data: Path
     listen: str  # FleetService and OperatorService, mTLS
-    join_listen: str  # JoinService: TLS; the token proves the caller
+    join_listen: str  # JoinService, and users with a token: TLS; the token proves the caller
     operator_socket: Path  # OperatorService on a unix socket of mode 0600
     metrics_listen: str | None = None  # plain HTTP: /metrics and /v1/discovery/prometheus
     catalog: CatalogConfig = CatalogConfig()
@@ -104,6 +112,9 @@ class Config(Value, frozen=True, kw_only=True):
     mqtt: MqttConfig | None = None
     secrets: SecretsConfig = SecretsConfig()
     log: Literal["debug", "info", "warning", "error"] = "info"
+    rate_limit: RateLimit = RateLimit()
+    node_certificate_valid_s: Annotated[float, msgspec.Meta(ge=60)] = NODE_VALID_S  # renewed at half life
+    join_token_file: Path | None = None  # keep a join token for any node there: for a fleet on one machine
     addresses: tuple[str, ...] = ()  # more names and IP addresses for the server's certificate
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ Tasks: two for each session (read, write) and two for each tunnel, in the call's
 import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from controller.core import mesh_intent, sealed
 from controller.core.events import (
@@ -25,6 +25,7 @@ from outrider import codec
 from outrider.config import host_port
 from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName
+from outrider.keys import peer_key_sha256
 from outrider.log import Log
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.mesh import ObservedRefusal
@@ -53,7 +54,7 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         self._refusals = parts.refusals
         self._heartbeat_interval_s = heartbeat_interval_s
 
-    def authorize(self, context: Context) -> None:
+    def authorize(self, context: Context, method: str, request: Any) -> None:
         self._node(context)
 
     @duplex
@@ -121,7 +122,10 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         if identity is None or identity.kind is not IdentityKind.NODE or identity.cluster != self._cluster:
             shown = identity.uri if identity else "no certificate of a fleet"
             raise RefusedError("denied", f"only nodes of {self._cluster} may call this; the caller shows {shown}")
-        return NodeId(identity.name)
+        node = NodeId(identity.name)
+        if self._engine.state.access.revoked_keys.get(peer_key_sha256(context)) == node:
+            raise RefusedError("denied", f"the certificate of node {node} was revoked; it may join again with a token")
+        return node
 
     def _greeted(
         self, node_id: NodeId, message: fleet_pb2.AgentMessage

@@ -13,12 +13,18 @@ import grpc
 import grpc.aio
 
 from controller.election import Election
-from controller.rpc import CALLER_METADATA, CODE_METADATA, LEADER_METADATA, Context
+from controller.rpc import (
+    CALLER_METADATA,
+    CODE_METADATA,
+    LEADER_METADATA,
+    PEER_METADATA,
+    TOKEN_METADATA,
+    Context,
+)
 from outrider.log import Log
 from outrider.tls import Identity, IdentityKind, TlsFiles, channel, joining_channel, peer_identity
 
-_OPERATOR: Final = "/outrider.v1.OperatorService/"
-_STORES: Final = "/outrider.v1.StoreService/"
+_PEOPLE: Final = ("/outrider.v1.OperatorService/", "/outrider.v1.StoreService/", "/outrider.v1.AccessService/")
 _FLEET: Final = "/outrider.v1.FleetService/"
 _JOIN: Final = "/outrider.v1.JoinService/"
 _OPTIONS: Final = {
@@ -40,10 +46,11 @@ class Follower:
 
     def members(self) -> "grpc.GenericRpcHandler[Any, Any]":
         """For the listener of operators and agents, and for the operator's socket."""
-        return _Handlers({_OPERATOR: self._operate, _STORES: self._operate, _FLEET: self._redirect})
+        return _Handlers({**dict.fromkeys(_PEOPLE, self._operate), _FLEET: self._redirect})
 
     def joins(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        return _Handlers({_JOIN: self._join})
+        """For the listener without client certificates: users show tokens there, which the leader looks at."""
+        return _Handlers({**dict.fromkeys(_PEOPLE, self._operate_by_token), _JOIN: self._join})
 
     async def close(self) -> None:
         for kept in (self._members, self._joins):
@@ -58,13 +65,28 @@ class Follower:
                 await self._abort(context, grpc.StatusCode.PERMISSION_DENIED, "denied", "no certificate of a fleet")
                 return
             caller = shown
+        await self._pass_on(method, requests, context, ((CALLER_METADATA, caller.uri),))
+
+    async def _operate_by_token(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
+        shown = dict(context.invocation_metadata() or ()).get(TOKEN_METADATA, "")
+        await self._pass_on(method, requests, context, ((TOKEN_METADATA, str(shown)),))
+
+    async def _pass_on(
+        self,
+        method: str,
+        requests: AsyncIterator[bytes],
+        context: Context,
+        caller: tuple[tuple[str, str], ...],
+    ) -> None:
         leader = self._election.leader
         if leader is None:
             await self._abort(context, grpc.StatusCode.UNAVAILABLE, "no-leader", _NOBODY)
             return
         if self._members is None or self._members[0] != leader.address:
             self._members = (leader.address, channel(leader.address, self._files, options=_OPTIONS))
-        await self._forward(self._members[1], method, requests, context, ((CALLER_METADATA, caller.uri),))
+        peer = context.peer()
+        metadata = caller if peer.startswith("unix:") else (*caller, (PEER_METADATA, peer))
+        await self._forward(self._members[1], method, requests, context, metadata)
 
     async def _join(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
         leader = self._election.leader

@@ -5,15 +5,20 @@ JOINS_MAX joins at a time.
 """
 
 import asyncio
+import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-from controller.ca import FleetCa
+from controller.ca import FleetCa, requested_key
+from controller.core.events import NodeJoinRequested, RequestId
+from controller.engine import Engine
+from controller.people import done
 from controller.rpc import Context, Edge, unary
-from controller.tokens import Tokens
-from outrider.clock import monotonic_s, wall_s
+from outrider.clock import monotonic_s
 from outrider.errors import InputError, RefusedError
 from outrider.ids import NodeId, is_name
+from outrider.keys import key_sha256
 from outrider.log import Log
 from outrider.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -24,27 +29,32 @@ ADDRESSES_MAX = 1024
 WRONG_TOKEN_DELAY_S = 0.25
 
 
+# With the hashes of the token and of the node's key. Raises RefusedError where the node may not join.
+Admit = Callable[[str, NodeId, str], Awaitable[None]]
+
+
+def admission(engine: Engine) -> Admit:
+    """By the journal: a token is used up, and a key known, before there is a certificate."""
+
+    async def admit(token_sha256: str, node: NodeId, key_sha256: str) -> None:
+        def event(request: RequestId) -> NodeJoinRequested:
+            return NodeJoinRequested(request=request, token_sha256=token_sha256, node=node, key_sha256=key_sha256)
+
+        done(await engine.request(event))
+
+    return admit
+
+
 class JoinService(Edge, fleet_pb2_grpc.JoinServiceServicer):
-    def __init__(
-        self,
-        *,
-        cluster: str,
-        ca: FleetCa,
-        tokens: Tokens,
-        refused: Counter[str],
-        joined: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        """`joined`: called once files changed, before the node is answered: other controllers must know too."""
+    def __init__(self, *, cluster: str, ca: FleetCa, admit: Admit, refused: Counter[str]) -> None:
         super().__init__(log=Log("join"), refused=refused)
         self._cluster = cluster
         self._ca = ca
-        self._tokens = tokens
-        self._joined = joined
+        self._admit = admit
         self._attempts = Attempts()
         self._joining = 0
-        self._files = asyncio.Lock()  # one join at a time touches the token and certificate files
 
-    def authorize(self, context: Context) -> None:
+    def authorize(self, context: Context, method: str, request: Any) -> None:
         """Anybody may ask, a few at a time; the token decides."""
         if self._joining >= JOINS_MAX:
             raise RefusedError("too-many-attempts", f"{JOINS_MAX} nodes are joining right now; try again in a second")
@@ -76,15 +86,10 @@ class JoinService(Edge, fleet_pb2_grpc.JoinServiceServicer):
         )
 
     async def _certificate(self, plain: str, node: NodeId, csr_pem: bytes) -> bytes:
-        async with self._files:
-            token = self._tokens.allowed(plain, node, wall_s())
-            certificate = await asyncio.to_thread(
-                self._ca.issue_node, csr_pem, node, known_may_rejoin=node in token.nodes
-            )
-            await asyncio.to_thread(self._tokens.use, token, wall_s())
-            if self._joined is not None:
-                await self._joined()
-            return certificate
+        key = key_sha256(requested_key(csr_pem))
+        token = hashlib.sha256(plain.encode()).hexdigest()
+        await self._admit(token, node, key)
+        return (await asyncio.to_thread(self._ca.issue_node, csr_pem, node)).pem
 
 
 class Attempts:

@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from controller.audit import AuditLog, job_changes
+from controller.callers import Callers
 from controller.core import views
 from controller.core.commands import Reply
 from controller.core.events import (
@@ -18,17 +20,19 @@ from controller.core.events import (
     JobSubmitted,
 )
 from controller.parts import Parts
-from controller.rpc import Context, Edge, caller, duplex, stream, unary, within, write
+from controller.people import PeopleEdge, done
+from controller.permissions import allocation_namespace
+from controller.rpc import Context, duplex, stream, unary, within, write
 from controller.tunnels import Tunnel
 from outrider import __version__, codec
 from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import GroupName, JobName, NodeId, ServiceName, is_name
 from outrider.log import Log
+from outrider.model.access import EVERYWHERE, Capability
 from outrider.model.allocation import Allocation
-from outrider.model.fleet import JobStatus
+from outrider.model.fleet import FleetEvent, JobStatus
 from outrider.model.job import Job
 from outrider.model.mesh import Action, Intention, spiffe_id
-from outrider.tls import IdentityKind
 from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2, operator_pb2, operator_pb2_grpc
 from outrider.validate import problems
 
@@ -45,25 +49,17 @@ PARAMETER_CHARS_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 * 1024
 
 
-class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
-    def __init__(self, parts: Parts, *, consul: str) -> None:
+class OperatorService(PeopleEdge, operator_pb2_grpc.OperatorServiceServicer):
+    def __init__(self, parts: Parts, *, consul: str, callers: Callers, audit: AuditLog) -> None:
         """`consul`: the real one's address, or "embedded"."""
-        super().__init__(log=Log("operator"), refused=parts.refused)
+        super().__init__(parts, callers=callers, audit=audit, log=Log("operator"))
         self._consul = consul
         self._cluster = parts.cluster
-        self._engine = parts.engine
         self._events = parts.events
         self._mesh = parts.mesh
         self._sessions = parts.sessions
         self._tunnels = parts.tunnels
         self._refusals = parts.refusals
-
-    def authorize(self, context: Context) -> None:
-        operators_only(context, self._cluster)
-
-    async def admit(self) -> None:
-        """A controller that cannot tell whether it still leads waits a moment; then it answers with what it knows."""
-        await self._engine.settled(LEADERSHIP_TIMEOUT_S)
 
     @unary
     async def GetFleet(self, request: operator_pb2.GetFleetRequest, context: Context) -> operator_pb2.GetFleetResponse:
@@ -88,13 +84,17 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         if found:
             shown = "; ".join(f"{problem.where}: {problem.message}" for problem in found[:PROBLEMS_SHOWN_MAX])
             raise InputError(f"job {job.name[:80]!r}: {shown}")
-        reply = _done(await self._engine.request(lambda request: JobSubmitted(request=request, job=job)))
+        entry = self.state.jobs.get(job.name)
+        before = entry.job if entry is not None and not entry.stopped else None
+        reply = done(await self._engine.request(lambda request: JobSubmitted(request=request, job=job)))
+        if reply.changed:
+            self.call.changes = (f"version {reply.version}", *job_changes(before, job))
         return _submitted(reply)
 
     @unary
     async def StopJob(self, request: operator_pb2.StopJobRequest, context: Context) -> operator_pb2.StopJobResponse:
         job = JobName(request.job)
-        reply = _done(await self._engine.request(lambda request: JobStopRequested(request=request, job=job)))
+        reply = done(await self._engine.request(lambda request: JobStopRequested(request=request, job=job)))
         return operator_pb2.StopJobResponse(version=reply.version)
 
     @unary
@@ -111,7 +111,9 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         reply = await self._engine.request(
             lambda request: JobDispatchRequested(request=request, job=job, parameters=parameters, payload=payload)
         )
-        return operator_pb2.DispatchJobResponse(job=_done(reply).job or "")
+        launched = done(reply).job or ""
+        self.call.changes = (f"launched {launched}",)
+        return operator_pb2.DispatchJobResponse(job=launched)
 
     @unary
     async def ScaleJob(self, request: operator_pb2.ScaleJobRequest, context: Context) -> operator_pb2.SubmitJobResponse:
@@ -119,7 +121,8 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         reply = await self._engine.request(
             lambda request: JobScaleRequested(request=request, job=job, group=group, count=count)
         )
-        return _submitted(_done(reply))
+        self.call.changes = (f"{group or 'its group'}: count {count}",)
+        return _submitted(done(reply))
 
     @unary
     async def RevertJob(
@@ -129,7 +132,8 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         reply = await self._engine.request(
             lambda request: JobRevertRequested(request=request, job=job, version=version)
         )
-        return _submitted(_done(reply))
+        self.call.changes = (f"version {reply.version}",)
+        return _submitted(done(reply))
 
     @unary
     async def GetJobHistory(
@@ -144,7 +148,7 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
 
     @unary
     async def ListJobs(self, request: operator_pb2.ListJobsRequest, context: Context) -> operator_pb2.ListJobsResponse:
-        jobs = views.job_summaries(self._engine.state)
+        jobs = [job for job in views.job_summaries(self._engine.state) if self.sees(job.namespace)]
         return operator_pb2.ListJobsResponse(jobs=[codec.to_wire(job, operator_pb2.JobSummary) for job in jobs])
 
     @unary
@@ -177,7 +181,7 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         node = views.node_state(self._engine.state, NodeId(request.node))
         if node is None:
             raise RefusedError("not-found", f"no node {request.node[:80]!r}; `outrider node ls` lists them")
-        placed = views.allocations(self._engine.state, node=node.node.id)
+        placed = [each for each in views.allocations(self.state, node=node.node.id) if self.sees_job(each.job)]
         return operator_pb2.GetNodeResponse(
             node=codec.to_wire(node, operator_pb2.NodeState),
             allocations=[codec.to_wire(each, allocation_pb2.Allocation) for each in placed],
@@ -194,7 +198,7 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
             terminal=request.terminal,
         )
         return operator_pb2.ListAllocationsResponse(
-            allocations=[codec.to_wire(each, allocation_pb2.Allocation) for each in found]
+            allocations=[codec.to_wire(each, allocation_pb2.Allocation) for each in found if self.sees_job(each.job)]
         )
 
     @unary
@@ -218,10 +222,14 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
     async def Exec(self, request_iterator: AsyncIterator[operator_pb2.ExecFrame], context: Context) -> None:
         start = await _start(request_iterator)
         if start.HasField("vm") and start.node:
+            self.require(Capability.EXEC, EVERYWHERE, f"on node {start.node[:80]!r}")
             node = self._node(start.node)
         else:
+            namespace = allocation_namespace(self.state, start.alloc)
+            self.require(Capability.EXEC, namespace, f"in allocation {start.alloc[:80]!r}")
             allocation, node = self._placed(start.alloc)
             start.alloc = allocation.id
+        self.begun("Exec")
         with self._tunnels.open(node) as tunnel:
             self._sessions.open_tunnel(node, fleet_pb2.OpenTunnel(tunnel=tunnel.id, exec=start))
             async with asyncio.TaskGroup() as group:
@@ -236,12 +244,13 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.WatchEventsRequest, context: Context
     ) -> AsyncGenerator[operator_pb2.FleetEvent, None]:
         if not request.follow:
-            for event in self._events.kept(request.after):
+            for event in filter(self._sees_event, self._events.kept(request.after)):
                 yield codec.to_wire(event, operator_pb2.FleetEvent)
             return
         async with contextlib.aclosing(self._events.follow(request.after)) as events:
             async for event in events:
-                yield codec.to_wire(event, operator_pb2.FleetEvent)
+                if self._sees_event(event):
+                    yield codec.to_wire(event, operator_pb2.FleetEvent)
 
     @unary
     async def ListIntentions(
@@ -295,6 +304,10 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
             refusals=[codec.to_wire(each, mesh_pb2.ObservedRefusal) for each in refusals],
         )
 
+    def _sees_event(self, event: FleetEvent) -> bool:
+        """What is about no job is every reader's."""
+        return not event.job or self.sees_job(event.job)
+
     def _job(self, name: str) -> JobStatus:
         status = views.job_status(self._engine.state, JobName(name))
         if status is None:
@@ -323,22 +336,6 @@ class OperatorService(Edge, operator_pb2_grpc.OperatorServiceServicer):
             reason = allocation.reason or "it waits for a node"
             raise RefusedError("not-placed", f"allocation {allocation.id} runs nowhere: {reason}")
         return allocation, allocation.node
-
-
-def operators_only(context: Context, cluster: str) -> None:
-    """Raises RefusedError where the caller is no operator of `cluster`."""
-    if context.peer().startswith("unix:"):
-        return  # whoever may open the socket is an operator: its mode says who
-    identity = caller(context)
-    if identity is None or identity.kind is not IdentityKind.OPERATOR or identity.cluster != cluster:
-        shown = identity.uri if identity else "no certificate of a fleet"
-        raise RefusedError("denied", f"only operators of {cluster} may call this; the caller shows {shown}")
-
-
-def _done(reply: Reply) -> Reply:
-    if reply.code:
-        raise RefusedError(reply.code, reply.message)
-    return reply
 
 
 def _submitted(reply: Reply) -> operator_pb2.SubmitJobResponse:

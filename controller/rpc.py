@@ -20,6 +20,8 @@ from outrider.tls import Identity, IdentityKind, parse_identity, peer_identity
 CODE_METADATA = "outrider-code"
 LEADER_METADATA = "outrider-leader"  # where the leader listens, from a controller that does not lead
 CALLER_METADATA = "outrider-caller"  # for whom a controller passes a call on
+PEER_METADATA = "outrider-peer"  # and from which address
+TOKEN_METADATA = "authorization"  # noqa: S105 - a header, "Bearer TOKEN"
 REQUEST_BYTES_MAX = 16 * 1024 * 1024
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,6 +47,9 @@ _STATUS = {
     "denied": grpc.StatusCode.PERMISSION_DENIED,
     "forbidden": grpc.StatusCode.PERMISSION_DENIED,
     "unavailable": grpc.StatusCode.UNAVAILABLE,
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "too-many-calls": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "quota": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "bad-token": grpc.StatusCode.UNAUTHENTICATED,
     "bad-csr": grpc.StatusCode.INVALID_ARGUMENT,
     "ambiguous": grpc.StatusCode.INVALID_ARGUMENT,
@@ -64,12 +69,23 @@ class Edge:
         self.log = log
         self.refused = refused  # by code; shared by all services
 
-    def authorize(self, context: Context) -> None:
-        """Raises RefusedError("denied") where the caller may not use this service."""
+    def authorize(self, context: Context, method: str, request: Any) -> None:
+        """Raises RefusedError where the caller may not. `request`: an iterator where the caller sends a stream."""
         raise NotImplementedError
 
     async def admit(self) -> None:
         """Waits until answers are good. Raises OutriderError where they will not be."""
+
+    def concluded(self, method: str, failure: OutriderError | None) -> None:
+        """The call ended: well, or with `failure`. May raise OutriderError: then the caller is told that instead."""
+
+    def _conclude(self, method: str, failure: OutriderError | None) -> OutriderError | None:
+        try:
+            self.concluded(method, failure)
+        except OutriderError as error:
+            self.log.warning("call not recorded", method=method, reason=str(error))
+            return error
+        return failure
 
     async def abort(self, context: Context, error: OutriderError) -> NoReturn:
         """End the call with what `error` says."""
@@ -96,12 +112,17 @@ def unary(
 
     @functools.wraps(method)
     async def call(self: Edge, request: Request, context: Context) -> Response:
+        failure: OutriderError | None = None
         try:
-            self.authorize(context)
+            self.authorize(context, method.__name__, request)
             await self.admit()
-            return await method(self, request, context)
+            response = await method(self, request, context)
         except OutriderError as error:
-            await self.abort(context, error)
+            failure = error
+        failure = self._conclude(method.__name__, failure)
+        if failure is not None:
+            await self.abort(context, failure)
+        return response
 
     return call
 
@@ -128,12 +149,16 @@ def duplex(
 
     @functools.wraps(method)
     async def call(self: Edge, request: Request, context: Context) -> None:
+        failure: OutriderError | None = None
         try:
-            self.authorize(context)
+            self.authorize(context, method.__name__, request)
             await self.admit()
             await method(self, request, context)
         except OutriderError as error:
-            await self.abort(context, error)
+            failure = error
+        failure = self._conclude(method.__name__, failure)
+        if failure is not None:
+            await self.abort(context, failure)
 
     # A coroutine, where the stubs expect a generator: when the caller hangs up, its clean-up runs at once.
     return cast("Callable[[Any, Request, Context], AsyncGenerator[Any, None]]", call)

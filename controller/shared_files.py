@@ -1,22 +1,19 @@
-"""The files that all controllers of a fleet must have alike, kept in Consul's KV: the fleet's CA, the join tokens.
+"""The files that all controllers of a fleet must have alike, kept in Consul's KV: the fleet's CA.
 
 Owns `outrider/CLUSTER/files/`. Every call blocks. Whoever may read that prefix can make certificates of this fleet: it
 takes a token of its own in Consul, as the journal does.
 """
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from controller.journal import LeadershipLostError
 from controller.journal.consul import lock_key, prefix
-from controller.journal.kv import OPERATIONS_MAX, ConsulKv, Operation
+from controller.journal.kv import ConsulKv, Operation
 from outrider.errors import HostError
 
 _CA: Final = ("ca/ca.crt", "ca/ca.key")
-_SHARED: Final = ("ca/ca.crt", "ca/ca.key", "tokens/tokens.json", "tokens/join")
-_NODES: Final = "ca/nodes"
 
 
 class SharedFiles:
@@ -59,26 +56,6 @@ class SharedFiles:
         """What the leader before this one left."""
         for pair in self._kv.pairs(self._prefix):
             self._write(pair.key.removeprefix(self._prefix), pair.value)
-
-    def push(self, session: str) -> None:
-        """What changed here since; only the lock's holder may. Raises LeadershipLostError, PeerError."""
-        there = {pair.key.removeprefix(self._prefix): pair.value for pair in self._kv.pairs(self._prefix)}
-        guard = Operation(verb="check-session", key=self._lock_key, session=session)
-        changed = [
-            Operation(verb="set", key=self._prefix + name, value=content)
-            for name, content in self._own()
-            if there.get(name) != content
-        ]
-        for at in range(0, len(changed), OPERATIONS_MAX - 1):
-            self._kv.transact([guard, *changed[at : at + OPERATIONS_MAX - 1]])
-
-    def _own(self) -> Iterable[tuple[str, bytes]]:
-        nodes = self._data / _NODES
-        names = [*_SHARED, *(f"{_NODES}/{path.name}" for path in sorted(nodes.glob("*.crt")))]
-        for name in names:
-            path = self._data / name
-            if path.exists():
-                yield name, path.read_bytes()
 
     def _write(self, name: str, content: bytes) -> None:
         path = self._data / name

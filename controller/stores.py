@@ -1,39 +1,32 @@
-"""StoreService: what the fleet keeps for its jobs apart from them. For operators alone.
-
+"""StoreService: what the fleet keeps for its jobs apart from them.
 Parses and checks what comes in; seals what must not be written in the clear; hands changes to the engine. Decides
 nothing.
 """
 
 import msgspec
 
+from controller.audit import AuditLog
+from controller.callers import Callers
 from controller.core import sealed
-from controller.core.commands import Reply
 from controller.core.events import SecretDeleteRequested, SecretPutRequested, SecretsResealed
-from controller.operator import LEADERSHIP_TIMEOUT_S, operators_only
 from controller.parts import Parts
-from controller.rpc import Context, Edge, unary
+from controller.people import PeopleEdge, done
+from controller.rpc import Context, unary
 from outrider import codec
-from outrider.errors import InputError, RefusedError
+from outrider.errors import InputError
 from outrider.ids import DEFAULT_NAMESPACE, Namespace, SecretName, is_name
 from outrider.log import Log
+from outrider.model.access import Capability
 from outrider.model.belongings import SecretInfo
 from outrider.v1 import belongings_pb2, stores_pb2, stores_pb2_grpc
 
 SECRET_BYTES_MAX = 256 * 1024
 
 
-class StoreService(Edge, stores_pb2_grpc.StoreServiceServicer):
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(log=Log("stores"), refused=parts.refused)
-        self._cluster = parts.cluster
-        self._engine = parts.engine
+class StoreService(PeopleEdge, stores_pb2_grpc.StoreServiceServicer):
+    def __init__(self, parts: Parts, *, callers: Callers, audit: AuditLog) -> None:
+        super().__init__(parts, callers=callers, audit=audit, log=Log("stores"))
         self._keyring = parts.keyring
-
-    def authorize(self, context: Context) -> None:
-        operators_only(context, self._cluster)
-
-    async def admit(self) -> None:
-        await self._engine.settled(LEADERSHIP_TIMEOUT_S)
 
     @unary
     async def PutSecret(self, request: stores_pb2.PutSecretRequest, context: Context) -> stores_pb2.PutSecretResponse:
@@ -46,7 +39,7 @@ class StoreService(Edge, stores_pb2_grpc.StoreServiceServicer):
             if self._keyring.open(newest) == request.value:
                 return stores_pb2.PutSecretResponse(version=newest.version, changed=False)
         content = self._keyring.seal(namespace, name, request.value)
-        reply = _done(
+        reply = done(
             await self._engine.request(
                 lambda id_: SecretPutRequested(
                     request=id_, namespace=namespace, name=name, sealed=content, variable=request.variable
@@ -59,7 +52,8 @@ class StoreService(Edge, stores_pb2_grpc.StoreServiceServicer):
     async def ListSecrets(
         self, request: stores_pb2.ListSecretsRequest, context: Context
     ) -> stores_pb2.ListSecretsResponse:
-        found = (self._shown(info) for info in sealed.infos(self._engine.state, request.namespace))
+        infos = sealed.infos(self._engine.state, request.namespace)
+        found = (self._shown(info) for info in infos if self.may(Capability.SECRETS, info.namespace))
         return stores_pb2.ListSecretsResponse(
             secrets=[codec.to_wire(info, belongings_pb2.SecretInfo) for info in found]
         )
@@ -69,9 +63,7 @@ class StoreService(Edge, stores_pb2_grpc.StoreServiceServicer):
         self, request: stores_pb2.DeleteSecretRequest, context: Context
     ) -> stores_pb2.DeleteSecretResponse:
         namespace, name = _named(request.namespace, request.name)
-        _done(
-            await self._engine.request(lambda id_: SecretDeleteRequested(request=id_, namespace=namespace, name=name))
-        )
+        done(await self._engine.request(lambda id_: SecretDeleteRequested(request=id_, namespace=namespace, name=name)))
         return stores_pb2.DeleteSecretResponse()
 
     @unary
@@ -88,7 +80,7 @@ class StoreService(Edge, stores_pb2_grpc.StoreServiceServicer):
         return stores_pb2.RekeySecretsResponse(sealed=versions, key=self._keyring.current)
 
     async def _reseal(self, anew: tuple[tuple[Namespace, SecretName, int, bytes], ...]) -> int:
-        return _done(await self._engine.request(lambda id_: SecretsResealed(request=id_, sealed=anew))).version
+        return done(await self._engine.request(lambda id_: SecretsResealed(request=id_, sealed=anew))).version
 
     def _sealed_anew(self) -> tuple[tuple[Namespace, SecretName, int, bytes], ...]:
         """All that is still under an older key."""
@@ -112,9 +104,3 @@ def _named(namespace: str, name: str) -> tuple[Namespace, SecretName]:
         if not is_name(text):
             raise InputError(f"{what}: {text[:80]!r} is no name; lower-case letters, digits and dashes, at most 63")
     return Namespace(namespace or DEFAULT_NAMESPACE), SecretName(name)
-
-
-def _done(reply: Reply) -> Reply:
-    if reply.code:
-        raise RefusedError(reply.code, reply.message)
-    return reply

@@ -1,7 +1,7 @@
 """By what right a controller leads, and what it leads with. A value; holds no logic."""
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 
 from controller.journal import Journal
 from controller.mesh.leader import Lock
@@ -16,4 +16,3 @@ class Term:
     standing: Standing = dataclasses.field(default_factory=Alone)
     lock: Lock | None = None
     confirm: Callable[[], Coroutine[object, object, None]] | None = None  # runs beside the rest
-    joined: Callable[[], Awaitable[None]] | None = None  # a node joined: the other controllers must know

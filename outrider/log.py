@@ -6,6 +6,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from outrider.tokens import without_tokens
+
 _VALUE_CHARS_MAX = 2000
 
 
@@ -56,7 +58,7 @@ class _JsonFormatter(logging.Formatter):
 def _printable(value: Any) -> Any:
     if isinstance(value, int | float | bool | None):
         return value
-    text = str(value)
+    text = without_tokens(str(value))
     return text if len(text) <= _VALUE_CHARS_MAX else text[:_VALUE_CHARS_MAX] + "..."
 
 

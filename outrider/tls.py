@@ -1,7 +1,8 @@
 """mTLS within a fleet: credentials from files, and who a peer's certificate says it is.
 
 Fleet certificates carry their identity as a URI SAN: `outrider://CLUSTER/node/NODE`, `.../operator/NAME`,
-`.../reader/NAME` and `outrider://CLUSTER/controller`. Owns no certificate and no key: `controller/ca.py` makes them.
+`.../user/NAME`, `.../reader/NAME` and `outrider://CLUSTER/controller`. Owns no certificate and no key:
+`controller/ca.py` makes them.
 """
 
 import re
@@ -21,12 +22,13 @@ from outrider.model.job import Value
 CONTROLLER_NAME = "controller.outrider"
 
 _IDENTITY = re.compile(
-    r"^outrider://(?P<cluster>[^/]+)/(?:(?P<kind>node|operator|reader)/(?P<name>[^/\s]+)|controller)\Z"
+    r"^outrider://(?P<cluster>[^/]+)/(?:(?P<kind>node|operator|user|reader)/(?P<name>[^/\s]+)|controller)\Z"
 )
 
 
 class IdentityKind(StrEnum):
-    OPERATOR = "operator"
+    OPERATOR = "operator"  # made by the controller for whoever is root on its host
+    USER = "user"  # a person or a program: what they may do, their roles say
     NODE = "node"
     CONTROLLER = "controller"
     READER = "reader"  # may read metrics and the catalog: Prometheus

@@ -46,6 +46,7 @@ _ALLOWED = {
     IdentityKind.OPERATOR: frozenset({Access.READ, Access.PRIVATE, Access.INTENTIONS, Access.LEAF}),
     IdentityKind.READER: frozenset({Access.READ}),
     IdentityKind.NODE: frozenset[Access](),
+    IdentityKind.USER: frozenset[Access](),  # OperatorService knows their roles, the catalog does not
 }
 _STATUS = {"forbidden": 403, "not_found": 404, "conflict": 409, "too_large": 413, "busy": 429, "unavailable": 503}
 

@@ -8,8 +8,9 @@ from typing import assert_never
 
 import numpy as np
 
-from controller.core import launch, liveness, notices, reconcile, sealed, store_calls
+from controller.core import amend, launch, liveness, notices, quota, reconcile, sealed, store_calls
 from controller.core import table as columns
+from controller.core.access_records import NodeRevoked
 from controller.core.commands import Append, Reply
 from controller.core.deploy import decide, note_failure
 from controller.core.events import (
@@ -42,7 +43,7 @@ from controller.core.records import (
 from controller.core.state import State
 from controller.core.submit import names_of_stop, names_touched, stop, submit
 from controller.core.versions import revert, scale
-from controller.core.volatile import InFlight, JobCall
+from controller.core.volatile import AccessCall, InFlight, JobCall
 from outrider.ids import JobName
 from outrider.model.allocation import AllocReport, AllocStatus
 from outrider.model.fleet import RolloutState
@@ -144,14 +145,16 @@ def _calls(state: State, now_s: float) -> tuple[list[Record], tuple[Reply, ...]]
                 break
             # Alone: it touches whatever job names what it changes.
             state.live.calls.popleft()
-            changes, answer = store_calls.answer(state, call, now_s)
-            return [*changes], (answer,)
-        names = _touched(state, call)
+            changes, told = store_calls.answer(state, call, now_s)
+            return [*changes], (told,)
+        names = frozenset({amend.touched(call)}) if isinstance(call, AccessCall) else _touched(state, call)
         if names & touched:
             break
         touched |= names
         state.live.calls.popleft()
-        made, reply = _judged(state, call, now_s, addresses)
+        made, reply = (
+            amend.answer(state, call, now_s) if isinstance(call, AccessCall) else _judged(state, call, now_s, addresses)
+        )
         addresses += sum(isinstance(record, VirtualAddressAssigned) for record in made)
         records.extend(made)
         if reply is not None:
@@ -169,7 +172,9 @@ def _touched(state: State, call: JobCall) -> frozenset[str]:
             versions = entry.versions.values()
             return frozenset().union(*(names_touched(state, added.job) for added in versions))
         case _:
-            return frozenset({f"job {call.job}"})
+            entry = state.jobs.get(call.job)
+            counted = quota.touched(state, entry.job.namespace) if entry is not None else frozenset()
+            return counted | {f"job {call.job}"}
 
 
 def _judged(state: State, call: JobCall, now_s: float, addresses: int) -> tuple[tuple[Record, ...], Reply | None]:
@@ -221,6 +226,8 @@ def _follow(state: State, record: Record, now_s: float, *, known: bool) -> None:
             sealed.told(state, record)
         case Plan():
             _follow_plan(state, record)
+        case NodeRevoked():
+            liveness.revoked(state, record.node, now_s)
         case _:
             pass  # told already, or an epoch, an address, a dropped version: nobody waits for it
 

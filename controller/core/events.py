@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NewType
 
+from controller.core.access_records import AccessRecord
 from outrider.ids import AllocId, GroupName, JobName, Namespace, NodeId, SecretName
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.job import Job, Value
@@ -146,6 +147,22 @@ class LaunchDue(Value, frozen=True, kw_only=True):
     launch: Launch
 
 
+class AccessChangeRequested(Value, frozen=True, kw_only=True):
+    """An operator changes who may do what. Of `NodeRevoked` the core adds the key."""
+
+    request: RequestId
+    change: AccessRecord
+
+
+class NodeJoinRequested(Value, frozen=True, kw_only=True):
+    """A node shows a join token, and the key that it wants a certificate for: hashes alone come here."""
+
+    request: RequestId
+    token_sha256: str
+    node: NodeId
+    key_sha256: str
+
+
 class Appended(Value, frozen=True, kw_only=True):
     """The journal has the records of this ticket on disk."""
 
@@ -172,6 +189,8 @@ Event = (
     | JobRevertRequested
     | JobScaleRequested
     | LaunchPlanned
+    | AccessChangeRequested
+    | NodeJoinRequested
     | Appended
     | Tick
 )

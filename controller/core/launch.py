@@ -6,7 +6,7 @@ the controller was away is made up for once.
 
 from typing import Final
 
-from controller.core import notices
+from controller.core import notices, quota
 from controller.core import table as columns
 from controller.core.child import child
 from controller.core.commands import PlanLaunch, Reply
@@ -71,11 +71,12 @@ def by_schedule(state: State, call: LaunchDue, now_s: float) -> tuple[Record, ..
     if entry is None or entry.stopped or entry.job.schedule is None or at_s <= entry.fired_s:
         return ()
     name = JobName(f"{call.job}-{call.launch.stamp}")
+    job = child(entry.job, name, {}, None)
     reason = _obstacle(state, entry) or (f"there is a job {name} already" if name in state.jobs else "")
-    if reason:
+    if reason := reason or quota.excess(state, job):
         return (JobLaunched(job=call.job, number=entry.launches, fired_s=at_s, reason=reason),)
     launched = JobLaunched(job=call.job, number=entry.launches, fired_s=at_s, child=name)
-    return launched, *added(state, child(entry.job, name, {}, None), 1, now_s)
+    return launched, *added(state, job, 1, now_s)
 
 
 def by_hand(state: State, call: JobDispatchRequested, now_s: float) -> tuple[tuple[Record, ...], Reply]:
@@ -86,7 +87,10 @@ def by_hand(state: State, call: JobDispatchRequested, now_s: float) -> tuple[tup
     number = entry.launches + 1
     while (name := JobName(f"{call.job}-{number}")) in state.jobs:
         number += 1
-    records = added(state, child(entry.job, name, call.parameters, call.payload), 1, now_s)
+    launched = child(entry.job, name, call.parameters, call.payload)
+    if too_much := quota.excess(state, launched):
+        return (), Reply(request=call.request, code="quota", message=too_much)
+    records = added(state, launched, 1, now_s)
     reply = Reply(request=call.request, job=name, version=1, changed=True)
     return (JobLaunched(job=call.job, number=number, child=name), *records), reply
 

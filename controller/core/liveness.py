@@ -16,12 +16,14 @@ from controller.core.kinds import Kind
 from controller.core.reports import take_reports
 from controller.core.state import State
 from controller.core.volatile import NodeLink
+from outrider.ids import NodeId
 from outrider.model.node import NodeStatus
 
 SCAN: Final = "scan"
 GRACE: Final = "grace"
 
 AWAY = frozenset({NodeStatus.GONE, NodeStatus.SUSPECT})
+_REVOKED = "its certificate was revoked"
 _KINDS = {
     NodeStatus.READY: Kind.NODE_READY,
     NodeStatus.GONE: Kind.NODE_GONE,
@@ -132,9 +134,26 @@ def went_down(state: State, ref: int, now_s: float) -> None:
     """The journal has it."""
     state.live.downing.pop(ref, None)
     link = state.live.links[ref]
-    reason = f"away for more than {state.policy.disconnect_grace_s:g} s: {link.reason}"
+    reason = link.reason
+    if reason != _REVOKED:
+        reason = f"away for more than {state.policy.disconnect_grace_s:g} s: {reason}"
     _set(state, ref, NodeStatus.DOWN, reason, now_s)
     judge_brake(state, now_s)
+
+
+def revoked(state: State, node: NodeId, now_s: float) -> None:
+    """Its key is worth nothing any more: it is down at once, however many others are away."""
+    ref = state.nodes.reference.get(node)
+    if ref is None:
+        return
+    link = state.live.links[ref]
+    if link.session is not None:
+        _close(state, link, ref, _REVOKED)
+        link.session = None
+        state.live.outgoing.pop(ref, None)
+    if link.status is not NodeStatus.DOWN:
+        _become_away(state, ref, NodeStatus.GONE, _REVOKED, now_s)
+        state.live.downing[ref] = None
 
 
 def judge_brake(state: State, now_s: float) -> None:

@@ -4,6 +4,7 @@ Owns their shapes, never their meaning: that is `State.apply`. Times are wall-cl
 record are packed little-endian integers, because an object for each would decide the scheduler's speed.
 """
 
+from controller.core.access_records import AccessRecord
 from outrider.ids import GroupName, JobName, Namespace, NodeId, SecretName, ServiceName
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
 from outrider.model.fleet import RolloutState
@@ -179,4 +180,5 @@ Record = (
     | AllocationsSnapshot
     | SecretPut
     | SecretDeleted
+    | AccessRecord
 )

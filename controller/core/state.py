@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from controller.core import table as columns
+from controller.core.access import Access
 from controller.core.groups import FamilyKey, GroupEntry, group_entry
 from controller.core.nodes import NodeTable
 from controller.core.policy import Policy
@@ -92,6 +93,9 @@ class State:
         self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
         self.reasons: dict[int, str] = {}  # by serial: why it was stopped, or ended
         self.last_reports: dict[int, AllocReport] = {}  # of failed allocations
+        # Who has a name, offered or only called by: jobs that are not stopped, in their newest version.
+        self.service_owners: dict[ServiceName, dict[JobName, Namespace]] = {}
+        self.access = Access()
         self.live = Volatile()
 
     @classmethod
@@ -177,7 +181,7 @@ class State:
             case AllocationsSnapshot():
                 self._restore(record)
             case _:
-                assert_never(record)
+                self.access.apply(record)
 
     def snapshot(self) -> Iterator[Record]:
         """Few records that make the same durable state: the start of a compacted journal. Equal for equal states."""
@@ -199,6 +203,7 @@ class State:
                 yield JobStopped(job=name)
         for secret in self.secrets.values():
             yield from secret.versions.values()
+        yield from self.access.snapshot()
         yield self._allocations_snapshot()
 
     def _change_job(self, record: JobRecord) -> None:
@@ -239,6 +244,7 @@ class State:
             if job.is_template:
                 continue
             for service in group.group.services:
+                self.service_owners.setdefault(service.name, {})[job.name] = job.namespace
                 if service.port is not None:
                     self.providers.setdefault(service.name, {})[job.name] = service.protocol
             for needed in group.group.depends_on:
@@ -299,10 +305,11 @@ class State:
         entry = self.jobs[job]
         for group in entry.job.groups if entry.versions else ():
             for service in group.services:
-                providers = self.providers.get(service.name, {})
-                providers.pop(job, None)
-                if not providers:
-                    self.providers.pop(service.name, None)
+                for names in (self.providers, self.service_owners):
+                    holders = names.get(service.name, {})
+                    holders.pop(job, None)
+                    if not holders:
+                        names.pop(service.name, None)
             for needed in group.depends_on:
                 dependents = self.dependents.get(needed, {})
                 dependents.pop(job, None)

@@ -12,6 +12,7 @@ import msgspec
 from controller.core import commit, deploy, launch, liveness, reconcile
 from controller.core.commands import Command, Reply
 from controller.core.events import (
+    AccessChangeRequested,
     AgentApplied,
     AgentConnected,
     AgentDisconnected,
@@ -29,6 +30,7 @@ from controller.core.events import (
     LastWillSeen,
     LaunchDue,
     LaunchPlanned,
+    NodeJoinRequested,
     SecretDeleteRequested,
     SecretPutRequested,
     SecretsResealed,
@@ -75,7 +77,13 @@ def _take(state: State, event: Event, now_s: float) -> None:
             reconcile.withdrawn(state, tuple(serial for serial in serials if serial is not None))
         case JobSubmitted() | JobStopRequested() | JobDispatchRequested() | JobRevertRequested() | JobScaleRequested():
             _call(state, event)
-        case SecretPutRequested() | SecretDeleteRequested() | SecretsResealed():
+        case (
+            SecretPutRequested()
+            | SecretDeleteRequested()
+            | SecretsResealed()
+            | AccessChangeRequested()
+            | NodeJoinRequested()
+        ):
             _call(state, event)
         case LaunchPlanned():
             launch.planned(state, event)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from controller.core import sealed
+from controller.core import quota, sealed
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
@@ -21,8 +21,13 @@ def submit(state: State, call: JobSubmitted, now_s: float, addresses: int) -> An
     """
     entry = state.jobs.get(call.job.name)
     job = sealed.stamped(state, _with_found_counts(call.job, entry))
+    if job.namespace not in state.access.namespaces:
+        message = f"no namespace {job.namespace!r}; `outrider namespace ls` lists them"
+        return (), Reply(request=call.request, code="not-found", message=message)
     if refusal := _refusal(state, job, entry) or sealed.refusal(state, job):
         return (), Reply(request=call.request, code="conflict", message=refusal)
+    if too_much := quota.excess(state, job):
+        return (), Reply(request=call.request, code="quota", message=too_much)
     warnings = job_warnings(state, job)
     if entry is not None and not entry.stopped and entry.job == job:
         return (), Reply(request=call.request, version=entry.latest, warnings=warnings)
@@ -54,9 +59,10 @@ def added(state: State, job: Job, version: int, now_s: float, addresses: int = 0
 def names_touched(state: State, job: Job) -> frozenset[str]:
     """What two submissions must not both touch in one batch: each is judged by the state before it."""
     services = [service for group in job.groups for service in group.services]
-    provided = {service.name for service in services if service.port is not None}
     new = set(_names(job)) - state.virtual.keys()
-    return frozenset({f"job {job.name}", *(f"service {name}" for name in provided | new)})
+    called = {service.name for service in services}
+    counted = quota.touched(state, job.namespace)
+    return frozenset({f"job {job.name}", *counted, *(f"service {name}" for name in new | called)})
 
 
 def names_of_stop(state: State, job: JobName) -> frozenset[str]:
@@ -99,6 +105,10 @@ def _protocol_clash(state: State, job: Job) -> str:
     own: dict[ServiceName, Protocol] = {}
     for group in job.groups:
         for service in group.services:
+            # A name is an identity: what may call others by it, and whom others trust under it.
+            for owner in state.service_owners.get(service.name, {}).values():
+                if owner != job.namespace:
+                    return f"service {service.name} is a job's in another namespace; give it another name"
             if service.port is None:
                 continue
             if own.setdefault(service.name, service.protocol) is not service.protocol:

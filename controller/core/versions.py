@@ -1,5 +1,8 @@
 """Going back to an older version of a job, and changing how many copies a group has. Owns answers; writes nothing."""
 
+import msgspec
+
+from controller.core import quota
 from controller.core.commands import Reply
 from controller.core.events import JobRevertRequested, JobScaleRequested, JobSubmitted
 from controller.core.records import GroupScaled
@@ -42,6 +45,9 @@ def scale(state: State, call: JobScaleRequested) -> Answer:
         return _refused(call, "conflict", f"job {call.job}: {why}")
     if group.count == call.count:
         return (), Reply(request=call.request, version=entry.latest)
+    scaled = [msgspec.structs.replace(one, count=call.count) if one is group else one for one in entry.job.groups]
+    if too_much := quota.excess(state, msgspec.structs.replace(entry.job, groups=tuple(scaled))):
+        return _refused(call, "quota", too_much)
     reason = f"{group.count} -> {call.count} by hand"
     record = GroupScaled(job=call.job, group=group.name, count=call.count, reason=reason)
     return (record,), Reply(request=call.request, version=entry.latest, changed=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from controller.core.commands import Command, Reply
 from controller.core.events import (
+    AccessChangeRequested,
     AgentConnected,
     JobDispatchRequested,
     JobRevertRequested,
@@ -18,6 +19,7 @@ from controller.core.events import (
     JobSubmitted,
     Launch,
     LaunchDue,
+    NodeJoinRequested,
     SessionId,
     StoreCall,
     Ticket,
@@ -31,7 +33,8 @@ from outrider.model.node import Node, NodeStatus
 
 # What waits for the journal to be free.
 JobCall = JobSubmitted | JobStopRequested | JobDispatchRequested | JobRevertRequested | JobScaleRequested | LaunchDue
-Call = JobCall | StoreCall
+AccessCall = AccessChangeRequested | NodeJoinRequested
+Call = JobCall | AccessCall | StoreCall
 TimerKey = tuple[str, int | str]  # what for, and whom
 
 

@@ -13,7 +13,9 @@ _SOCKET = "operator.sock"
 
 class Address(Value, frozen=True, kw_only=True):
     target: str  # as gRPC takes it
-    tls: TlsFiles | None = None  # None: a unix socket, whose mode says who may open it
+    tls: TlsFiles | None = None  # a user's certificate
+    token: str = ""  # a user's, instead of a certificate
+    # Neither: a unix socket, whose mode says who may open it.
 
 
 def find() -> Address:
@@ -23,6 +25,8 @@ def find() -> Address:
         if not Path(named.removeprefix("unix:")).is_socket():
             raise PeerError(f"{named}: no such socket; is the fleet running? `outrider dev status` tells")
         return Address(target=named)
+    if named and (token := _token()):
+        return Address(target=named, token=token)
     if named:
         return Address(target=named, tls=_tls())
     found = sorted(path for path in RUN_DIRECTORY.glob(f"*/{_SOCKET}") if path.is_socket())
@@ -37,10 +41,23 @@ def find() -> Address:
     return Address(target=f"unix:{found[0]}")
 
 
+def _token() -> str:
+    """OUTRIDER_TOKEN, or what is in the file OUTRIDER_TOKEN_FILE; "" where neither is set."""
+    path = os.environ.get("OUTRIDER_TOKEN_FILE", "")
+    if not path:
+        return os.environ.get("OUTRIDER_TOKEN", "")
+    try:
+        return Path(path).read_text().strip()
+    except OSError as error:
+        raise InputError(f"OUTRIDER_TOKEN_FILE: {path} cannot be read: {error.strerror}") from error
+
+
 def _tls() -> TlsFiles:
     names = ("OUTRIDER_CA", "OUTRIDER_CERT", "OUTRIDER_KEY")
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
-        raise InputError(f"{', '.join(missing)}: not set; an address over the network needs an operator's certificate")
+        raise InputError(
+            f"{', '.join(missing)}: not set; over the network a user shows a certificate, or a token: OUTRIDER_TOKEN"
+        )
     ca, certificate, key = (Path(os.environ[name]) for name in names)
     return TlsFiles(ca=ca, certificate=certificate, key=key)

@@ -9,7 +9,10 @@ from google.protobuf.message import Message
 
 from outrider.cli.address import Address, find
 from outrider.errors import InputError, OutriderError, PeerError, RefusedError
+from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles
+from outrider.tokens import parse_token
+from outrider.v1.access_pb2_grpc import AccessServiceStub
 from outrider.v1.operator_pb2_grpc import OperatorServiceStub
 from outrider.v1.stores_pb2_grpc import StoreServiceStub
 
@@ -36,6 +39,7 @@ class Fleet:
         self.address = address
         self.stub = OperatorServiceStub(channel)
         self.stores = StoreServiceStub(channel)
+        self.access = AccessServiceStub(channel)
 
     def call(self, method: Callable[..., M], request: Message, timeout_s: float = CALL_TIMEOUT_S) -> M:
         """One answer. Raises PeerError, RefusedError or InputError."""
@@ -87,13 +91,24 @@ def connect() -> Iterator[Fleet]:
 
 
 def open_channel(address: Address) -> grpc.Channel:
-    if address.tls is None:
+    if address.tls is None and not address.token:
         return grpc.insecure_channel(address.target, options=_OPTIONS)
     files = address.tls
-    credentials = grpc.ssl_channel_credentials(_read(files, "ca"), _read(files, "key"), _read(files, "certificate"))
+    if files is not None:
+        credentials = grpc.ssl_channel_credentials(_read(files, "ca"), _read(files, "key"), _read(files, "certificate"))
+    else:
+        credentials = _token_credentials(address)
     # The fleet's CA signs no other with this name: whoever trusts it need not know the controller's addresses.
     options = (*_OPTIONS, ("grpc.ssl_target_name_override", CONTROLLER_NAME))
     return grpc.secure_channel(address.target, credentials, options=options)
+
+
+def _token_credentials(address: Address) -> grpc.ChannelCredentials:
+    """The token says by which CA its fleet is known: no other server is ever shown it."""
+    authority = pinned_ca(address.target, parse_token(address.token).ca_sha256)
+    return grpc.composite_channel_credentials(
+        grpc.ssl_channel_credentials(authority.encode()), grpc.access_token_call_credentials(address.token)
+    )
 
 
 def _read(files: TlsFiles, part: str) -> bytes:

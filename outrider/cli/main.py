@@ -43,7 +43,7 @@ def options(
         str,
         typer.Option(
             envvar="OUTRIDER_ADDRESS",
-            help="unix:/PATH, or HOST:PORT with OUTRIDER_CA, OUTRIDER_CERT and OUTRIDER_KEY. "
+            help="unix:/PATH, or HOST:PORT with OUTRIDER_TOKEN, or with OUTRIDER_CA, OUTRIDER_CERT and OUTRIDER_KEY. "
             "Default: the dev fleet that runs here.",
         ),
     ] = "",

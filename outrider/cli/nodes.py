@@ -84,3 +84,17 @@ def status(node: str, json: Json = False) -> None:
     )
     print()
     print_allocations(placed)
+
+
+@app.command()
+def revoke(node: str) -> None:
+    """End the trust in a node: its certificate is worth nothing from here on, and its work moves elsewhere.
+
+    It may join again with a token that names it: `outrider token create --node NODE`.
+    """
+    from outrider.cli.client import connect
+    from outrider.v1 import access_pb2
+
+    with connect() as fleet:
+        answer = fleet.call(fleet.access.RevokeNode, access_pb2.RevokeNodeRequest(node=node))
+    print(f"node {node}: {'revoked' if answer.changed else 'was revoked already'}")

@@ -66,11 +66,19 @@ def age(at_s: float) -> str:
     """How long ago, in one unit; "-" where it never was."""
     if not at_s:
         return "-"
-    passed_s = max(0.0, time.time() - at_s)
-    for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60)):
-        if passed_s >= seconds:
-            return f"{int(passed_s // seconds)}{unit}"
-    return f"{int(passed_s)}s"
+    return _duration(max(0.0, time.time() - at_s))
+
+
+def left(until_s: float) -> str:
+    """How long until then, in one unit."""
+    return _duration(max(0.0, until_s - time.time()))
+
+
+def _duration(seconds: float) -> str:
+    for unit, length_s in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length_s:
+            return f"{int(seconds // length_s)}{unit}"
+    return f"{int(seconds)}s"
 
 
 def until(at_s: float) -> str:

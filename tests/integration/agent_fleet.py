@@ -7,6 +7,7 @@ Lives in a network namespace made for the test, as the agent that it starts does
 import asyncio
 import contextlib
 import datetime as dt
+import hashlib
 import secrets
 import shutil
 import signal
@@ -26,13 +27,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from controller.ca import FleetCa
-from controller.join import JoinService
-from controller.tokens import Tokens
+from controller.join import Admit, JoinService
 from outrider import codec
 from outrider.clock import wall_s
-from outrider.ids import AllocId, ServiceName
+from outrider.errors import RefusedError
+from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment, Generation
 from outrider.model.mesh import Leaf, MeshService, MeshUpdate, ServiceIntentions, TrustRoots, spiffe_id
+from outrider.tokens import join_token
 from outrider.v1 import allocation_pb2, fleet_pb2, fleet_pb2_grpc, mesh_pb2
 from tests.integration.network_lab import NODE
 from tests.integration.processes import until
@@ -285,6 +287,18 @@ class AgentFleet:
         return found
 
 
+def admit_once(token: str) -> Admit:
+    """Lets one node in, as a journal with one token of one use does."""
+    left = {hashlib.sha256(token.encode()).hexdigest()}
+
+    async def admit(token_sha256: str, node: NodeId, key_sha256: str) -> None:
+        if token_sha256 not in left:
+            raise RefusedError("bad-token", f"node {node} with key {key_sha256}: the token is unknown or used up")
+        left.remove(token_sha256)
+
+    return admit
+
+
 @contextlib.asynccontextmanager
 async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
     """In this thread's network namespace. The test starts the agent; nothing of it stays on the host, come what may."""
@@ -294,13 +308,12 @@ async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
     run = Path("/run/outrider") / name
     ca = FleetCa(directory / "ca", "test")
     files = ca.issue_server(["127.0.0.1"])
-    tokens = Tokens(directory / "tokens")
-    token = tokens.create(uses=1, valid_s=600, now_s=wall_s())
+    token = join_token(ca_sha256=ca.sha256, secret=secrets.token_urlsafe(32))
     chain = files.certificate.read_bytes() + files.ca.read_bytes()
     server, controller = grpc.aio.server(), FakeController()
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(controller, server)
     joins = grpc.aio.server()
-    service = JoinService(cluster="test", ca=ca, tokens=tokens, refused=Counter())
+    service = JoinService(cluster="test", ca=ca, admit=admit_once(token), refused=Counter())
     fleet_pb2_grpc.add_JoinServiceServicer_to_server(service, joins)
     pair = [(files.key.read_bytes(), chain)]
     port = server.add_secure_port(
@@ -310,7 +323,6 @@ async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
     await server.start()
     await joins.start()
     config = directory / "agent.yaml"
-    fingerprint = x509.load_pem_x509_certificate(ca.pem).fingerprint(hashes.SHA256()).hex()
     document: Mapping[str, object] = {
         "cluster": "test",
         "node": name,
@@ -318,7 +330,7 @@ async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
         "run": str(run),
         "address": NODE,
         "controllers": [f"127.0.0.1:{port}"],
-        "join": {"address": f"127.0.0.1:{join_port}", "token": token, "ca_sha256": fingerprint},
+        "join": {"address": f"127.0.0.1:{join_port}", "token": token},
         "host_image": True,
         **settings,
     }

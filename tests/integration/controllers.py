@@ -56,6 +56,7 @@ class Controller:
             "metrics_listen": "127.0.0.1:0",
             "operator_socket": str(self.socket),
             "adopt_intentions": True,
+            "join_token_file": str(self.data / "join-token"),
             **configuration,
         }
 
@@ -108,7 +109,7 @@ class Controller:
 
     @property
     def token(self) -> str:
-        return (self.data / "tokens/join").read_text()
+        return (self.data / "join-token").read_text()
 
     @property
     def operator_files(self) -> TlsFiles:

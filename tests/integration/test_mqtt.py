@@ -52,7 +52,7 @@ class Lab:
         files = TlsFiles(
             ca=self.controller.ca, certificate=self.directory / f"{node}.crt", key=self.directory / f"{node}.key"
         )
-        files.certificate.write_bytes(self.ca.issue_node(csr, node, known_may_rejoin=True))
+        files.certificate.write_bytes(self.ca.issue_node(csr, node).pem)
         files.key.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

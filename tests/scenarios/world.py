@@ -326,6 +326,13 @@ class World:
         """A job to submit, or the name of one to stop; the reply comes when the journal works."""
         return self.call(JobSubmitted if isinstance(wanted, Job) else JobStopRequested, job=wanted)
 
+    def ask(self, make: Callable[[RequestId], Event]) -> Reply:
+        """Any other call that waits for the journal."""
+        request = RequestId(self._requests)
+        self._requests += 1
+        self.send(make(request))
+        return self.replies[request]
+
     def fail(self, alloc: AllocId, message: str = "exit code 1") -> None:
         """The agent gives the allocation up."""
         agent = next(one for one in self.agents.values() if alloc in one.running)

@@ -8,10 +8,11 @@ import pytest
 from outrider import codec
 from outrider.errors import InputError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
-from outrider.model import allocation, belongings, fleet, job, mesh, node
-from outrider.v1 import allocation_pb2, belongings_pb2, job_pb2, mesh_pb2, node_pb2, operator_pb2
+from outrider.model import access, allocation, belongings, fleet, job, mesh, node
+from outrider.v1 import access_pb2, allocation_pb2, belongings_pb2, job_pb2, mesh_pb2, node_pb2, operator_pb2
 
 PAIRS = (
+    (access, access_pb2),
     (fleet, operator_pb2),
     (job, job_pb2),
     (node, node_pb2),

@@ -52,6 +52,10 @@ class Layout(Value, frozen=True, kw_only=True):
         return self.run / "operator.sock"
 
     @property
+    def join_token(self) -> Path:
+        return self.data / "controller" / "join-token"
+
+    @property
     def supervisor(self) -> Path:
         """Holds its process id."""
         return self.run / "supervisor.pid"

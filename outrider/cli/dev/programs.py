@@ -1,8 +1,6 @@
 """The configuration of a dev fleet's programs, as files. Starts nothing."""
 
-import hashlib
 import shutil
-import ssl
 from pathlib import Path
 
 import yaml
@@ -32,6 +30,7 @@ def write_controller(layout: Layout) -> Path:
         "operator_socket": str(layout.operator_socket),
         "metrics_listen": f"{CONTROL_ADDRESS}:{CONTROLLER_METRICS_PORT}",
         "addresses": [CONTROL_ADDRESS],
+        "join_token_file": str(layout.join_token),
     }
     if shutil.which("mosquitto"):
         config["mqtt"] = {"host": CONTROL_ADDRESS, "port": BROKER_PORT}
@@ -39,8 +38,6 @@ def write_controller(layout: Layout) -> Path:
 
 
 def write_agent(layout: Layout, node: NodeId) -> Path:
-    """After the controller's first start: the agent pins the fleet's CA by its fingerprint."""
-    authority = (layout.data / "controller" / "ca" / "ca.crt").read_text()
     config: dict[str, object] = {
         "cluster": layout.name,
         "node": node,
@@ -50,8 +47,7 @@ def write_agent(layout: Layout, node: NodeId) -> Path:
         "controllers": [f"{CONTROL_ADDRESS}:{FLEET_PORT}"],
         "join": {
             "address": f"{CONTROL_ADDRESS}:{JOIN_PORT}",
-            "ca_sha256": hashlib.sha256(ssl.PEM_cert_to_DER_cert(authority)).hexdigest(),
-            "token_file": str(layout.data / "controller" / "tokens" / "join"),
+            "token_file": str(layout.join_token),
         },
         "metrics_listen": f"{layout.address(node)}:{AGENT_METRICS_PORT}",
         "host_image": True,

@@ -63,7 +63,7 @@ async def _run_all(layout: Layout) -> None:
 
 async def _controller_is_up(layout: Layout) -> None:
     """It has made its CA, and answers."""
-    join_token = layout.data / "controller" / "tokens" / "join"
+    join_token = layout.join_token
     try:
         async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
             await _until(lambda: layout.operator_socket.is_socket() and join_token.exists())

@@ -1,5 +1,6 @@
 """The fleet's CA: certificates say who somebody is, keys stay closed, and nobody takes another node's name."""
 
+import datetime as dt
 import stat
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_keys_are_closed_and_the_ca_is_the_same_after_a_restart(tmp_path: Path) 
 
 def test_a_node_is_who_the_ca_says_not_who_it_asks_to_be(tmp_path: Path) -> None:
     ca = FleetCa(tmp_path / "ca", "dev")
-    pem = ca.issue_node(_csr(name="@controller"), N1, known_may_rejoin=False)
+    pem = ca.issue_node(_csr(name="@controller"), N1).pem
     certificate = x509.load_pem_x509_certificate(pem)
     assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "n1"
     (uri,) = _uris(certificate)
@@ -52,14 +53,13 @@ def test_a_node_is_who_the_ca_says_not_who_it_asks_to_be(tmp_path: Path) -> None
     certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca.pem))
 
 
-def test_a_node_may_renew_with_its_key_and_nobody_else_takes_its_name(tmp_path: Path) -> None:
-    ca = FleetCa(tmp_path / "ca", "dev")
-    key = ec.generate_private_key(ec.SECP256R1())
-    ca.issue_node(_csr(key), N1, known_may_rejoin=False)
-    ca.issue_node(_csr(key), N1, known_may_rejoin=False)
-    with pytest.raises(RefusedError, match="joined before with another key"):
-        ca.issue_node(_csr(), N1, known_may_rejoin=False)
-    ca.issue_node(_csr(), N1, known_may_rejoin=True)
+def test_a_users_certificate_names_the_user_and_is_short_lived(tmp_path: Path) -> None:
+    issued = FleetCa(tmp_path / "ca", "dev").issue_user(_csr(name="root"), "alice")
+    certificate = x509.load_pem_x509_certificate(issued.pem)
+    assert _uris(certificate) == ["outrider://dev/user/alice"]
+    assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "@user"
+    assert certificate.not_valid_after_utc.timestamp() == issued.expires_at_s
+    assert certificate.not_valid_after_utc - certificate.not_valid_before_utc < dt.timedelta(days=31)
 
 
 def test_a_bad_request_is_refused(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_bad_request_is_refused(tmp_path: Path) -> None:
     weak = _csr(rsa.generate_private_key(65537, 1024))  # noqa: S505 - to be refused
     for csr in (b"", b"garbage", tampered, weak, _csr(ec.generate_private_key(ec.SECP224R1()))):
         with pytest.raises(RefusedError, match="certificate request"):
-            ca.issue_node(csr, N1, known_may_rejoin=False)
+            ca.issue_node(csr, N1)
 
 
 def test_a_request_signed_by_another_key_is_refused(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_request_signed_by_another_key_is_refused(tmp_path: Path) -> None:
     der[-1] ^= 1
     request = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
     with pytest.raises(RefusedError, match="not signed by its own key"):
-        FleetCa(tmp_path / "ca", "dev").issue_node(request, N1, known_may_rejoin=False)
+        FleetCa(tmp_path / "ca", "dev").issue_node(request, N1)
 
 
 def test_a_server_shows_the_ca_in_its_chain(tmp_path: Path) -> None:

@@ -4,14 +4,23 @@ import msgspec
 import pytest
 
 from controller.core import mesh_intent, views
+from controller.core.access_records import NamespaceSet
 from controller.core.commands import Append, CloseSession, SendAssignments, SyncMesh
-from controller.core.events import AgentReported, FingerprintChanged, HeartbeatReceived, SessionId, Tick
+from controller.core.events import (
+    AccessChangeRequested,
+    AgentReported,
+    FingerprintChanged,
+    HeartbeatReceived,
+    SessionId,
+    Tick,
+)
 from controller.core.kinds import Kind
 from controller.core.policy import Policy
 from controller.core.state import State
 from controller.core.step import step
 from controller.core.submit import job_warnings
 from outrider.ids import AllocId, JobName, Namespace, NodeId, ServiceName
+from outrider.model.access import NamespaceSpec
 from outrider.model.allocation import Allocation, AllocReport, AllocStatus, Desired, TaskReport, TaskStatus
 from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType, Protocol, UpdatePolicy
@@ -100,6 +109,8 @@ def test_a_running_job_does_not_change_its_type(world: World) -> None:
 
 
 def test_a_job_never_changes_its_namespace(world: World) -> None:
+    team = NamespaceSet(namespace=NamespaceSpec(name=Namespace("team-b")))
+    assert world.ask(lambda request: AccessChangeRequested(request=request, change=team)).changed
     world.submit(job("shop", group()))
     world.stop("shop")
     moved = msgspec.structs.replace(job("shop", group()), namespace=Namespace("team-b"))

@@ -1,0 +1,39 @@
+"""Fetches a fleet's CA from a server that is known by nothing but the CA's fingerprint. Trusts nothing else of it."""
+
+import hashlib
+import socket
+import ssl
+
+from outrider.config import host_port
+from outrider.errors import PeerError, RefusedError
+
+_TIMEOUT_S = 10.0
+
+
+def pinned_ca(address: str, sha256: str) -> str:
+    """The CA that `address` shows in its TLS chain and that has the fingerprint, as PEM. Blocks.
+
+    Raises PeerError where nobody answers, RefusedError where the chain holds no such CA: then it is another fleet.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint is what is checked
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection(host_port(address), timeout=_TIMEOUT_S) as plain,
+            context.wrap_socket(plain) as secure,
+        ):
+            # Public as `get_unverified_chain` from Python 3.13 on.
+            chain = secure._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]  # noqa: SLF001
+    except OSError as error:
+        raise PeerError(f"{address}: {error}") from error
+    pinned = sha256.replace(":", "").lower()
+    for certificate in chain:
+        pem: str = certificate.public_bytes()
+        if hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest() == pinned:
+            return pem
+    raise RefusedError(
+        "wrong-fleet",
+        f"{address} shows no CA with fingerprint {sha256[:16]}...: it is another fleet, or its CA changed",
+    )
