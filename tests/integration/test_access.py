@@ -227,7 +227,7 @@ async def test_every_change_is_in_the_audit_log_with_what_it_changed(controller:
         ("alice", "SubmitJob", "shop", "done"),
         ("alice", "DeleteUser", "alice", "denied"),
     ]
-    assert list(entries[-2].changes) == ["version 2", "groups.web.count: 1 -> 3"]
+    assert list(entries[-2].changes) == ["version 2", "~ groups.web.count: 1 -> 3"]
     assert ("root", "CreateToken") in {(entry.caller, entry.call) for entry in entries}
     assert entries[-1].by.startswith("token ")
     assert entries[-1].peer.startswith("ipv4:127.0.0.1")
