@@ -89,7 +89,14 @@ class Controller:
         self._keyring = Keyring(config.secrets.key_file or config.data / "secrets.key", os.environ)
         self._audit = AuditLog(config.data)
         self._events = EventLog()
-        self._engine = Engine(journal=term.journal, events=self._events, log=Log("engine"), standing=term.standing)
+        self._policy = Policy(placement=config.placement, preempts=config.preemption)
+        self._engine = Engine(
+            journal=term.journal,
+            events=self._events,
+            log=Log("engine"),
+            standing=term.standing,
+            policy=self._policy,
+        )
         self._broker = self._make_broker()
         self._catalog: Catalog | None = None
         self._consul_url = "embedded"
@@ -185,7 +192,7 @@ class Controller:
         operator = OperatorService(parts, consul=self._consul_url, callers=callers, audit=self._audit)
         stores = StoreService(parts, callers=callers, audit=self._audit)
         access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca)
-        fleet = FleetService(parts, heartbeat_interval_s=Policy().heartbeat_interval_s)
+        fleet = FleetService(parts, heartbeat_interval_s=self._policy.heartbeat_interval_s)
         join = JoinService(cluster=config.cluster, ca=self._ca, admit=admission(self._engine), refused=parts.refused)
 
         def register_people(server: grpc.aio.Server) -> None:

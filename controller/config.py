@@ -12,7 +12,7 @@ from controller.ca import NODE_VALID_S
 from outrider.config import host_port
 from outrider.errors import ConfigError
 from outrider.ids import NAME_PATTERN
-from outrider.model.job import Value
+from outrider.model.job import Packing, Value
 
 _SOCKET_PATH_CHARS_MAX = 100  # sun_path holds 108
 
@@ -109,6 +109,8 @@ class Config(Value, frozen=True, kw_only=True):
     progress_listen: str = "127.0.0.1:0"  # where this host's Consul agent asks whether the controller gets on
     advertise: str | None = None  # where agents and other controllers reach this one; default: where it listens
     adopt_intentions: bool = False
+    placement: Packing = Packing.SPREAD  # of jobs that do not say: copies and load apart, or one node after the other
+    preemption: bool = True  # whether a job of higher priority may take the place of one of lower
     mqtt: MqttConfig | None = None
     secrets: SecretsConfig = SecretsConfig()
     log: Literal["debug", "info", "warning", "error"] = "info"

@@ -31,6 +31,7 @@ from controller.core.commands import (
 )
 from controller.core.events import Appended, Event, HeartbeatReceived, JobSubmitted, RequestId, Tick
 from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller.core.policy import Policy
 from controller.core.state import State
 from controller.core.step import step
 from controller.event_log import EventLog
@@ -89,9 +90,17 @@ class Counts:
 class Engine:
     """`open`, then `run` until cancelled. `state` may be read by anybody on the same event loop, between awaits."""
 
-    def __init__(self, *, journal: Journal, events: EventLog, log: Log, standing: Standing | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        events: EventLog,
+        log: Log,
+        standing: Standing | None = None,
+        policy: Policy | None = None,
+    ) -> None:
         """`standing`: whether this controller may act; None: nobody else can."""
-        self.state = State.empty()
+        self.state = State.empty(policy)
         self._standing = standing or Alone()
         self.counts = Counts()
         self._journal = journal

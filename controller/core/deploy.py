@@ -50,7 +50,7 @@ def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
     draft = Draft(state, seed)
     records: list[Record] = []
     # The important first: what is short is theirs.
-    for job in sorted(state.live.dirty_jobs, key=lambda job: -state.jobs[job].job.priority):
+    for job in sorted(state.live.dirty_jobs, key=lambda job: -_priority(state, job)):
         if draft.size >= state.policy.plan_placements_max:
             break
         del state.live.dirty_jobs[job]
@@ -67,6 +67,11 @@ def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
         check(state, plan)
         return (plan, *records)
     return tuple(records)
+
+
+def _priority(state: State, job: JobName) -> int:
+    entry = state.jobs.get(job)
+    return entry.job.priority if entry is not None else 0
 
 
 def note_failure(state: State, family: FamilyKey, now_s: float) -> None:

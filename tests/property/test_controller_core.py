@@ -140,6 +140,7 @@ actions = st.one_of(
     st.tuples(st.just("revert"), st.sampled_from(JOBS), st.integers(0, 4)),
     st.tuples(st.just("scale"), st.sampled_from(JOBS), st.integers(0, 7)),
 )
+PRIORITIES = {"shop": 50, "api": 80, "batch": 10, "everywhere": 60}  # so some make room among others
 TYPES = {"batch": JobType.BATCH, "everywhere": JobType.SYSTEM}
 
 
@@ -163,7 +164,8 @@ def act(world: CheckedWorld, action: tuple[object, ...]) -> None:  # noqa: C901,
                 command=command,
                 update=UpdatePolicy(max_parallel=2, auto_revert=True, healthy_deadline_s=10.0),
             )
-            world.request(job(name, wanted, type=TYPES.get(name, JobType.SERVICE)))
+            submitted = job(name, wanted, type=TYPES.get(name, JobType.SERVICE))
+            world.request(msgspec.structs.replace(submitted, priority=PRIORITIES[name]))
         case ("stop", str(name)):
             world.request(JobName(name))
         case ("fail" | "finish" as how, int(at)):

@@ -24,7 +24,17 @@ from controller.core.events import LastWillSeen
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.job_diff import diff
 from outrider.model.allocation import Allocation, AllocStatus
-from outrider.model.job import Group, Job, JobType, Parameters, Protocol, Schedule, UpdatePolicy
+from outrider.model.job import (
+    Constraint,
+    Group,
+    Job,
+    JobType,
+    Operator,
+    Parameters,
+    Protocol,
+    Schedule,
+    UpdatePolicy,
+)
 from tests.scenarios.world import START_S, World, group, job, node, service
 
 HERE = Path(__file__).parent
@@ -123,7 +133,14 @@ class Stage:
         world = self.world
         return {
             "join": lambda names, options: world.join(
-                *(node(name, memory_mib=int(options.get("memory", "8192"))) for name in names)
+                *(
+                    node(
+                        name,
+                        memory_mib=int(options.get("memory", "8192")),
+                        meta={"rack": options["rack"]} if "rack" in options else {},
+                    )
+                    for name in names
+                )
             ),
             "leave": lambda names, _: [world.leave(name) for name in names] and None,
             "silence": lambda names, _: [world.silence(name) for name in names] and None,
@@ -169,7 +186,11 @@ class Stage:
         )
         if "depends_on" in options:
             wanted = msgspec.structs.replace(wanted, depends_on=(ServiceName(options["depends_on"]),))
-        self.world.submit(self._kind(name, wanted, options))
+        if "rack" in options:
+            on_rack = Constraint(attribute="meta.rack", operator=Operator.EQUAL, value=options["rack"])
+            wanted = msgspec.structs.replace(wanted, constraints=(on_rack,))
+        made = self._kind(name, wanted, options)
+        self.world.submit(msgspec.structs.replace(made, priority=int(options.get("priority", "50"))))
 
     def _kind(self, name: str, wanted: Group, options: dict[str, str]) -> Job:
         launched = {"schedule", "required", "optional"} & options.keys()
