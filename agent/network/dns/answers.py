@@ -11,6 +11,7 @@ from dnslib import CLASS, OPCODE, QR, QTYPE, RCODE, RR, A, DNSBuffer, DNSError, 
 from dnslib.buffer import BufferError as DnsBufferError
 
 QUERY_BYTES_MAX = 4096
+_NAME_BYTES_MAX = 253  # RFC 1035, as dnslib counts
 # Addresses never change while a name has one; short, so that a name that goes away is gone soon.
 _TTL_S = 5
 
@@ -30,6 +31,8 @@ def answer(query: bytes, names: Mapping[str, str]) -> bytes:
         question = DNSQuestion.parse(buffer) if header.q == 1 else None
     except (DNSError, DnsBufferError, struct.error, ValueError, IndexError) as error:
         raise MalformedQueryError(str(error)) from error
+    if question is not None and len(question.qname) > _NAME_BYTES_MAX:
+        raise MalformedQueryError("a longer name than there can be")  # it parses, and cannot be written again
     if header.qr != QR.QUERY:
         raise MalformedQueryError("a reply, not a question")
     reply = DNSRecord(

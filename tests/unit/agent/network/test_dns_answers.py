@@ -53,6 +53,12 @@ def test_a_reply_is_not_answered() -> None:
         answer(bytes(reply.pack()), NAMES)
 
 
+def test_a_name_that_is_too_long_to_be_written_again_is_dropped() -> None:
+    labels = b"".join(bytes([size]) + bytes(size) for size in (63, 63, 63, 62))
+    with pytest.raises(MalformedQueryError, match="longer"):
+        answer(b"\x12\x34\x01\x00\x00\x01" + bytes(6) + labels + bytes(5), NAMES)
+
+
 # A header that asks one question, then anything: labels, pointers to themselves, nothing.
 questions = st.binary(max_size=300).map(lambda rest: b"\x12\x34\x01\x00\x00\x01" + bytes(6) + rest)
 pointers = st.lists(st.sampled_from([b"\xc0\x0c", b"\xc0\x0e", b"\xc0\xff", b"\x01a", b"\x3f" + b"x" * 63, b"\0"]))
