@@ -49,6 +49,7 @@ class Attributes:
         self._columns: dict[str, Column] = {}
         self._passing: dict[Constraint, Bools] = {}
         self._suited: dict[Demand, Bools] = {}
+        self._values: dict[tuple[str, Demand], Bools] = {}
 
     def describe(self, ref: int, node: Node) -> None:
         """`ref` is `node` from here on."""
@@ -63,7 +64,7 @@ class Attributes:
 
     def forget(self) -> None:
         """Something about a node changed: every mask is worked out anew."""
-        self._columns, self._passing, self._suited = {}, {}, {}
+        self._columns, self._passing, self._suited, self._values = {}, {}, {}, {}
 
     def column(self, attribute: str) -> Column:
         column = self._columns.get(attribute)
@@ -87,3 +88,12 @@ class Attributes:
         if len(self._suited) >= _KEPT_MAX:
             self._suited = {}
         self._suited[demand] = mask
+
+    def values_suited(self, attribute: str, demand: Demand) -> Bools | None:
+        """As `keep_values` was told; None: not worked out yet."""
+        return self._values.get((attribute, demand))
+
+    def keep_values(self, attribute: str, demand: Demand, there: Bools) -> None:
+        if len(self._values) >= _KEPT_MAX:
+            self._values = {}
+        self._values[attribute, demand] = there

@@ -85,6 +85,16 @@ class NodeTable:
             self.attributes.keep(demand, mask)
         return mask
 
+    def values_suited(self, attribute: str, demand: Demand) -> Bools:
+        """Which of the attribute's values nodes have that could run what demands this."""
+        there = self.attributes.values_suited(attribute, demand)
+        if there is None:
+            column = self.attributes.column(attribute)
+            found = np.bincount(column.codes[self.suited(demand)] + 1, minlength=len(column.values) + 1)
+            there = np.asarray(found[1:] > 0)
+            self.attributes.keep_values(attribute, demand, there)
+        return there
+
     def judged(self, demand: Demand) -> Iterator[tuple[str, Bools]]:
         """Each part of the demand: why a node is out, and which are not."""
         size = len(self)

@@ -87,17 +87,18 @@ def _choose(scores: Scores, group: GroupEntry, count: int, seed: int) -> Ints:
 def _one_by_one(scores: Scores, first: Times, count: int, seed: int) -> Ints:
     chosen: list[int] = []
     placed: dict[int, int] = {}
+    total = first
     while len(chosen) < count:
-        total = first
-        for balance in scores.balances:
-            total = total + balance.terms()[balance.codes]
+        for at, balance in enumerate(scores.balances):
+            term = balance.terms().take(balance.codes, mode="wrap")
+            total = np.add(total if at else first, term, out=term)
         for limit in scores.limits:
             total = np.where(limit.open()[limit.codes], total, -np.inf)
         best = total.max(initial=-np.inf)
         if best == -np.inf:
             break
-        candidates = np.flatnonzero(total == best)
-        ref = int(candidates[np.argmin(_ties(candidates, seed))]) if len(candidates) > 1 else int(candidates[0])
+        candidates = (total == best).nonzero()[0]
+        ref = int(candidates[_ties(candidates, seed).argmin()]) if len(candidates) > 1 else int(candidates[0])
         chosen.append(ref)
         _count(scores.balances, scores.limits, ref)
         placed[ref] = placed.get(ref, 0) + 1

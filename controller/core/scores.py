@@ -37,23 +37,28 @@ class Near:
 class Balance:
     """One wish to spread: how full each value of the attribute is."""
 
-    def __init__(self, snapshot: Snapshot, group: GroupEntry, wish: Spread, near: Ints, eligible: Bools) -> None:
+    def __init__(self, snapshot: Snapshot, group: GroupEntry, wish: Spread, near: Ints) -> None:
         column = snapshot.nodes.attributes.column(wish.attribute)
         self.codes: Shorts = column.codes
         self.counts: Times = _tally(column.codes, len(column.values), near)
         self._weight = wish.weight / 100
         count = max(1, group.group.count)
-        targets = {target.value: target.percent / 100 * count for target in wish.targets}
-        there = np.bincount(column.codes[eligible] + 1, minlength=len(column.values) + 1)[1:] > 0
-        others = sum(value not in targets and bool(there[at]) for at, value in enumerate(column.values)) or 1
-        rest = max(0.0, count - sum(targets.values())) / others
-        self._shares: Times = np.array([targets.get(value, rest) for value in column.values] + [0.0])
+        there = snapshot.nodes.values_suited(wish.attribute, group.demand)
+        wished = {target.value: target.percent / 100 * count for target in wish.targets}
+        targets = {at: wished[value] for at, value in enumerate(column.values) if value in wished} if wished else {}
+        others = max(1, int(there.sum()) - sum(bool(there[at]) for at in targets))
+        self._shares: Times = np.full(len(column.values) + 1, max(0.0, count - sum(wished.values())) / others)
+        for at, share in targets.items():
+            self._shares[at] = share
+        self._shares[-1] = 0.0
+        self._wished = self._shares > 0
 
     def terms(self) -> Times:
         """By code; the last for nodes without the attribute."""
-        terms = np.full(len(self._shares), -self._weight)
-        wished = self._shares > 0
-        terms[wished] = self._weight * (1 - self.counts[wished] / self._shares[wished])
+        terms = np.full(len(self._shares), -1.0)
+        np.divide(self.counts, self._shares, out=terms, where=self._wished)
+        np.subtract(1.0, terms, out=terms, where=self._wished)
+        terms *= self._weight
         return terms
 
 
@@ -92,7 +97,7 @@ class Scores:
                 self.most = most if self.most is None else np.minimum(self.most, most)
             else:
                 self.limits.append(Limit(snapshot, distinct, there))
-        self.balances = [Balance(snapshot, group, wish, near.group, self.eligible) for wish in group.spread]
+        self.balances = [Balance(snapshot, group, wish, near.group) for wish in group.spread]
         self.affinity: Times | None = None
         for one in group.affinities:
             held: Times = snapshot.nodes.attributes.passing(one.prefer).astype(np.float64) * (one.weight / 100)
@@ -187,7 +192,8 @@ class Scores:
 
 def _tally(codes: Shorts, values: int, near: Ints) -> Times:
     """How many copies there are on nodes of each value; the last: on nodes without."""
-    there = np.flatnonzero(near)
     counts = np.zeros(values + 1)
-    np.add.at(counts, codes[there], near[there])
+    there = near.nonzero()[0]
+    if len(there):
+        np.add.at(counts, codes[there], near[there])
     return counts

@@ -106,8 +106,7 @@ class Reference:
         others = {
             other.attributes()[wish.attribute]
             for other in self.places
-            if other.ready
-            and self.job.pool in ("all", other.node.fingerprint.pool)
+            if self.job.pool in ("all", other.node.fingerprint.pool)
             and wish.attribute in other.attributes()
             and all(holds(one, other.attributes()) for one in (*self.job.constraints, *self.group.constraints))
         } - targets.keys()
