@@ -16,7 +16,7 @@ from agent.vm_operations import Operation, VmOperations
 from agent.vms import guest_directory
 from outrider.errors import RefusedError
 from outrider.ids import AllocId, TaskName
-from outrider.model.job import has_guest
+from outrider.model.job import TaskRole, has_guest
 from outrider.v1.fleet_pb2 import VmCommand
 
 
@@ -97,13 +97,15 @@ class Sources:
 
     def _task(self, alloc: AllocId, task: TaskName) -> TaskName:
         """The one that is meant. Raises RefusedError where it cannot be known."""
-        known = self._store.tasks(alloc)
+        tasks = self._store.tasks(alloc)
+        known = [task.name for task in tasks]
         if not known:
             raise RefusedError("not-found", f"allocation {alloc} is not on this node, or was forgotten")
         if task in known or task == SIDECAR:
             return task
-        if not task and len(known) == 1:
-            return known[0]
+        mains = [one.name for one in tasks if one.role is TaskRole.MAIN]
+        if not task and len(mains) == 1:
+            return mains[0]
         what = f"no task {task!r}" if task else "several tasks"
         raise RefusedError("ambiguous", f"allocation {alloc} has {what}; say which: {', '.join(known)} or {SIDECAR}")
 

@@ -18,9 +18,9 @@ import msgspec
 
 from agent.core.events import AllocRecord
 from outrider.errors import HostError
-from outrider.ids import AllocId, TaskName
+from outrider.ids import AllocId
 from outrider.model.allocation import Generation
-from outrider.model.job import Value
+from outrider.model.job import Task, Value
 
 V = TypeVar("V", bound=msgspec.Struct)
 
@@ -54,13 +54,13 @@ class Store:
     def allocation_directory(self, alloc: AllocId) -> Path:
         return self._allocations / alloc
 
-    def tasks(self, alloc: AllocId) -> tuple[TaskName, ...]:
+    def tasks(self, alloc: AllocId) -> tuple[Task, ...]:
         """The tasks of a recorded allocation, ended or not; () where there is no record."""
         try:
             record = msgspec.json.decode((self.allocation_directory(alloc) / _STATE).read_bytes(), type=AllocRecord)
         except (OSError, msgspec.DecodeError):
             return ()
-        return tuple(task.name for task in record.assignment.group.tasks)
+        return record.assignment.group.tasks
 
     def directories(self) -> dict[AllocId, Path]:
         """Of all allocations there is anything of, recorded or not."""

@@ -41,7 +41,7 @@ from agent.core.report import duration, exit_message
 from agent.core.restart import PERSISTENT, next_try
 from agent.core.state import AllocState, TaskState, Turn
 from outrider.model.allocation import TaskStatus
-from outrider.model.job import RestartPolicy
+from outrider.model.job import RestartPolicy, TaskRole, main_task
 
 _UP = frozenset({Phase.TASKS_STARTING, Phase.RUNNING})
 
@@ -130,7 +130,7 @@ def tick(alloc: AllocState, turn: Turn) -> None:
                     service=probe.service,
                     check=probe.check,
                     port=probe.port,
-                    task=next(iter(alloc.tasks)),
+                    task=main_task(alloc.assignment.group).name,
                 )
             )
 
@@ -202,12 +202,14 @@ def sidecar_lost(alloc: AllocState, turn: Turn) -> None:
 
 def task_ended(alloc: AllocState, task: TaskState, exit_: TaskExit, turn: Turn) -> None:
     """A run of the task is over: whether another follows is the policy's to say. Does not change the phase."""
-    task.exit, task.starting = exit_, False
+    task.exit, task.starting, task.stop_asked = exit_, False, False
     task.message = exit_message(task.task, exit_)
     reason, task.restart_reason = task.restart_reason, ""
     if reason and not alloc.stopping:
         task.status, task.restarts, task.message = TaskStatus.PENDING, task.restarts + 1, f"started again: {reason}"
-    elif alloc.stopping or (alloc.assignment.batch and exit_.code == 0):
+    elif not alloc.stopping and exit_.code == 0 and task.role is TaskRole.INIT:
+        task.status, task.message = TaskStatus.EXITED, ""  # as it should, long before the others: no news
+    elif alloc.stopping or (exit_.code == 0 and alloc.assignment.batch):
         task.status = TaskStatus.EXITED
     elif exit_.again:
         task.status, task.retry_at_s = TaskStatus.BACKOFF, turn.now_s
@@ -287,10 +289,11 @@ def _given_up(message: str, policy: RestartPolicy) -> str:
 
 
 def _start_tasks(alloc: AllocState, turn: Turn) -> None:
-    """Every task that is due, once record, images and sidecar are there."""
+    """Every task that is due, once record, images and sidecar are there: the init tasks first, one after the other."""
     if alloc.phase not in _UP or not alloc.durable or (alloc.has_sidecar and not alloc.sidecar_ready):
         return
-    for task in alloc.tasks.values():
+    first = alloc.init_task
+    for task in alloc.tasks.values() if first is None else (first,):
         waits = task.retry_at_s is not None and task.retry_at_s > turn.now_s
         if task.status not in (TaskStatus.PENDING, TaskStatus.BACKOFF) or task.starting or waits:
             continue
@@ -305,7 +308,7 @@ def _task_started(alloc: AllocState, event: TaskStarted, turn: Turn) -> None:
     task.starting, task.status, task.message = False, TaskStatus.RUNNING, ""
     task.started_at_s = event.started_at_s
     if alloc.phase is Phase.STOPPING:
-        turn.emit(StopTask(alloc=alloc.id, task=task.task))
+        ask_to_stop(alloc, turn)
     elif alloc.phase in _UP:
         _settle_running(alloc, turn)
 
@@ -354,18 +357,20 @@ def _after_task_ended(alloc: AllocState, turn: Turn) -> None:
     if alloc.phase in _UP:
         _settle_running(alloc, turn)
         _start_tasks(alloc, turn)
-    elif alloc.phase is Phase.STOPPING and not alloc.any_live:
-        tasks_ended(alloc, turn)
+    elif alloc.phase is Phase.STOPPING:
+        ask_to_stop(alloc, turn)
 
 
 def _settle_running(alloc: AllocState, turn: Turn) -> None:
     """The phase and the checks that fit what the tasks do now."""
-    tasks = alloc.tasks.values()
     if alloc.failure:
         stop(alloc, turn)
-    elif alloc.assignment.batch and all(task.status is TaskStatus.EXITED for task in tasks):
+    elif alloc.work_done:
         alloc.stopping = True
-        tasks_ended(alloc, turn)
+        if alloc.any_live:
+            _stop_tasks(alloc, turn)  # the helpers
+        else:
+            tasks_ended(alloc, turn)
     elif not alloc.tasks_up:
         if alloc.phase is Phase.RUNNING:
             alloc.become(Phase.TASKS_STARTING)
@@ -379,11 +384,18 @@ def _settle_running(alloc: AllocState, turn: Turn) -> None:
 
 def _stop_tasks(alloc: AllocState, turn: Turn) -> None:
     alloc.become(Phase.STOPPING)
-    for task in alloc.tasks.values():
-        if task.status is TaskStatus.RUNNING:
-            turn.emit(StopTask(alloc=alloc.id, task=task.task))
-    if not alloc.any_live:
+    ask_to_stop(alloc, turn)
+
+
+def ask_to_stop(alloc: AllocState, turn: Turn) -> None:
+    """Of those that live the helpers are asked last, once all others have ended."""
+    live = [task for task in alloc.tasks.values() if task.live]
+    if not live:
         tasks_ended(alloc, turn)
+    for task in [task for task in live if task.role is not TaskRole.HELPER] or live:
+        if task.status is TaskStatus.RUNNING and not task.stop_asked:
+            task.stop_asked = True
+            turn.emit(StopTask(alloc=alloc.id, task=task.task))
 
 
 def tasks_ended(alloc: AllocState, turn: Turn) -> None:

@@ -34,14 +34,14 @@ TRANSITIONS: dict[Phase, dict[Phase, str]] = {
     Phase.TASKS_STARTING: {
         Phase.RUNNING: "every task runs",
         Phase.DRAINING: "told to stop",
-        Phase.STOPPING: "a task failed for good, or no sidecar to drain",
+        Phase.STOPPING: "a task failed for good, no sidecar to drain, or all but helpers ended",
         Phase.SIDECAR_STOPPING: "all work ended",
         Phase.CLEANING: "all work ended, no services",
     },
     Phase.RUNNING: {
         Phase.TASKS_STARTING: "a task exited and will be restarted",
         Phase.DRAINING: "told to stop",
-        Phase.STOPPING: "a task failed for good, or no sidecar to drain",
+        Phase.STOPPING: "a task failed for good, no sidecar to drain, or all but helpers ended",
         Phase.SIDECAR_STOPPING: "all work ended",
         Phase.CLEANING: "all work ended, no services",
     },

@@ -4,11 +4,12 @@ An allocation whose namespace is there is taken over as it is; one without (the 
 """
 
 from agent.core import allocation, health
-from agent.core.commands import AdoptSidecar, AdoptTask, Note, StopTask
+from agent.core.commands import AdoptSidecar, AdoptTask, Note
 from agent.core.events import AllocRecord, Found, FoundTask, TaskExit, TaskRecord
 from agent.core.lifecycle import Phase
 from agent.core.state import AllocState, Turn, new_alloc
 from outrider.model.allocation import Assignment, Desired, TaskStatus
+from outrider.model.job import TaskRole
 
 
 def adopt(assignment: Assignment, found: Found, turn: Turn) -> AllocState:
@@ -41,7 +42,8 @@ def adopt(assignment: Assignment, found: Found, turn: Turn) -> AllocState:
 
 
 def _work_is_done(alloc: AllocState, record: AllocRecord) -> bool:
-    return alloc.assignment.batch and all(_over(record, name) is not None for name in alloc.tasks)
+    mains = [name for name, task in alloc.tasks.items() if task.role is TaskRole.MAIN]
+    return alloc.assignment.batch and all(_over(record, name) is not None for name in mains)
 
 
 def _over(record: AllocRecord, name: object) -> TaskExit | None:
@@ -91,11 +93,7 @@ def _resume_tasks(alloc: AllocState, found: Found, record: AllocRecord, turn: Tu
     if alloc.stopping:
         # A drain that the old agent began is not waited for again.
         alloc.phase = Phase.STOPPING
-        for task in alloc.tasks.values():
-            if task.status is TaskStatus.RUNNING:
-                turn.emit(StopTask(alloc=alloc.id, task=task.task))
-        if not alloc.any_live:
-            allocation.tasks_ended(alloc, turn)
+        allocation.ask_to_stop(alloc, turn)
         return
     allocation.run(alloc, turn)
     for probe in alloc.probes.values():

@@ -4,7 +4,7 @@ from agent.core.events import AllocRecord, TaskExit, TaskRecord
 from agent.core.lifecycle import Phase
 from agent.core.state import AllocState, Stray, TaskState
 from outrider.model.allocation import AllocReport, AllocStatus, CheckReport, TaskReport, TaskStatus
-from outrider.model.job import MIB, Service, Task
+from outrider.model.job import MIB, Service, Task, TaskRole
 
 _SIGNALS = {1: "HUP", 2: "INT", 3: "QUIT", 4: "ILL", 6: "ABRT", 7: "BUS", 8: "FPE", 9: "KILL", 11: "SEGV", 13: "PIPE"}
 _SIGNALS |= {10: "USR1", 12: "USR2", 14: "ALRM", 15: "TERM"}
@@ -18,7 +18,7 @@ def alloc_report(alloc: AllocState) -> AllocReport:
         status=status,
         tasks=tuple(_task_report(task) for task in alloc.tasks.values()),
         checks=tuple(_check_report(alloc, service, status) for service in alloc.assignment.group.services),
-        message=alloc.failure or alloc.images_message or alloc.message,
+        message=alloc.failure or alloc.images_message or alloc.message or _init_message(alloc),
         pulling=alloc.pulling,
         local_address=alloc.local_address,
         log_tail=alloc.log_tail,
@@ -73,9 +73,17 @@ def _status(alloc: AllocState) -> AllocStatus:
         return AllocStatus.FAILED if alloc.failure else AllocStatus.COMPLETE
     if alloc.phase is Phase.RUNNING:
         return AllocStatus.RUNNING
-    if alloc.phase is Phase.TASKS_STARTING and any(task.started_at_s for task in alloc.tasks.values()):
+    began = (task.started_at_s for task in alloc.tasks.values() if task.role is not TaskRole.INIT)
+    if alloc.phase is Phase.TASKS_STARTING and any(began):
         return AllocStatus.RUNNING  # it ran, and a task of it comes back; the task's own status says so
     return AllocStatus.STOPPING if alloc.phase in _STOPPING and alloc.stopping else AllocStatus.STARTING
+
+
+def _init_message(alloc: AllocState) -> str:
+    """What everything else waits for."""
+    first = alloc.init_task
+    runs = first is not None and first.status is TaskStatus.RUNNING and not alloc.stopping
+    return f"init task {first.task.name} runs" if first is not None and runs else ""
 
 
 def _task_report(task: TaskState) -> TaskReport:

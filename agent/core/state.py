@@ -13,7 +13,7 @@ from agent.core.health import Probe
 from agent.core.lifecycle import Phase, check_transition
 from outrider.ids import AllocId, ServiceName, TaskName
 from outrider.model.allocation import AllocReport, Assignment, Desired, Generation, TaskStatus
-from outrider.model.job import PULLED, Task, inner_ports
+from outrider.model.job import PULLED, Task, TaskRole, inner_ports
 
 NEVER_S = float("inf")
 
@@ -22,6 +22,7 @@ class TaskState(msgspec.Struct, kw_only=True):
     task: Task
     status: TaskStatus = TaskStatus.PENDING
     starting: bool = False  # StartTask is under way
+    stop_asked: bool = False  # StopTask is under way
     restart_reason: str = ""  # it was told to end only to start again
     restarts: int = 0
     tried_at_s: tuple[float, ...] = ()
@@ -34,6 +35,10 @@ class TaskState(msgspec.Struct, kw_only=True):
     def live(self) -> bool:
         """Something of it runs, or is about to."""
         return self.starting or self.status is TaskStatus.RUNNING
+
+    @property
+    def role(self) -> TaskRole:
+        return self.task.role
 
 
 class AllocState(msgspec.Struct, kw_only=True):
@@ -74,8 +79,24 @@ class AllocState(msgspec.Struct, kw_only=True):
 
     @property
     def tasks_up(self) -> bool:
-        """Every task runs, or ended as it should."""
-        return all(task.status in (TaskStatus.RUNNING, TaskStatus.EXITED) for task in self.tasks.values())
+        """Every task runs, or ended as it should; the init tasks have ended."""
+        return all(
+            task.status is TaskStatus.EXITED or (task.status is TaskStatus.RUNNING and task.role is not TaskRole.INIT)
+            for task in self.tasks.values()
+        )
+
+    @property
+    def init_task(self) -> TaskState | None:
+        """The one whose turn it is; None where the others may run."""
+        waiting = (task for task in self.tasks.values() if task.role is TaskRole.INIT)
+        return next((task for task in waiting if task.status is not TaskStatus.EXITED), None)
+
+    @property
+    def work_done(self) -> bool:
+        """Of a batch job: its main tasks have ended. Helpers do not keep it."""
+        if not self.assignment.batch:
+            return False
+        return all(task.status is TaskStatus.EXITED for task in self.tasks.values() if task.role is TaskRole.MAIN)
 
     @property
     def any_live(self) -> bool:

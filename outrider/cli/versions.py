@@ -100,7 +100,8 @@ def revert(
         for warning in answer.warnings:
             output.say(f"warning: {warning}")
         if not json:
-            news = f"holds what version {version or 'before'} did" if answer.changed else "holds exactly this already"
+            held = f"version {version}" if version else "the last good version before"
+            news = f"holds what {held} did" if answer.changed else "holds exactly this already"
             print(f"job {job}, version {answer.version}: {news}", flush=True)
         status = None if detach else wait(fleet, job, answer.version)
     if json:

@@ -572,7 +572,7 @@ class LogsRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     task: _builtins.str
-    """"" where the group has one; "sidecar" is Envoy's"""
+    """"" where the group has one main task; "sidecar" is Envoy's"""
     stream: Global___LogStream.ValueType
     tail_lines: _builtins.int
     """-1: all that is kept"""

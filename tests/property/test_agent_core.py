@@ -23,26 +23,43 @@ from outrider.model.job import (
     RestartPolicy,
     Service,
     Task,
+    TaskRole,
 )
 
-ALLOCS = tuple(AllocId(f"{number:010x}") for number in range(4))
+ALLOCS = tuple(AllocId(f"{number:010x}") for number in (0, 1, 2, 3, 4, 7))
 
 
 def assignment(alloc: AllocId, desired: Desired = Desired.RUN) -> Assignment:
-    """Of four kinds: with and without a service, service and batch. One task of each has its image fetched."""
+    """With and without a service, service and batch, two plain tasks or two init tasks, a main one and a helper.
+
+    One task of each has its image fetched.
+    """
     number = int(alloc, 16)
     check = Check(kind=CheckKind.TCP, interval_s=1.0)
     service = Service(name=ServiceName("web"), port=PortName("http"), check=check)
     fetched = Image(kind=ImageKind.OCI, reference="registry.test/app:1")
+    plain = (Task(name=TaskName("a"), image=fetched), Task(name=TaskName("b")))
+    roles = (
+        Task(name=TaskName("first"), role=TaskRole.INIT),
+        Task(name=TaskName("main"), image=fetched),
+        Task(name=TaskName("second"), role=TaskRole.INIT),
+        Task(name=TaskName("helper"), role=TaskRole.HELPER),
+    )
     group = Group(
         name=GroupName("web"),
-        tasks=(Task(name=TaskName("a"), image=fetched), Task(name=TaskName("b"))),
+        tasks=roles if number >= 4 else plain,
         restart=RestartPolicy(attempts=2, interval_s=20.0, delay_s=0.5),
         network=Network(ports=(Port(name=PortName("http")),)),
         services=(service,) if number % 2 else (),
     )
     return Assignment(
-        alloc=alloc, job=JobName("shop"), job_version=1, group=group, index=number, batch=number >= 2, desired=desired
+        alloc=alloc,
+        job=JobName("shop"),
+        job_version=1,
+        group=group,
+        index=number,
+        batch=number % 4 >= 2,
+        desired=desired,
     )
 
 
@@ -59,6 +76,7 @@ class Host:
         self.images: set[AllocId] = set()  # kept on the node
         self.sidecars: dict[AllocId, bool] = {}  # whether it serves
         self.tasks: dict[tuple[AllocId, TaskName], events.TaskExit | None] = {}
+        self.prepared: set[tuple[AllocId, str]] = set()  # init tasks that ended well
         self.pending: list[commands.Command] = []
         self.generation = Generation(epoch=1, counter=0)
         self.kind = True  # no failures from now on
@@ -76,10 +94,14 @@ class Host:
                 assert alloc in self.disk, "a restarted agent would not know it"
                 assert not command.assignment.group.services or self.sidecars.get(alloc), "before its sidecar serves"
                 assert self.tasks.get((alloc, command.task.name), 0) is not None, "it runs already"
+                self.may_start(alloc, command.task)
                 assert alloc in self.images or command.task.image.kind not in PULLED, "its image may be gone"
             case commands.StartSidecar():
                 assert command.assignment.alloc in self.networks
                 assert command.assignment.alloc not in self.sidecars, "a second sidecar"
+            case commands.StopTask(alloc=alloc, task=Task(role=TaskRole.HELPER)):
+                others = [name for owner, name in self.tasks if owner == alloc and name != "helper"]
+                assert all(self.tasks[alloc, name] for name in others), "helpers end last"
             case commands.StopSidecar():
                 assert not self.running(command.alloc), "the sidecar ends last"
             case commands.Report(report=report) if report.status in TERMINAL:
@@ -90,6 +112,11 @@ class Host:
             self.perform(command)
         elif not isinstance(command, commands.Report | commands.Note):
             self.pending.append(command)
+
+    def may_start(self, alloc: AllocId, task: Task) -> None:
+        if int(alloc, 16) >= 4:
+            before = {"first": (), "second": ("first",)}.get(task.name, ("first", "second"))
+            assert all((alloc, name) in self.prepared for name in before), "out of turn"
 
     def running(self, alloc: AllocId) -> bool:
         return any(key[0] == alloc and exit_ is None for key, exit_ in self.tasks.items())
@@ -181,6 +208,8 @@ class Host:
     def end(self, alloc: AllocId, task: TaskName, exit_: events.TaskExit) -> None:
         if self.tasks.get((alloc, task), exit_) is None:
             self.tasks[alloc, task] = exit_
+            if exit_.code == 0:
+                self.prepared.add((alloc, task))
             self.tell(events.TaskExited(alloc=alloc, task=task, exit=exit_))
 
     def answer_one(self) -> None:
@@ -260,8 +289,12 @@ class Host:
         """No faults any more: everything asked is done, and due times come."""
         self.kind = True
         for _ in range(3000):
+            initial = [(alloc, name) for (alloc, name), exit_ in self.tasks.items()
+                       if exit_ is None and name in {"first", "second"}]  # fmt: skip
             if self.pending:
                 self.answer_one()
+            elif initial:
+                self.end(*initial[0], events.TaskExit(code=0))
             elif next_deadline_s(self.state) != float("inf"):
                 self.pass_time()
             else:
