@@ -15,6 +15,7 @@ import msgspec
 
 from agent import kvm
 from agent.belongings.belongings import Belongings
+from agent.belongings.volumes import Volumes
 from agent.claims import UID_BLOCKS, UID_RANGES, Claim, Owner, claim, uid_first
 from agent.config import Config
 from agent.core.commands import Report
@@ -165,6 +166,7 @@ class Agent:
         self._fleet = FleetSession(
             controllers=config.controllers, tls=config.tls, listener=self, log=Log("fleet", node=config.node), rng=rng
         )
+        self._volumes = Volumes(data=config.data, run=config.run, paths=config.volume_paths)
         self._broker = self._make_broker()
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
@@ -213,7 +215,11 @@ class Agent:
             log=log,
         )
         self._sources = Sources(
-            store=host.store, runtime=host.runtime, held=self._executor.held, operations=self._operations()
+            store=host.store,
+            runtime=host.runtime,
+            held=self._executor.held,
+            operations=self._operations(),
+            volumes=self._volumes,
         )
         self._tunnels = Tunnels(sources=self._sources, dial=self._fleet.open_tunnel, log=log)
 
@@ -340,6 +346,7 @@ class Agent:
             ask=self._fleet.secrets,
             signal=signal_task,
             restart=self._engine.tell,
+            volumes=self._volumes,
             log=self._log,
         )
 

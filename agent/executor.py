@@ -290,10 +290,11 @@ class Executor:
             resolv_conf="" if is_guest else str(self._resolv_conf),
         )
         if is_guest:
-            return await self._vms.prepare(assignment, task, place)
+            disks = await self._belongings.disks(assignment, task, owner=uid_first + INNER_USER)
+            return await self._vms.prepare(assignment, task, msgspec.structs.replace(place, disks=disks))
         image = self._images.unpacked(assignment.alloc, task.image)
-        user, _ = identity(task, image)
-        brought = await self._belongings.prepare(assignment, task, uid_first + user)
+        user, group = identity(task, image)
+        brought = await self._belongings.prepare(assignment, task, uid_first=uid_first, user=user, group=group)
         place = msgspec.structs.replace(place, mounts=(*place.mounts, *brought.mounts), env=brought.env)
         spec = sandbox_spec(assignment, task, place, image)
         task_directory.prepare(

@@ -1,13 +1,13 @@
 """Takes everything of this node off the host: sandboxes, networks, mounts, control groups, claims, records, sockets.
 
-The certificate and the key stay: the node has not left its fleet. Refuses while the node's agent runs.
+The certificate and the key stay, for the node has not left its fleet, and its volumes. Refuses while its agent runs.
 """
 
 import contextlib
 import shutil
 
 from agent.app import open_host
-from agent.belongings import memory
+from agent.belongings import memory, volumes
 from agent.config import Config
 from agent.drivers import task_directory
 from agent.sandbox.cgroup import ROOT
@@ -22,6 +22,7 @@ async def purge(config: Config) -> None:
         await host.networks.reap(())
         task_directory.remove(config.run / "tasks")
         memory.remove(config.run / "belongings")
+        volumes.remove_mounts(config.run)
         shutil.rmtree(config.data / "allocations", ignore_errors=True)
         for name in ("dns", "roots"):
             shutil.rmtree(config.data / name, ignore_errors=True)

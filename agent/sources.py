@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from agent.belongings.volumes import Volumes
 from agent.console import Console, open_console
 from agent.drivers.process import sandbox_id
 from agent.drivers.vm import AGENT, CONSOLE
@@ -16,6 +17,7 @@ from agent.vm_operations import Operation, VmOperations
 from agent.vms import guest_directory
 from outrider.errors import RefusedError
 from outrider.ids import AllocId, TaskName
+from outrider.model.belongings import Volume
 from outrider.model.job import TaskRole, has_guest
 from outrider.v1.fleet_pb2 import VmCommand
 
@@ -30,7 +32,9 @@ class Sources:
         runtime: SandboxRuntime,
         held: Callable[[], tuple[Held, ...]],
         operations: VmOperations,
+        volumes: Volumes,
     ) -> None:
+        self._volumes = volumes
         self._operations = operations
         self._store = store
         self._runtime = runtime
@@ -76,6 +80,22 @@ class Sources:
     async def vm(self, alloc: AllocId, command: VmCommand) -> Operation:
         """Raises RefusedError where there is nothing to do it with."""
         return await self._operations.start(alloc, command)
+
+    async def volume(self, operation: str, volume: Volume, snapshot: str) -> int:
+        """Raises RefusedError and HostError."""
+        match operation:
+            case "create":
+                return await self._volumes.create(volume)
+            case "delete":
+                return await self._volumes.delete(volume)
+            case "snapshot":
+                return await self._volumes.snapshot(volume, snapshot)
+            case "restore":
+                return await self._volumes.restore(volume, snapshot)
+            case "delete_snapshot":
+                return await self._volumes.delete_snapshot(volume, snapshot)
+            case _:
+                raise RefusedError("unsupported", f"{operation}: this agent is older than its controller")
 
     async def logs(
         self, alloc: AllocId, task: TaskName, *, streams: frozenset[str], tail_lines: int, follow: bool

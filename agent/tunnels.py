@@ -12,10 +12,22 @@ import grpc
 import grpc.aio
 
 from agent.fleet import TunnelStream
+from outrider import codec
 from outrider.errors import OutriderError
 from outrider.ids import AllocId, TaskName
 from outrider.log import Log
-from outrider.v1.fleet_pb2 import ExecRequest, LogsRequest, LogStream, OpenTunnel, TunnelEnd, TunnelFrame, VmCommand
+from outrider.model.belongings import Volume
+from outrider.v1.fleet_pb2 import (
+    ExecRequest,
+    LogsRequest,
+    LogStream,
+    OpenTunnel,
+    TunnelEnd,
+    TunnelFrame,
+    VmCommand,
+    VolumeOperation,
+    VolumeRequest,
+)
 
 TUNNELS_MAX = 64
 _WRITE_S = 60.0  # a person who pauses the output
@@ -35,7 +47,7 @@ class Process(Protocol):
 
 
 class Sources(Protocol):
-    """What tunnels carry. Both raise OutriderError in words for the caller."""
+    """What tunnels carry. All raise OutriderError in words for the caller."""
 
     async def exec(
         self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
@@ -47,6 +59,10 @@ class Sources(Protocol):
 
     async def vm(self, alloc: AllocId, command: VmCommand) -> Process:
         """What is done with a guest, or with the node's snapshots of guests."""
+        ...
+
+    async def volume(self, operation: str, volume: Volume, snapshot: str) -> int:
+        """How many bytes of this node's disk what it made takes."""
         ...
 
     def logs(
@@ -78,6 +94,8 @@ class Tunnels:
                 await _write(stream, TunnelFrame(tunnel=request.tunnel))
                 if request.WhichOneof("request") == "logs":
                     await _converse(stream, self._logs(request.logs, stream))
+                elif request.WhichOneof("request") == "volume":
+                    await _converse(stream, self._volume(request.volume, stream))
                 else:
                     await self._exec(request.exec, stream)
             finally:
@@ -98,6 +116,13 @@ class Tunnels:
         )
         async for name, data in pieces:
             await _write(stream, _output(name, data))
+        return TunnelEnd()
+
+    async def _volume(self, request: VolumeRequest, stream: TunnelStream) -> TunnelEnd:
+        volume = codec.from_wire(request.volume, Volume)
+        name = VolumeOperation.Name(request.operation).removeprefix("VOLUME_OPERATION_")
+        taken = await self._sources.volume(name.lower(), volume, request.snapshot)
+        await _write(stream, TunnelFrame(stdout=str(taken).encode()))
         return TunnelEnd()
 
     async def _exec(self, request: ExecRequest, stream: TunnelStream) -> None:

@@ -63,6 +63,11 @@ RULES: Mapping[str, Rule] = {
     "PutSecret": Rule(Capability.SECRETS, Where.NAMESPACE, changing=True),
     "ListSecrets": Rule(Capability.SECRETS, Where.SOMEWHERE),
     "DeleteSecret": Rule(Capability.SECRETS, Where.NAMESPACE, changing=True),
+    "CreateVolume": Rule(_SUBMIT, Where.SOMEWHERE, changing=True),
+    "ListVolumes": Rule(_READ, Where.SOMEWHERE),
+    "DeleteVolume": Rule(_SUBMIT, Where.NAMESPACE, changing=True),
+    "SnapshotVolume": Rule(Capability.OPERATE, Where.NAMESPACE, changing=True),
+    "RestoreVolume": Rule(_SUBMIT, Where.NAMESPACE, changing=True),
     "RekeySecrets": Rule(_ADMIN, Where.FLEET, changing=True),
     # AccessService
     "WhoAmI": Rule(_READ, Where.NOWHERE),

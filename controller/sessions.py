@@ -99,12 +99,15 @@ class Sessions:
         if session is not None:
             session.send(fleet_pb2.ControllerMessage(mesh_update=codec.to_wire(update, mesh_pb2.MeshUpdate)))
 
+    def check(self, node: NodeId) -> None:
+        """Raises PeerError where the node has no session."""
+        if node not in self._current:
+            raise PeerError(f"node {node} is not connected; `outrider node status {node}` says since when")
+
     def open_tunnel(self, node: NodeId, request: fleet_pb2.OpenTunnel) -> None:
         """Raises PeerError where the node has no session."""
-        session = self._current.get(node)
-        if session is None:
-            raise PeerError(f"node {node} is not connected; `outrider node status {node}` says since when")
-        session.send(fleet_pb2.ControllerMessage(open_tunnel=request))
+        self.check(node)
+        self._current[node].send(fleet_pb2.ControllerMessage(open_tunnel=request))
 
     def _of(self, session: SessionId, node: NodeId) -> AgentSession | None:
         """The core may speak of a session that has just ended."""

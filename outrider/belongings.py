@@ -16,6 +16,8 @@ from outrider.model.job import Driver, Task
 LIST_MAX = 64
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 _PATH_CHARS_MAX = 255
+_TAKEN = ("/proc", "/sys", "/dev", "/secrets", "/task", "/.init")
+_ROOTS = frozenset({PurePosixPath("/"), PurePosixPath("/usr"), PurePosixPath("/etc")})
 
 Path = tuple[str | int, ...]
 Wrong = tuple[Path, str]
@@ -24,6 +26,7 @@ Wrong = tuple[Path, str]
 def wrong_belongings(task: Task) -> Iterator[Wrong]:
     """Where in `task`, and what is wrong there."""
     yield from _secrets(task)
+    yield from _volumes(task)
 
 
 def is_inner_path(text: str) -> bool:
@@ -49,6 +52,28 @@ def _secrets(task: Task) -> Iterator[Wrong]:
         for use in task.secrets:
             if taken[getattr(use, key)] > 1:
                 yield ("secrets", use.name, key), f"{getattr(use, key)} is given twice; take another"
+
+
+def _volumes(task: Task) -> Iterator[Wrong]:
+    if len(task.volumes) > LIST_MAX:
+        yield ("volumes",), f"{len(task.volumes)} of them; at most {LIST_MAX}"
+    named = Counter(use.volume for use in task.volumes)
+    for use in task.volumes:
+        at: Path = ("volumes", use.target)
+        if not is_name(use.volume):
+            yield at, f"{use.volume[:80]!r} is no volume's name; lower-case letters, digits and dashes, at most 63"
+        elif named[use.volume] > 1:
+            yield at, f"volume {use.volume} is given twice; once is enough"
+        if task.driver is Driver.VM:
+            continue  # where the guest mounts its disk is its own matter
+        path = PurePosixPath(use.target)
+        if not path.is_absolute() or ".." in path.parts or "\0" in use.target or len(use.target) > _PATH_CHARS_MAX:
+            yield at, f"expected a whole path inside, from / on, without .., of at most {_PATH_CHARS_MAX} characters"
+        elif (
+            any(path == PurePosixPath(taken) or PurePosixPath(taken) in path.parents for taken in _TAKEN)
+            or path in _ROOTS
+        ):
+            yield at, f"{use.target} is not to be covered; mount it elsewhere, such as /data"
 
 
 def _secret(use: SecretUse) -> Iterator[Wrong]:

@@ -11,6 +11,7 @@ ServiceName = NewType("ServiceName", str)
 PortName = NewType("PortName", str)
 AllocId = NewType("AllocId", str)
 SecretName = NewType("SecretName", str)
+VolumeName = NewType("VolumeName", str)
 Namespace = NewType("Namespace", str)
 
 DEFAULT_NAMESPACE = Namespace("default")  # always there

@@ -13,6 +13,7 @@ from pathlib import Path
 from agent.belongings import memory
 from agent.belongings.memory import TaskMemory
 from agent.belongings.secrets import Ask, SecretsInMemory
+from agent.belongings.volumes import Disk, Volumes
 from agent.core.events import RestartWanted
 from agent.sandbox.spec import Mount, StartError
 from outrider.errors import HostError
@@ -43,17 +44,28 @@ class Belongings:
         ask: Ask,
         signal: Signal,
         restart: Callable[[RestartWanted], Awaitable[None]],
+        volumes: Volumes,
         log: Log,
     ) -> None:
         self._directory = run_directory / "belongings"
         self._secrets = SecretsInMemory(ask)
         self._signal = signal
         self._restart = restart
+        self._volumes = volumes
         self._log = log
         self._newest: dict[AllocId, Assignment] = {}  # of those being renewed
 
-    async def prepare(self, assignment: Assignment, task: Task, owner: int) -> Brought:
-        """Before each start of the task. `owner`: the host's uid that it runs as. Raises StartError and HostError."""
+    async def prepare(self, assignment: Assignment, task: Task, *, uid_first: int, user: int, group: int) -> Brought:
+        """Before each start of a process. `user`: inside, as which it runs. Raises StartError and HostError."""
+        mounts = await self._volumes.mount(assignment, task, uid_first=uid_first, user=user, group=group)
+        given = await self._give_secrets(assignment, task, uid_first + user)
+        return Brought(mounts=(*mounts, *given.mounts), env=given.env)
+
+    async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
+        """Before each start of a vm, whose emulator runs as the host's `owner`."""
+        return await self._volumes.disks(assignment, task, owner=owner)
+
+    async def _give_secrets(self, assignment: Assignment, task: Task, owner: int) -> Brought:
         if not task.secrets:
             return Brought()
         values = await self._secrets.of(assignment)
@@ -97,6 +109,7 @@ class Belongings:
         self._newest.pop(alloc, None)
         self._secrets.forget(alloc)
         await asyncio.to_thread(memory.remove, self._directory / alloc)
+        await self._volumes.release(alloc)
 
     async def _renew(self, assignment: Assignment) -> None:
         values = await self._secrets.of(assignment)

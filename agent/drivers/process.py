@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import assert_never
 
+from agent.belongings.volumes import Disk
 from agent.pull.image import UnpackedImage
 from agent.sandbox.spec import (
     INNER_USER,
@@ -44,6 +45,7 @@ class Place(Value, frozen=True, kw_only=True):
     task_directory: str  # as `task_directory.prepare` made it
     resolv_conf: str = ""  # a file that says where the mesh's names are answered; "" is none
     env: Mapping[str, str] = {}  # what the agent gives it beside what the job says
+    disks: tuple[Disk, ...] = ()  # a vm's, beside its own
     mounts: tuple[Mount, ...] = ()  # what else the agent provides, such as the namespace's own /sys
 
 

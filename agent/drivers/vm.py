@@ -6,6 +6,7 @@ Pure: owns the translation alone. `agent.vms` makes disks and speaks with the em
 import json
 from collections.abc import Iterator, Mapping
 
+from agent.belongings.volumes import Disk
 from agent.drivers.process import Place, sandbox_id
 from agent.network.guest import TAP
 from agent.sandbox.spec import INNER_USER, Device, HostRoot, Limits, Mount, SandboxSpec
@@ -20,7 +21,8 @@ SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 MACHINE = "pc-q35-7.2"
 # Always the same: it is alone on its link, and a clone or a moved guest keeps its own.
 _MAC = "52:54:00:00:00:02"
-_IMAGES = "/images"
+_IMAGES, _VOLUMES = "/images", "/volumes"
+_SERIAL_CHARS_MAX = 20  # of a virtio disk: the guest finds it by /dev/disk/by-id/virtio-SERIAL
 _TRANSLATED_MIB = 64  # what TCG may keep of translated code: counted in EMULATOR
 _CPUS_MAX = 64
 # `panic=-1` resets a guest that panicked at once, which ends its run.
@@ -52,9 +54,17 @@ def guest_spec(
     for name, source in (("disk", images.disk), ("kernel", images.kernel), ("initrd", images.initrd)):
         if source:
             mounts.append(Mount(source=source, target=f"{_IMAGES}/{name}"))
+    mounts += [
+        Mount(source=volume.path, target=f"{_VOLUMES}/{volume.name}", read_only=volume.read_only)
+        for volume in place.disks
+    ]
     return SandboxSpec(
         id=sandbox_id(assignment.alloc, task.name),
-        argv=("qemu-system-x86_64", *_arguments(assignment, task, images, kvm=kvm, waits=waits)),
+        argv=(
+            "qemu-system-x86_64",
+            *_arguments(assignment, task, images, kvm=kvm, waits=waits),
+            *_volumes(place.disks),
+        ),
         env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
         cwd=DIRECTORY,
         root=HostRoot(),
@@ -72,6 +82,16 @@ def guest_spec(
         ),
         directory=place.directory,
     )
+
+
+def _volumes(disks: tuple[Disk, ...]) -> Iterator[str]:
+    """Each a disk of its own, beside the guest's."""
+    for number, disk in enumerate(disks):
+        file = {"driver": "file", "filename": f"{_VOLUMES}/{disk.name}"}
+        node = {"driver": "raw", "node-name": f"volume{number}", "read-only": disk.read_only, "file": file}
+        serial = disk.name[:_SERIAL_CHARS_MAX]
+        device = f"virtio-blk-pci,drive=volume{number},serial={serial},{_ERRORS}"
+        yield from ("-blockdev", json.dumps(node), "-device", device)
 
 
 def cpus(resources: Resources) -> int:

@@ -17,7 +17,7 @@ from outrider.errors import HostError
 from outrider.model.job import Value
 
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-_PACKAGES = {"qemu-img": "qemu-utils"}  # where the name is another's
+_PACKAGES = {"qemu-img": "qemu-utils", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs"}  # where the name is another's
 _OUTPUT_BYTES_MAX = 65_536
 _POLL_S = 0.001
 _STARTED_TICKS_FIELD = 19  # of /proc/PID/stat, counted after the closing parenthesis of the command's name

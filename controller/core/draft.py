@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from controller.core import table as columns
-from controller.core.groups import GroupEntry
+from controller.core import volumes
+from controller.core.groups import GroupEntry, VolumeKey
 from controller.core.preempt import make_room
 from controller.core.records import LatePlacement, Plan, Run, Stop
 from controller.core.schedule import Placement, held_back, place, place_on
@@ -34,6 +35,7 @@ class Draft:
         self._stopped: list[Ints] = []  # rows
         self._given: dict[JobName, list[Ints]] = {}  # nodes, of jobs whose groups keep apart from each other
         self._next_serial = state.next_serial
+        self._claimed: set[VolumeKey] = set()  # for one allocation alone, and given to it
         self.size = 0  # allocations made or placed
         self.cut = False  # something did not fit into this plan and must go with the next
 
@@ -75,6 +77,8 @@ class Draft:
             waiting = dict.fromkeys(serials[at] for at in np.flatnonzero(nodes < 0).tolist())
             if group.type is JobType.SYSTEM:
                 waiting = {serial: int(ref) for serial, ref in zip(serials, indices, strict=True) if serial in waiting}
+            elif group.volumes:
+                waiting = self._beside_volumes(group, waiting)
             reason = self._make_room(group, near.joined_by(nodes[nodes >= 0].astype(np.int64)), waiting) or reason
         if reason:
             unplaced[group.family] = reason
@@ -118,12 +122,18 @@ class Draft:
     def _place_all(self, group: GroupEntry, count: int, near: Near) -> Placement:
         """A node or -1 for each."""
         self._seed += 1
-        found = place(self._nodes(), group, count, near, seed=self._seed)
+        where = volumes.where(self._state, group, self._claimed)
+        if where.reason:
+            found = Placement(nodes=[], ports=[], reason=where.reason)
+        else:
+            found = place(self._nodes(), group, count, near, seed=self._seed, allowed=where.allowed)
+            if found.nodes:
+                self._claimed |= volumes.single(self._state, group)
         short = count - len(found.nodes)
         return Placement(
             nodes=found.nodes + [-1] * short,
             ports=found.ports + [0] * (short * group.ports_width),
-            reason=found.reason,
+            reason="; ".join(filter(None, (found.reason, found.reason and where.note))),
         )
 
     def _place_each(self, group: GroupEntry, indices: Ints, near: Near) -> Placement:
@@ -138,6 +148,13 @@ class Draft:
         return Placement(
             nodes=[ref if ref in given else -1 for ref in indices.tolist()], ports=ports, reason=found.reason
         )
+
+    def _beside_volumes(self, group: GroupEntry, waiting: dict[int, None]) -> dict[int, int | None]:
+        """One at a time, on the node of its volumes; none where somebody has them."""
+        where = volumes.where(self._state, group, self._claimed)
+        if where.reason or where.allowed is None:
+            return {}
+        return {serial: int(ref) for serial, ref in zip(waiting, np.flatnonzero(where.allowed), strict=False)}
 
     def _make_room(self, group: GroupEntry, near: Near, waiting: dict[int, int | None]) -> str:
         """Allocations of lower priority go, for those by serial that found no node. What they wait for; or "".

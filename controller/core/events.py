@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import NewType
 
 from controller.core.access_records import AccessRecord
-from outrider.ids import AllocId, GroupName, JobName, Namespace, NodeId, SecretName
+from outrider.ids import AllocId, GroupName, JobName, Namespace, NodeId, SecretName, VolumeName
 from outrider.model.allocation import AllocReport, Generation
+from outrider.model.belongings import Volume
 from outrider.model.job import Job, Value
 from outrider.model.node import Fingerprint, Node
 
@@ -78,28 +79,59 @@ class JobStopRequested(Value, frozen=True, kw_only=True):
     job: JobName
 
 
-class SecretPutRequested(Value, frozen=True, kw_only=True):
+class StoreCall(Value, frozen=True, kw_only=True):
+    """Base of operators' calls about what the fleet keeps apart from jobs."""
+
     request: RequestId
+
+
+class SecretPutRequested(StoreCall, frozen=True, kw_only=True):
     namespace: Namespace
     name: SecretName
     sealed: bytes
     variable: bool = False
 
 
-class SecretDeleteRequested(Value, frozen=True, kw_only=True):
-    request: RequestId
+class SecretDeleteRequested(StoreCall, frozen=True, kw_only=True):
     namespace: Namespace
     name: SecretName
 
 
-class SecretsResealed(Value, frozen=True, kw_only=True):
+class SecretsResealed(StoreCall, frozen=True, kw_only=True):
     """The same values under another key: namespace, name, version, sealed."""
 
-    request: RequestId
     sealed: tuple[tuple[Namespace, SecretName, int, bytes], ...]
 
 
-StoreCall = SecretPutRequested | SecretDeleteRequested | SecretsResealed  # about what the fleet keeps apart from jobs
+class VolumeMade(StoreCall, frozen=True, kw_only=True):
+    """Its node has it."""
+
+    volume: Volume
+
+
+class VolumeDeleteRequested(StoreCall, frozen=True, kw_only=True):
+    namespace: Namespace
+    name: VolumeName
+
+
+class VolumeSnapshotMade(StoreCall, frozen=True, kw_only=True):
+    """Or `removed`; on the volume's node."""
+
+    namespace: Namespace
+    name: VolumeName
+    snapshot: str
+    bytes: int = 0
+    removed: bool = False
+
+
+StoreCalls = (
+    SecretPutRequested
+    | SecretDeleteRequested
+    | SecretsResealed
+    | VolumeMade
+    | VolumeDeleteRequested
+    | VolumeSnapshotMade
+)
 
 
 class JobDispatchRequested(Value, frozen=True, kw_only=True):
@@ -184,7 +216,7 @@ Event = (
     | EndpointsWithdrawn
     | JobSubmitted
     | JobStopRequested
-    | StoreCall
+    | StoreCalls
     | JobDispatchRequested
     | JobRevertRequested
     | JobScaleRequested

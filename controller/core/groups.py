@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import msgspec
 
 from controller.core.attributes import Demand
-from outrider.ids import GroupName, JobName, PortName, ServiceName
+from outrider.ids import GroupName, JobName, Namespace, PortName, ServiceName, VolumeName
 from outrider.model.attributes import POOL
 from outrider.model.job import (
     Affinity,
@@ -26,6 +26,7 @@ from outrider.model.job import (
 from outrider.model.node import ANY_POOL, KVM
 
 FamilyKey = tuple[JobName, GroupName]
+VolumeKey = tuple[Namespace, VolumeName]
 
 
 class Distinct(Value, frozen=True, kw_only=True):
@@ -56,6 +57,7 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     spread: tuple[Spread, ...]
     packing: Packing | None  # None: as the fleet's policy says
     priority: int
+    volumes: tuple[VolumeKey, ...]  # that its tasks name, each once
 
     @property
     def family(self) -> FamilyKey:
@@ -115,6 +117,7 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
         spread=tuple({one.attribute: one for one in (*job.spread, *group.spread)}.values()),
         packing=job.placement,
         priority=job.priority,
+        volumes=tuple(dict.fromkeys((job.namespace, use.volume) for task in group.tasks for use in task.volumes)),
     )
 
 

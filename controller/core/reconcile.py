@@ -4,7 +4,7 @@ Level-triggered: everything on a fresh session, changes afterwards. The counter 
 life has an epoch of its own in the journal, and pairs compare by epoch first.
 """
 
-from controller.core import sealed
+from controller.core import sealed, volumes
 from controller.core import table as columns
 from controller.core.commands import SendAssignments, SyncMesh, WithdrawEndpoints
 from controller.core.state import State
@@ -108,6 +108,7 @@ def _assignment(state: State, serial: int) -> Assignment:
         arguments=entry.arguments,
         batch=entry.type is JobType.BATCH,
         desired=Desired.STOP if stops else Desired.RUN,
+        volumes=volumes.of_group(state, entry),
         secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),
         mesh_ports=dict(zip(entry.mesh_services, ports, strict=False)),
         dynamic_ports=dict(zip(entry.dynamic_ports, ports[len(entry.mesh_services) :], strict=False)),

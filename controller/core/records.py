@@ -5,8 +5,9 @@ record are packed little-endian integers, because an object for each would decid
 """
 
 from controller.core.access_records import AccessRecord
-from outrider.ids import GroupName, JobName, Namespace, NodeId, SecretName, ServiceName
+from outrider.ids import GroupName, JobName, Namespace, NodeId, SecretName, ServiceName, VolumeName
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
+from outrider.model.belongings import Volume, VolumeSnapshot
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Job, Value
 from outrider.model.node import Node
@@ -104,6 +105,27 @@ class SecretDeleted(Value, frozen=True, kw_only=True, tag=True):
     name: SecretName
 
 
+class VolumeCreated(Value, frozen=True, kw_only=True, tag=True):
+    """Its node has made it."""
+
+    volume: Volume
+    at_s: float
+
+
+class VolumeDeleted(Value, frozen=True, kw_only=True, tag=True):
+    namespace: Namespace
+    name: VolumeName
+
+
+class VolumeSnapshotted(Value, frozen=True, kw_only=True, tag=True):
+    """Its node has made a snapshot of it; or, without one, removed that of this name."""
+
+    namespace: Namespace
+    name: VolumeName
+    snapshot: VolumeSnapshot
+    removed: bool = False
+
+
 class Run(Value, frozen=True, kw_only=True):
     """New allocations of one group with neighbouring serials and indices."""
 
@@ -163,6 +185,7 @@ class AllocationsSnapshot(Value, frozen=True, kw_only=True, tag=True):
     reports: tuple[AllocReport, ...]
 
 
+StoreRecord = SecretPut | SecretDeleted | VolumeCreated | VolumeDeleted | VolumeSnapshotted
 Record = (
     EpochBegun
     | NodeRegistered
@@ -181,4 +204,7 @@ Record = (
     | SecretPut
     | SecretDeleted
     | AccessRecord
+    | VolumeCreated
+    | VolumeDeleted
+    | VolumeSnapshotted
 )

@@ -25,7 +25,7 @@ def refusal(state: State, job: Job) -> str:
     for group in job.groups:
         for task in group.tasks:
             for use in task.secrets:
-                entry = state.secrets.get((job.namespace, use.name))
+                entry = state.stored.secrets.get((job.namespace, use.name))
                 where = f"group {group.name}: task {task.name}"
                 if entry is None:
                     return f"{where}: {_missing(job.namespace, use.name)}"
@@ -40,7 +40,7 @@ def delivered(state: State, namespace: Namespace, group: Group) -> dict[SecretNa
     return {
         use.name: use.version or group.secrets.get(use.name) or entry.latest
         for use in uses(group)
-        if (entry := state.secrets.get((namespace, use.name))) is not None
+        if (entry := state.stored.secrets.get((namespace, use.name))) is not None
     }
 
 
@@ -55,7 +55,7 @@ def held_by(state: State, node: NodeId, alloc: AllocId) -> tuple[SecretPut, ...]
     group = state.group_of(row)
     namespace = state.jobs[group.job].job.namespace
     wanted = delivered(state, namespace, group.group)
-    entries = ((state.secrets[namespace, name], version) for name, version in sorted(wanted.items()))
+    entries = ((state.stored.secrets[namespace, name], version) for name, version in sorted(wanted.items()))
     return tuple(put for entry, version in entries if (put := entry.versions.get(version)) is not None)
 
 
@@ -82,7 +82,7 @@ def infos(state: State, namespace: str) -> tuple[SecretInfo, ...]:
             changed_at_s=entry.versions[entry.latest].at_s,
             jobs=tuple(sorted(naming(state, space, name))),
         )
-        for (space, name), entry in sorted(state.secrets.items())
+        for (space, name), entry in sorted(state.stored.secrets.items())
         if namespace in ("", space)
     )
 
@@ -98,7 +98,7 @@ def restamped(state: State, job: Job, newer: Mapping[tuple[Namespace, SecretName
 
     def version(use: SecretUse) -> int:
         key = (job.namespace, use.name)
-        entry = state.secrets.get(key)
+        entry = state.stored.secrets.get(key)
         return newer.get(key) or (entry.latest if entry is not None else 0)
 
     groups = tuple(

@@ -33,10 +33,14 @@ from controller.core.records import (
     SecretDeleted,
     SecretPut,
     VirtualAddressAssigned,
+    VolumeCreated,
+    VolumeDeleted,
+    VolumeSnapshotted,
 )
+from controller.core.stored import Stored
 from controller.core.table import AllocTable, Bools, Ints, Shorts
 from controller.core.volatile import NodeLink, Volatile
-from outrider.ids import AllocId, JobName, Namespace, SecretName, ServiceName, alloc_id, alloc_serial
+from outrider.ids import AllocId, JobName, Namespace, ServiceName, alloc_id, alloc_serial
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Job, JobType, Protocol
@@ -63,13 +67,6 @@ class JobEntry:
         return self.versions[self.latest].job
 
 
-@dataclass(slots=True)
-class SecretEntry:
-    variable: bool
-    versions: dict[int, SecretPut] = field(default_factory=dict)
-    latest: int = 0
-
-
 class State:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -87,7 +84,7 @@ class State:
         self.system_jobs: dict[JobName, None] = {}  # that are not stopped
         # Who provides a service: jobs that are not stopped, in their newest version.
         self.providers: dict[ServiceName, dict[JobName, Protocol]] = {}
-        self.secrets: dict[tuple[Namespace, SecretName], SecretEntry] = {}
+        self.stored = Stored(self.nodes)
         self.dependents: dict[ServiceName, dict[JobName, None]] = {}  # who waits for a service, in the same way
         self.virtual: dict[ServiceName, int] = {}
         self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
@@ -170,10 +167,8 @@ class State:
                 self._change_job(record)
             case VirtualAddressAssigned():
                 self.virtual[record.service] = record.index
-            case SecretPut():
-                self._put_secret(record)
-            case SecretDeleted():
-                del self.secrets[record.namespace, record.name]
+            case SecretPut() | SecretDeleted() | VolumeCreated() | VolumeDeleted() | VolumeSnapshotted():
+                self.stored.apply(record)
             case Plan():
                 self._carry_out(record)
             case AllocTransitions():
@@ -201,8 +196,7 @@ class State:
                 yield JobLaunched(job=name, number=entry.launches, fired_s=entry.fired_s)
             if entry.stopped:
                 yield JobStopped(job=name)
-        for secret in self.secrets.values():
-            yield from secret.versions.values()
+        yield from self.stored.snapshot()
         yield from self.access.snapshot()
         yield self._allocations_snapshot()
 
@@ -316,13 +310,6 @@ class State:
                 if not dependents:
                     self.dependents.pop(needed, None)
 
-    def _put_secret(self, put: SecretPut) -> None:
-        entry = self.secrets.setdefault((put.namespace, put.name), SecretEntry(put.variable))
-        for version in put.dropped:
-            del entry.versions[version]
-        entry.versions[put.version] = msgspec.structs.replace(put, dropped=())
-        entry.latest = max(entry.latest, put.version)
-
     def _end_rollout(self, record: RolloutEnded) -> None:
         entry = self.jobs[record.job]
         entry.outcomes[record.version] = record
@@ -357,6 +344,8 @@ class State:
         """Account what was placed. `nodes` may hold -1; then its ports are 0."""
         group = self.groups[key]
         self.nodes.take(nodes[nodes >= 0], group)
+        if group.volumes:
+            self.stored.claim(group, serials[nodes >= 0].tolist())
         width = group.ports_width
         if width:
             given = np.frombuffer(ports, np.int32).reshape(len(nodes), width).tolist()
@@ -402,6 +391,8 @@ class State:
         placed = rows[self.table.node[rows] >= 0]
         nodes = self.table.node[placed]
         self.nodes.release(nodes, group)
+        if group.volumes:
+            self.stored.release(group, self.table.serial[placed].tolist())
         if group.group.services or group.ports_width or group.static_ports:
             for serial, ref in zip(self.table.serial[placed].tolist(), nodes.tolist(), strict=True):
                 for port in (*self.ports.pop(serial, ()), *group.static_ports):

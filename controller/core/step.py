@@ -31,9 +31,7 @@ from controller.core.events import (
     LaunchDue,
     LaunchPlanned,
     NodeJoinRequested,
-    SecretDeleteRequested,
-    SecretPutRequested,
-    SecretsResealed,
+    StoreCall,
     Tick,
 )
 from controller.core.reports import take_reports
@@ -75,12 +73,13 @@ def _take(state: State, event: Event, now_s: float) -> None:
         case EndpointsWithdrawn():
             serials = (state.serial(alloc) for alloc in event.allocs)
             reconcile.withdrawn(state, tuple(serial for serial in serials if serial is not None))
-        case JobSubmitted() | JobStopRequested() | JobDispatchRequested() | JobRevertRequested() | JobScaleRequested():
-            _call(state, event)
         case (
-            SecretPutRequested()
-            | SecretDeleteRequested()
-            | SecretsResealed()
+            JobSubmitted()
+            | JobStopRequested()
+            | JobDispatchRequested()
+            | JobRevertRequested()
+            | JobScaleRequested()
+            | StoreCall()
             | AccessChangeRequested()
             | NodeJoinRequested()
         ):

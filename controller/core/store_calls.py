@@ -8,20 +8,29 @@ from typing import assert_never
 import msgspec
 import numpy as np
 
-from controller.core import sealed
+from controller.core import sealed, volumes
 from controller.core import table as columns
 from controller.core.commands import Reply
-from controller.core.events import SecretDeleteRequested, SecretPutRequested, SecretsResealed, StoreCall
-from controller.core.records import Record, SecretDeleted, SecretPut
+from controller.core.events import (
+    SecretDeleteRequested,
+    SecretPutRequested,
+    SecretsResealed,
+    StoreCalls,
+    VolumeDeleteRequested,
+    VolumeMade,
+    VolumeSnapshotMade,
+)
+from controller.core.records import Record, SecretDeleted, SecretPut, VolumeCreated, VolumeDeleted, VolumeSnapshotted
 from controller.core.state import State
 from controller.core.submit import Answer, added, versions_dropped
 from outrider.ids import JobName, Namespace, SecretName
+from outrider.model.belongings import VolumeSnapshot
 
 VERSIONS_KEPT = 5
 SECRETS_MAX = 10_000
 
 
-def answer(state: State, call: StoreCall, now_s: float) -> Answer:
+def answer(state: State, call: StoreCalls, now_s: float) -> Answer:
     """The records that the call needs, and the reply for when the journal has them."""
     match call:
         case SecretPutRequested():
@@ -30,14 +39,58 @@ def answer(state: State, call: StoreCall, now_s: float) -> Answer:
             return _delete(state, call)
         case SecretsResealed():
             return _reseal(state, call)
+        case VolumeMade():
+            return _volume_made(state, call, now_s)
+        case VolumeDeleteRequested():
+            return _volume_deleted(state, call)
+        case VolumeSnapshotMade():
+            return _snapshot_made(state, call, now_s)
         case _:
             assert_never(call)
 
 
+def _volume_made(state: State, call: VolumeMade, now_s: float) -> Answer:
+    volume = call.volume
+    if (volume.namespace, volume.name) in state.stored.volumes:
+        message = f"volume {volume.name} is there already, in namespace {volume.namespace}; take another name"
+        return (), Reply(request=call.request, code="conflict", message=message)
+    if volume.node not in state.nodes.reference:
+        message = f"no node {volume.node!r}; `outrider node ls` lists them"
+        return (), Reply(request=call.request, code="not-found", message=message)
+    return (VolumeCreated(volume=volume, at_s=now_s),), Reply(request=call.request, changed=True)
+
+
+def _volume_deleted(state: State, call: VolumeDeleteRequested) -> Answer:
+    """Refused while an allocation has it, or a job that is not stopped names it."""
+    entry = state.stored.volumes.get((call.namespace, call.name))
+    if entry is None:
+        return (), _no_volume(call)
+    jobs = volumes.holders(state, entry)
+    if entry.claims or jobs:
+        allocs = ", ".join(state.alloc_id(serial) for serial in sorted(entry.claims)[:10])
+        whose = f"allocation {allocs} has it" if allocs else f"job {', '.join(jobs[:10])} names it"
+        message = f"volume {call.name} is claimed: {whose}; stop what uses it first"
+        return (), Reply(request=call.request, code="in-use", message=message)
+    return (VolumeDeleted(namespace=call.namespace, name=call.name),), Reply(request=call.request, changed=True)
+
+
+def _snapshot_made(state: State, call: VolumeSnapshotMade, now_s: float) -> Answer:
+    if (call.namespace, call.name) not in state.stored.volumes:
+        return (), _no_volume(call)
+    snapshot = VolumeSnapshot(name=call.snapshot, at_s=now_s, bytes=call.bytes)
+    record = VolumeSnapshotted(namespace=call.namespace, name=call.name, snapshot=snapshot, removed=call.removed)
+    return (record,), Reply(request=call.request, changed=True)
+
+
+def _no_volume(call: VolumeDeleteRequested | VolumeSnapshotMade) -> Reply:
+    message = f"no volume {call.name[:80]!r} in namespace {call.namespace[:80]}; `outrider volume ls` lists them"
+    return Reply(request=call.request, code="not-found", message=message)
+
+
 def _put(state: State, call: SecretPutRequested, now_s: float) -> Answer:
     """The next version, and a new version of every job that wants to be rolled for it."""
-    entry = state.secrets.get((call.namespace, call.name))
-    if entry is None and len(state.secrets) >= SECRETS_MAX:
+    entry = state.stored.secrets.get((call.namespace, call.name))
+    if entry is None and len(state.stored.secrets) >= SECRETS_MAX:
         message = f"the fleet keeps {SECRETS_MAX} secrets already; `outrider secret delete` what nobody names"
         return (), Reply(request=call.request, code="too-many", message=message)
     if entry is not None and entry.variable is not call.variable:
@@ -68,7 +121,7 @@ def _put(state: State, call: SecretPutRequested, now_s: float) -> Answer:
 
 def _delete(state: State, call: SecretDeleteRequested) -> Answer:
     """Refused while a job that is not stopped, or an allocation that is not over, names it."""
-    if (call.namespace, call.name) not in state.secrets:
+    if (call.namespace, call.name) not in state.stored.secrets:
         message = f"no secret {call.name[:80]!r} in namespace {call.namespace[:80]}; `outrider secret ls` lists them"
         return (), Reply(request=call.request, code="not-found", message=message)
     jobs = {*sealed.naming(state, call.namespace, call.name), *_running_with(state, call.namespace, call.name)}
@@ -83,7 +136,7 @@ def _reseal(state: State, call: SecretsResealed) -> Answer:
     records = [
         msgspec.structs.replace(kept, sealed=content)
         for namespace, name, version, content in call.sealed
-        if (entry := state.secrets.get((namespace, name))) is not None
+        if (entry := state.stored.secrets.get((namespace, name))) is not None
         and (kept := entry.versions.get(version)) is not None
     ]
     return tuple(records), Reply(request=call.request, version=len(records), changed=bool(records))
@@ -103,7 +156,7 @@ def _running_with(state: State, namespace: Namespace, name: SecretName) -> set[J
 
 def _dropped(state: State, namespace: Namespace, name: SecretName) -> tuple[int, ...]:
     """The oldest beyond those kept, unless a kept version of a job names it: it may be run again."""
-    entry = state.secrets.get((namespace, name))
+    entry = state.stored.secrets.get((namespace, name))
     excess = len(entry.versions) + 1 - VERSIONS_KEPT if entry is not None else 0
     if entry is None or excess <= 0:
         return ()

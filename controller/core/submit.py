@@ -2,7 +2,7 @@
 
 import msgspec
 
-from controller.core import quota, sealed
+from controller.core import quota, sealed, volumes
 from controller.core.commands import Reply
 from controller.core.events import JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
@@ -24,7 +24,7 @@ def submit(state: State, call: JobSubmitted, now_s: float, addresses: int) -> An
     if job.namespace not in state.access.namespaces:
         message = f"no namespace {job.namespace!r}; `outrider namespace ls` lists them"
         return (), Reply(request=call.request, code="not-found", message=message)
-    if refusal := _refusal(state, job, entry) or sealed.refusal(state, job):
+    if refusal := _refusal(state, job, entry) or sealed.refusal(state, job) or volumes.refusal(state, job):
         return (), Reply(request=call.request, code="conflict", message=refusal)
     if too_much := quota.excess(state, job):
         return (), Reply(request=call.request, code="quota", message=too_much)

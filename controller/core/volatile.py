@@ -21,7 +21,7 @@ from controller.core.events import (
     LaunchDue,
     NodeJoinRequested,
     SessionId,
-    StoreCall,
+    StoreCalls,
     Ticket,
 )
 from controller.core.groups import FamilyKey
@@ -34,7 +34,7 @@ from outrider.model.node import Node, NodeStatus
 # What waits for the journal to be free.
 JobCall = JobSubmitted | JobStopRequested | JobDispatchRequested | JobRevertRequested | JobScaleRequested | LaunchDue
 AccessCall = AccessChangeRequested | NodeJoinRequested
-Call = JobCall | AccessCall | StoreCall
+Call = JobCall | AccessCall | StoreCalls
 TimerKey = tuple[str, int | str]  # what for, and whom
 
 

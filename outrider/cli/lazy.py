@@ -25,6 +25,7 @@ COMMANDS = {
     "intention": Entry("intentions", "app", "Who may call whom."),
     "secret": Entry("secrets", "app", "What jobs are given by name, and nobody may see."),
     "variable": Entry("secrets", "variables", "What jobs are given by name, and operators may see."),
+    "volume": Entry("volumes", "app", "Storage that outlives the jobs that use it."),
     "vm": Entry("vms", "app", "Virtual machines."),
     "namespace": Entry("namespaces", "app", "Namespaces of jobs, and their quotas."),
     "role": Entry("roles", "app", "What users may do."),

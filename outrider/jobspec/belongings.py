@@ -1,10 +1,11 @@
-"""What a task brings along, in a job file: `secrets:` -> `SecretUse` values."""
+"""What a task brings along, in a job file: `secrets:` -> `SecretUse`, `volumes:` -> `VolumeUse` values."""
 
-from outrider.ids import SecretName
+from outrider.ids import SecretName, VolumeName
 from outrider.jobspec.document import Scalar
 from outrider.jobspec.fields import Faults, Fields, named
-from outrider.model.belongings import OnChange, SecretUse
+from outrider.model.belongings import OnChange, SecretUse, VolumeUse
 
+_VOLUME_KEYS = ("volume", "read_only")
 _SECRET_KEYS = ("env", "file", "on_change", "signal", "version")
 
 
@@ -33,4 +34,20 @@ def read_secrets(task: Fields, faults: Faults) -> tuple[SecretUse, ...]:
                 version=fields.integer("version", 0) if "version" in fields else None,
             )
         )
+    return tuple(uses)
+
+
+def read_volumes(task: Fields, faults: Faults) -> tuple[VolumeUse, ...]:
+    """By the path inside: each is a mapping, or the volume's name alone."""
+    node = task.node("volumes")
+    path = (*task.path, "volumes")
+    uses = []
+    for target, value in named(node, path, faults) if node is not None else ():
+        if isinstance(value, Scalar):
+            uses.append(VolumeUse(volume=VolumeName(value.text), target=target))
+            continue
+        fields = Fields(value, (*path, target), faults, _VOLUME_KEYS)
+        fields.required("volume", "pgdata")
+        name = VolumeName(fields.text("volume", ""))
+        uses.append(VolumeUse(volume=name, target=target, read_only=fields.flag("read_only", default=False)))
     return tuple(uses)

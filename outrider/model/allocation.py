@@ -6,6 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, SecretName, ServiceName, TaskName
+from outrider.model.belongings import Volume
 from outrider.model.job import Group, Value
 
 
@@ -85,6 +86,7 @@ class Assignment(Value, frozen=True, kw_only=True):
     batch: bool = False  # ends when its work ends; a clean exit is not restarted
     desired: Desired = Desired.RUN
     mesh_ports: Mapping[ServiceName, int] = {}  # the host port of each service's sidecar listener
+    volumes: tuple[Volume, ...] = ()  # that its tasks name
     secrets: Mapping[SecretName, int] = {}  # the version of each that its tasks name, to be delivered now
     dynamic_ports: Mapping[PortName, int] = {}  # the host port of each `dynamic` port
 

@@ -1,4 +1,4 @@
-"""What a workload brings along beside its image: secrets. As a task names it, and as the fleet tells of it.
+"""What a workload brings along beside its image: secrets, volumes. As a task names it, and as the fleet tells of it.
 
 Values of the model like those of `outrider.model.job`, which names them.
 """
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
-from outrider.ids import JobName, Namespace, SecretName
+from outrider.ids import AllocId, JobName, Namespace, NodeId, SecretName, VolumeName
 
 
 class Belonging(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -44,4 +44,52 @@ class SecretInfo(Belonging, frozen=True, kw_only=True):
     variable: bool = False
     value: str = ""  # of a variable
     changed_at_s: float = 0.0
+    jobs: tuple[JobName, ...] = ()  # not stopped, and naming it
+
+
+class Access(StrEnum):
+    """How many allocations may have a volume at a time."""
+
+    SINGLE = "single"
+    MANY = "many"
+
+
+class Volume(Belonging, frozen=True, kw_only=True):
+    """Storage that outlives what uses it. It is on one node, and pulls its users there."""
+
+    name: VolumeName
+    namespace: Namespace
+    node: NodeId
+    size_bytes: int = 0  # its limit; 0 of a path, whose limit is what it is on
+    path: str = ""  # a directory of the node; "": one that the node makes, of limited size
+    access: Access = Access.SINGLE
+    read_only: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name on its node. Neither part has a dot."""
+        return f"{self.namespace}.{self.name}"
+
+
+class VolumeUse(Belonging, frozen=True, kw_only=True):
+    """A volume that a task has, and where."""
+
+    volume: VolumeName
+    target: str  # the path inside; a vm sees a disk of the volume's name
+    read_only: bool = False
+
+
+class VolumeSnapshot(Belonging, frozen=True, kw_only=True):
+    name: str
+    at_s: float
+    bytes: int = 0  # that it takes on the node's disk
+
+
+class VolumeInfo(Belonging, frozen=True, kw_only=True):
+    """A volume as operators see it."""
+
+    volume: Volume
+    created_at_s: float = 0.0
+    snapshots: tuple[VolumeSnapshot, ...] = ()
+    allocations: tuple[AllocId, ...] = ()  # that have it now
     jobs: tuple[JobName, ...] = ()  # not stopped, and naming it

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from outrider.v1 import belongings_pb2 as _belongings_pb2
 from outrider.v1 import job_pb2 as _job_pb2
 import builtins as _builtins
 import sys
@@ -329,6 +330,7 @@ class Assignment(_message.Message):
     DESIRED_FIELD_NUMBER: _builtins.int
     MESH_PORTS_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
     DYNAMIC_PORTS_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
@@ -343,6 +345,8 @@ class Assignment(_message.Message):
     def mesh_ports(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def secrets(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.Volume]: ...
     @_builtins.property
     def dynamic_ports(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
@@ -359,12 +363,13 @@ class Assignment(_message.Message):
         desired: Global___Desired.ValueType = ...,
         mesh_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         secrets: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        volumes: _abc.Iterable[_belongings_pb2.Volume] | None = ...,
         dynamic_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         arguments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "secrets", b"secrets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "secrets", b"secrets", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

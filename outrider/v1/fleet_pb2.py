@@ -23,73 +23,78 @@ _sym_db = _symbol_database.Default()
 
 
 from outrider.v1 import allocation_pb2 as outrider_dot_v1_dot_allocation__pb2
+from outrider.v1 import belongings_pb2 as outrider_dot_v1_dot_belongings__pb2
 from outrider.v1 import mesh_pb2 as outrider_dot_v1_dot_mesh__pb2
 from outrider.v1 import node_pb2 as outrider_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17outrider/v1/fleet.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/allocation.proto\x1a\x16outrider/v1/mesh.proto\x1a\x16outrider/v1/node.proto\";\n\x0bJoinRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\t\"H\n\x0cJoinResponse\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\"\xda\x02\n\x0c\x41gentMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.outrider.v1.HelloH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12\'\n\x07reports\x18\x03 \x01(\x0b\x32\x14.outrider.v1.ReportsH\x00\x12\'\n\x07\x61pplied\x18\x04 \x01(\x0b\x32\x14.outrider.v1.AppliedH\x00\x12\x30\n\x0cmesh_applied\x18\x05 \x01(\x0b\x32\x18.outrider.v1.MeshAppliedH\x00\x12>\n\x13\x66ingerprint_changed\x18\x06 \x01(\x0b\x32\x1f.outrider.v1.FingerprintChangedH\x00\x12)\n\x08refusals\x18\x07 \x01(\x0b\x32\x15.outrider.v1.RefusalsH\x00\x42\t\n\x07message\"\x85\x02\n\x11\x43ontrollerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.outrider.v1.WelcomeH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12/\n\x0b\x61ssignments\x18\x03 \x01(\x0b\x32\x18.outrider.v1.AssignmentsH\x00\x12.\n\x0bmesh_update\x18\x04 \x01(\x0b\x32\x17.outrider.v1.MeshUpdateH\x00\x12.\n\x0bopen_tunnel\x18\x05 \x01(\x0b\x32\x17.outrider.v1.OpenTunnelH\x00\x42\t\n\x07message\"\x94\x01\n\x05Hello\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.outrider.v1.Node\x12-\n\x0c\x61\x63knowledged\x18\x02 \x01(\x0b\x32\x17.outrider.v1.Generation\x12)\n\x07reports\x18\x03 \x03(\x0b\x32\x18.outrider.v1.AllocReport\x12\x10\n\x08protocol\x18\x04 \x01(\x05\"J\n\x07Welcome\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\x12\x10\n\x08protocol\x18\x03 \x01(\x05\"\x1d\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"4\n\x07Reports\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.outrider.v1.AllocReport\"6\n\x07\x41pplied\x12+\n\ngeneration\x18\x01 \x01(\x0b\x32\x17.outrider.v1.Generation\"\x1e\n\x0bMeshApplied\x12\x0f\n\x07version\x18\x01 \x01(\x03\"C\n\x12\x46ingerprintChanged\x12-\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\":\n\x08Refusals\x12.\n\x08refusals\x18\x01 \x03(\x0b\x32\x1c.outrider.v1.ObservedRefusal\"\x87\x01\n\x0b\x41ssignments\x12+\n\ngeneration\x18\x01 \x01(\x0b\x32\x17.outrider.v1.Generation\x12\x0c\n\x04\x66ull\x18\x02 \x01(\x08\x12,\n\x0b\x61ssignments\x18\x03 \x03(\x0b\x32\x17.outrider.v1.Assignment\x12\x0f\n\x07removed\x18\x04 \x03(\t\"4\n\x10IssueLeafRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\"4\n\x11IssueLeafResponse\x12\x1f\n\x04leaf\x18\x01 \x01(\x0b\x32\x11.outrider.v1.Leaf\"\"\n\x11GetSecretsRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\"?\n\x12GetSecretsResponse\x12)\n\x07secrets\x18\x01 \x03(\x0b\x32\x18.outrider.v1.SecretValue\";\n\x0bSecretValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\r\n\x05value\x18\x03 \x01(\x0c\"{\n\nOpenTunnel\x12\x0e\n\x06tunnel\x18\x01 \x01(\t\x12(\n\x04logs\x18\x02 \x01(\x0b\x32\x18.outrider.v1.LogsRequestH\x00\x12(\n\x04\x65xec\x18\x03 \x01(\x0b\x32\x18.outrider.v1.ExecRequestH\x00\x42\t\n\x07request\"v\n\x0bLogsRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12&\n\x06stream\x18\x03 \x01(\x0e\x32\x16.outrider.v1.LogStream\x12\x12\n\ntail_lines\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"\xaa\x01\n\x0b\x45xecRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x03(\t\x12\x0b\n\x03tty\x18\x04 \x01(\x08\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x06 \x01(\r\x12\x0f\n\x07\x63onsole\x18\x07 \x01(\x08\x12\"\n\x02vm\x18( \x01(\x0b\x32\x16.outrider.v1.VmCommand\x12\x0c\n\x04node\x18) \x01(\t\"@\n\tVmCommand\x12!\n\x04verb\x18\x01 \x01(\x0e\x32\x13.outrider.v1.VmVerb\x12\x10\n\x08snapshot\x18\x02 \x01(\t\"\xc7\x01\n\x0bTunnelFrame\x12\x0e\n\x06tunnel\x18\x01 \x01(\t\x12\x0f\n\x05stdin\x18\x02 \x01(\x0cH\x00\x12\x10\n\x06stdout\x18\x03 \x01(\x0cH\x00\x12\x10\n\x06stderr\x18\x04 \x01(\x0cH\x00\x12\x16\n\x0cstdin_closed\x18\x05 \x01(\x08H\x00\x12+\n\x06resize\x18\x06 \x01(\x0b\x32\x19.outrider.v1.TerminalSizeH\x00\x12%\n\x03\x65nd\x18\x07 \x01(\x0b\x32\x16.outrider.v1.TunnelEndH\x00\x42\x07\n\x05\x66rame\"-\n\x0cTerminalSize\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x02 \x01(\r\"-\n\tTunnelEnd\x12\x11\n\texit_code\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t*U\n\tLogStream\x12\x1a\n\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n\x11LOG_STREAM_STDERR\x10\x02*\x9a\x01\n\x06VmVerb\x12\x17\n\x13VM_VERB_UNSPECIFIED\x10\x00\x12\x14\n\x10VM_VERB_SNAPSHOT\x10\x01\x12\x13\n\x0fVM_VERB_RESTORE\x10\x02\x12\x10\n\x0cVM_VERB_LIST\x10\x03\x12\x12\n\x0eVM_VERB_DELETE\x10\x04\x12\x12\n\x0eVM_VERB_EXPORT\x10\x05\x12\x12\n\x0eVM_VERB_IMPORT\x10\x06\x32\xb5\x02\n\x0c\x46leetService\x12H\n\x07Session\x12\x19.outrider.v1.AgentMessage\x1a\x1e.outrider.v1.ControllerMessage(\x01\x30\x01\x12J\n\tIssueLeaf\x12\x1d.outrider.v1.IssueLeafRequest\x1a\x1e.outrider.v1.IssueLeafResponse\x12M\n\nGetSecrets\x12\x1e.outrider.v1.GetSecretsRequest\x1a\x1f.outrider.v1.GetSecretsResponse\x12@\n\x06Tunnel\x12\x18.outrider.v1.TunnelFrame\x1a\x18.outrider.v1.TunnelFrame(\x01\x30\x01\x32J\n\x0bJoinService\x12;\n\x04Join\x12\x18.outrider.v1.JoinRequest\x1a\x19.outrider.v1.JoinResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17outrider/v1/fleet.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/allocation.proto\x1a\x1coutrider/v1/belongings.proto\x1a\x16outrider/v1/mesh.proto\x1a\x16outrider/v1/node.proto\";\n\x0bJoinRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\t\"H\n\x0cJoinResponse\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\"\xda\x02\n\x0c\x41gentMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.outrider.v1.HelloH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12\'\n\x07reports\x18\x03 \x01(\x0b\x32\x14.outrider.v1.ReportsH\x00\x12\'\n\x07\x61pplied\x18\x04 \x01(\x0b\x32\x14.outrider.v1.AppliedH\x00\x12\x30\n\x0cmesh_applied\x18\x05 \x01(\x0b\x32\x18.outrider.v1.MeshAppliedH\x00\x12>\n\x13\x66ingerprint_changed\x18\x06 \x01(\x0b\x32\x1f.outrider.v1.FingerprintChangedH\x00\x12)\n\x08refusals\x18\x07 \x01(\x0b\x32\x15.outrider.v1.RefusalsH\x00\x42\t\n\x07message\"\x85\x02\n\x11\x43ontrollerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.outrider.v1.WelcomeH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12/\n\x0b\x61ssignments\x18\x03 \x01(\x0b\x32\x18.outrider.v1.AssignmentsH\x00\x12.\n\x0bmesh_update\x18\x04 \x01(\x0b\x32\x17.outrider.v1.MeshUpdateH\x00\x12.\n\x0bopen_tunnel\x18\x05 \x01(\x0b\x32\x17.outrider.v1.OpenTunnelH\x00\x42\t\n\x07message\"\x94\x01\n\x05Hello\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.outrider.v1.Node\x12-\n\x0c\x61\x63knowledged\x18\x02 \x01(\x0b\x32\x17.outrider.v1.Generation\x12)\n\x07reports\x18\x03 \x03(\x0b\x32\x18.outrider.v1.AllocReport\x12\x10\n\x08protocol\x18\x04 \x01(\x05\"J\n\x07Welcome\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\x12\x10\n\x08protocol\x18\x03 \x01(\x05\"\x1d\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"4\n\x07Reports\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.outrider.v1.AllocReport\"6\n\x07\x41pplied\x12+\n\ngeneration\x18\x01 \x01(\x0b\x32\x17.outrider.v1.Generation\"\x1e\n\x0bMeshApplied\x12\x0f\n\x07version\x18\x01 \x01(\x03\"C\n\x12\x46ingerprintChanged\x12-\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\":\n\x08Refusals\x12.\n\x08refusals\x18\x01 \x03(\x0b\x32\x1c.outrider.v1.ObservedRefusal\"\x87\x01\n\x0b\x41ssignments\x12+\n\ngeneration\x18\x01 \x01(\x0b\x32\x17.outrider.v1.Generation\x12\x0c\n\x04\x66ull\x18\x02 \x01(\x08\x12,\n\x0b\x61ssignments\x18\x03 \x03(\x0b\x32\x17.outrider.v1.Assignment\x12\x0f\n\x07removed\x18\x04 \x03(\t\"4\n\x10IssueLeafRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\"4\n\x11IssueLeafResponse\x12\x1f\n\x04leaf\x18\x01 \x01(\x0b\x32\x11.outrider.v1.Leaf\"\"\n\x11GetSecretsRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\"?\n\x12GetSecretsResponse\x12)\n\x07secrets\x18\x01 \x03(\x0b\x32\x18.outrider.v1.SecretValue\";\n\x0bSecretValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\r\n\x05value\x18\x03 \x01(\x0c\"w\n\rVolumeRequest\x12/\n\toperation\x18\x01 \x01(\x0e\x32\x1c.outrider.v1.VolumeOperation\x12#\n\x06volume\x18\x02 \x01(\x0b\x32\x13.outrider.v1.Volume\x12\x10\n\x08snapshot\x18\x03 \x01(\t\"\xa9\x01\n\nOpenTunnel\x12\x0e\n\x06tunnel\x18\x01 \x01(\t\x12(\n\x04logs\x18\x02 \x01(\x0b\x32\x18.outrider.v1.LogsRequestH\x00\x12(\n\x04\x65xec\x18\x03 \x01(\x0b\x32\x18.outrider.v1.ExecRequestH\x00\x12,\n\x06volume\x18P \x01(\x0b\x32\x1a.outrider.v1.VolumeRequestH\x00\x42\t\n\x07request\"v\n\x0bLogsRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12&\n\x06stream\x18\x03 \x01(\x0e\x32\x16.outrider.v1.LogStream\x12\x12\n\ntail_lines\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"\xaa\x01\n\x0b\x45xecRequest\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x03 \x03(\t\x12\x0b\n\x03tty\x18\x04 \x01(\x08\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x06 \x01(\r\x12\x0f\n\x07\x63onsole\x18\x07 \x01(\x08\x12\"\n\x02vm\x18( \x01(\x0b\x32\x16.outrider.v1.VmCommand\x12\x0c\n\x04node\x18) \x01(\t\"@\n\tVmCommand\x12!\n\x04verb\x18\x01 \x01(\x0e\x32\x13.outrider.v1.VmVerb\x12\x10\n\x08snapshot\x18\x02 \x01(\t\"\xc7\x01\n\x0bTunnelFrame\x12\x0e\n\x06tunnel\x18\x01 \x01(\t\x12\x0f\n\x05stdin\x18\x02 \x01(\x0cH\x00\x12\x10\n\x06stdout\x18\x03 \x01(\x0cH\x00\x12\x10\n\x06stderr\x18\x04 \x01(\x0cH\x00\x12\x16\n\x0cstdin_closed\x18\x05 \x01(\x08H\x00\x12+\n\x06resize\x18\x06 \x01(\x0b\x32\x19.outrider.v1.TerminalSizeH\x00\x12%\n\x03\x65nd\x18\x07 \x01(\x0b\x32\x16.outrider.v1.TunnelEndH\x00\x42\x07\n\x05\x66rame\"-\n\x0cTerminalSize\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x02 \x01(\r\"-\n\tTunnelEnd\x12\x11\n\texit_code\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t*\xd0\x01\n\x0fVolumeOperation\x12 \n\x1cVOLUME_OPERATION_UNSPECIFIED\x10\x00\x12\x1b\n\x17VOLUME_OPERATION_CREATE\x10\x01\x12\x1b\n\x17VOLUME_OPERATION_DELETE\x10\x02\x12\x1d\n\x19VOLUME_OPERATION_SNAPSHOT\x10\x03\x12\x1c\n\x18VOLUME_OPERATION_RESTORE\x10\x04\x12$\n VOLUME_OPERATION_DELETE_SNAPSHOT\x10\x05*U\n\tLogStream\x12\x1a\n\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n\x11LOG_STREAM_STDERR\x10\x02*\x9a\x01\n\x06VmVerb\x12\x17\n\x13VM_VERB_UNSPECIFIED\x10\x00\x12\x14\n\x10VM_VERB_SNAPSHOT\x10\x01\x12\x13\n\x0fVM_VERB_RESTORE\x10\x02\x12\x10\n\x0cVM_VERB_LIST\x10\x03\x12\x12\n\x0eVM_VERB_DELETE\x10\x04\x12\x12\n\x0eVM_VERB_EXPORT\x10\x05\x12\x12\n\x0eVM_VERB_IMPORT\x10\x06\x32\xb5\x02\n\x0c\x46leetService\x12H\n\x07Session\x12\x19.outrider.v1.AgentMessage\x1a\x1e.outrider.v1.ControllerMessage(\x01\x30\x01\x12J\n\tIssueLeaf\x12\x1d.outrider.v1.IssueLeafRequest\x1a\x1e.outrider.v1.IssueLeafResponse\x12M\n\nGetSecrets\x12\x1e.outrider.v1.GetSecretsRequest\x1a\x1f.outrider.v1.GetSecretsResponse\x12@\n\x06Tunnel\x12\x18.outrider.v1.TunnelFrame\x1a\x18.outrider.v1.TunnelFrame(\x01\x30\x01\x32J\n\x0bJoinService\x12;\n\x04Join\x12\x18.outrider.v1.JoinRequest\x1a\x19.outrider.v1.JoinResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'outrider.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOGSTREAM']._serialized_start=2583
-  _globals['_LOGSTREAM']._serialized_end=2668
-  _globals['_VMVERB']._serialized_start=2671
-  _globals['_VMVERB']._serialized_end=2825
-  _globals['_JOINREQUEST']._serialized_start=118
-  _globals['_JOINREQUEST']._serialized_end=177
-  _globals['_JOINRESPONSE']._serialized_start=179
-  _globals['_JOINRESPONSE']._serialized_end=251
-  _globals['_AGENTMESSAGE']._serialized_start=254
-  _globals['_AGENTMESSAGE']._serialized_end=600
-  _globals['_CONTROLLERMESSAGE']._serialized_start=603
-  _globals['_CONTROLLERMESSAGE']._serialized_end=864
-  _globals['_HELLO']._serialized_start=867
-  _globals['_HELLO']._serialized_end=1015
-  _globals['_WELCOME']._serialized_start=1017
-  _globals['_WELCOME']._serialized_end=1091
-  _globals['_HEARTBEAT']._serialized_start=1093
-  _globals['_HEARTBEAT']._serialized_end=1122
-  _globals['_REPORTS']._serialized_start=1124
-  _globals['_REPORTS']._serialized_end=1176
-  _globals['_APPLIED']._serialized_start=1178
-  _globals['_APPLIED']._serialized_end=1232
-  _globals['_MESHAPPLIED']._serialized_start=1234
-  _globals['_MESHAPPLIED']._serialized_end=1264
-  _globals['_FINGERPRINTCHANGED']._serialized_start=1266
-  _globals['_FINGERPRINTCHANGED']._serialized_end=1333
-  _globals['_REFUSALS']._serialized_start=1335
-  _globals['_REFUSALS']._serialized_end=1393
-  _globals['_ASSIGNMENTS']._serialized_start=1396
-  _globals['_ASSIGNMENTS']._serialized_end=1531
-  _globals['_ISSUELEAFREQUEST']._serialized_start=1533
-  _globals['_ISSUELEAFREQUEST']._serialized_end=1585
-  _globals['_ISSUELEAFRESPONSE']._serialized_start=1587
-  _globals['_ISSUELEAFRESPONSE']._serialized_end=1639
-  _globals['_GETSECRETSREQUEST']._serialized_start=1641
-  _globals['_GETSECRETSREQUEST']._serialized_end=1675
-  _globals['_GETSECRETSRESPONSE']._serialized_start=1677
-  _globals['_GETSECRETSRESPONSE']._serialized_end=1740
-  _globals['_SECRETVALUE']._serialized_start=1742
-  _globals['_SECRETVALUE']._serialized_end=1801
-  _globals['_OPENTUNNEL']._serialized_start=1803
-  _globals['_OPENTUNNEL']._serialized_end=1926
-  _globals['_LOGSREQUEST']._serialized_start=1928
-  _globals['_LOGSREQUEST']._serialized_end=2046
-  _globals['_EXECREQUEST']._serialized_start=2049
-  _globals['_EXECREQUEST']._serialized_end=2219
-  _globals['_VMCOMMAND']._serialized_start=2221
-  _globals['_VMCOMMAND']._serialized_end=2285
-  _globals['_TUNNELFRAME']._serialized_start=2288
-  _globals['_TUNNELFRAME']._serialized_end=2487
-  _globals['_TERMINALSIZE']._serialized_start=2489
-  _globals['_TERMINALSIZE']._serialized_end=2534
-  _globals['_TUNNELEND']._serialized_start=2536
-  _globals['_TUNNELEND']._serialized_end=2581
-  _globals['_FLEETSERVICE']._serialized_start=2828
-  _globals['_FLEETSERVICE']._serialized_end=3137
-  _globals['_JOINSERVICE']._serialized_start=3139
-  _globals['_JOINSERVICE']._serialized_end=3213
+  _globals['_VOLUMEOPERATION']._serialized_start=2782
+  _globals['_VOLUMEOPERATION']._serialized_end=2990
+  _globals['_LOGSTREAM']._serialized_start=2992
+  _globals['_LOGSTREAM']._serialized_end=3077
+  _globals['_VMVERB']._serialized_start=3080
+  _globals['_VMVERB']._serialized_end=3234
+  _globals['_JOINREQUEST']._serialized_start=148
+  _globals['_JOINREQUEST']._serialized_end=207
+  _globals['_JOINRESPONSE']._serialized_start=209
+  _globals['_JOINRESPONSE']._serialized_end=281
+  _globals['_AGENTMESSAGE']._serialized_start=284
+  _globals['_AGENTMESSAGE']._serialized_end=630
+  _globals['_CONTROLLERMESSAGE']._serialized_start=633
+  _globals['_CONTROLLERMESSAGE']._serialized_end=894
+  _globals['_HELLO']._serialized_start=897
+  _globals['_HELLO']._serialized_end=1045
+  _globals['_WELCOME']._serialized_start=1047
+  _globals['_WELCOME']._serialized_end=1121
+  _globals['_HEARTBEAT']._serialized_start=1123
+  _globals['_HEARTBEAT']._serialized_end=1152
+  _globals['_REPORTS']._serialized_start=1154
+  _globals['_REPORTS']._serialized_end=1206
+  _globals['_APPLIED']._serialized_start=1208
+  _globals['_APPLIED']._serialized_end=1262
+  _globals['_MESHAPPLIED']._serialized_start=1264
+  _globals['_MESHAPPLIED']._serialized_end=1294
+  _globals['_FINGERPRINTCHANGED']._serialized_start=1296
+  _globals['_FINGERPRINTCHANGED']._serialized_end=1363
+  _globals['_REFUSALS']._serialized_start=1365
+  _globals['_REFUSALS']._serialized_end=1423
+  _globals['_ASSIGNMENTS']._serialized_start=1426
+  _globals['_ASSIGNMENTS']._serialized_end=1561
+  _globals['_ISSUELEAFREQUEST']._serialized_start=1563
+  _globals['_ISSUELEAFREQUEST']._serialized_end=1615
+  _globals['_ISSUELEAFRESPONSE']._serialized_start=1617
+  _globals['_ISSUELEAFRESPONSE']._serialized_end=1669
+  _globals['_GETSECRETSREQUEST']._serialized_start=1671
+  _globals['_GETSECRETSREQUEST']._serialized_end=1705
+  _globals['_GETSECRETSRESPONSE']._serialized_start=1707
+  _globals['_GETSECRETSRESPONSE']._serialized_end=1770
+  _globals['_SECRETVALUE']._serialized_start=1772
+  _globals['_SECRETVALUE']._serialized_end=1831
+  _globals['_VOLUMEREQUEST']._serialized_start=1833
+  _globals['_VOLUMEREQUEST']._serialized_end=1952
+  _globals['_OPENTUNNEL']._serialized_start=1955
+  _globals['_OPENTUNNEL']._serialized_end=2124
+  _globals['_LOGSREQUEST']._serialized_start=2126
+  _globals['_LOGSREQUEST']._serialized_end=2244
+  _globals['_EXECREQUEST']._serialized_start=2247
+  _globals['_EXECREQUEST']._serialized_end=2417
+  _globals['_VMCOMMAND']._serialized_start=2419
+  _globals['_VMCOMMAND']._serialized_end=2483
+  _globals['_TUNNELFRAME']._serialized_start=2486
+  _globals['_TUNNELFRAME']._serialized_end=2685
+  _globals['_TERMINALSIZE']._serialized_start=2687
+  _globals['_TERMINALSIZE']._serialized_end=2732
+  _globals['_TUNNELEND']._serialized_start=2734
+  _globals['_TUNNELEND']._serialized_end=2779
+  _globals['_FLEETSERVICE']._serialized_start=3237
+  _globals['_FLEETSERVICE']._serialized_end=3546
+  _globals['_JOINSERVICE']._serialized_start=3548
+  _globals['_JOINSERVICE']._serialized_end=3622
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from outrider.v1 import allocation_pb2 as _allocation_pb2
+from outrider.v1 import belongings_pb2 as _belongings_pb2
 from outrider.v1 import mesh_pb2 as _mesh_pb2
 from outrider.v1 import node_pb2 as _node_pb2
 import builtins as _builtins
@@ -21,6 +22,29 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _VolumeOperation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VolumeOperationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VolumeOperation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VOLUME_OPERATION_UNSPECIFIED: _VolumeOperation.ValueType  # 0
+    VOLUME_OPERATION_CREATE: _VolumeOperation.ValueType  # 1
+    VOLUME_OPERATION_DELETE: _VolumeOperation.ValueType  # 2
+    VOLUME_OPERATION_SNAPSHOT: _VolumeOperation.ValueType  # 3
+    VOLUME_OPERATION_RESTORE: _VolumeOperation.ValueType  # 4
+    VOLUME_OPERATION_DELETE_SNAPSHOT: _VolumeOperation.ValueType  # 5
+
+class VolumeOperation(_VolumeOperation, metaclass=_VolumeOperationEnumTypeWrapper): ...
+
+VOLUME_OPERATION_UNSPECIFIED: VolumeOperation.ValueType  # 0
+VOLUME_OPERATION_CREATE: VolumeOperation.ValueType  # 1
+VOLUME_OPERATION_DELETE: VolumeOperation.ValueType  # 2
+VOLUME_OPERATION_SNAPSHOT: VolumeOperation.ValueType  # 3
+VOLUME_OPERATION_RESTORE: VolumeOperation.ValueType  # 4
+VOLUME_OPERATION_DELETE_SNAPSHOT: VolumeOperation.ValueType  # 5
+Global___VolumeOperation: _TypeAlias = VolumeOperation  # noqa: Y015
 
 class _LogStream:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -533,29 +557,61 @@ class SecretValue(_message.Message):
 Global___SecretValue: _TypeAlias = SecretValue  # noqa: Y015
 
 @_typing.final
+class VolumeRequest(_message.Message):
+    """Its output: how many bytes of the node's disk what was made takes, in digits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    operation: Global___VolumeOperation.ValueType
+    snapshot: _builtins.str
+    @_builtins.property
+    def volume(self) -> _belongings_pb2.Volume: ...
+    def __init__(
+        self,
+        *,
+        operation: Global___VolumeOperation.ValueType = ...,
+        volume: _belongings_pb2.Volume | None = ...,
+        snapshot: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["volume", b"volume"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation", "snapshot", b"snapshot", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VolumeRequest: _TypeAlias = VolumeRequest  # noqa: Y015
+
+@_typing.final
 class OpenTunnel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TUNNEL_FIELD_NUMBER: _builtins.int
     LOGS_FIELD_NUMBER: _builtins.int
     EXEC_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
     tunnel: _builtins.str
     @_builtins.property
     def logs(self) -> Global___LogsRequest: ...
     @_builtins.property
     def exec(self) -> Global___ExecRequest: ...
+    @_builtins.property
+    def volume(self) -> Global___VolumeRequest: ...
     def __init__(
         self,
         *,
         tunnel: _builtins.str = ...,
         logs: Global___LogsRequest | None = ...,
         exec: Global___ExecRequest | None = ...,
+        volume: Global___VolumeRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "request", b"request", "volume", b"volume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "request", b"request", "tunnel", b"tunnel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "request", b"request", "tunnel", b"tunnel", "volume", b"volume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["logs", "exec"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["logs", "exec", "volume"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 

@@ -711,6 +711,7 @@ class Task(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     WORKDIR_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
@@ -733,6 +734,8 @@ class Task(_message.Message):
     def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def secrets(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.SecretUse]: ...
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.VolumeUse]: ...
     def __init__(
         self,
         *,
@@ -749,11 +752,12 @@ class Task(_message.Message):
         user: _builtins.int | None = ...,
         workdir: _builtins.str = ...,
         secrets: _abc.Iterable[_belongings_pb2.SecretUse] | None = ...,
+        volumes: _abc.Iterable[_belongings_pb2.VolumeUse] | None = ...,
         role: Global___TaskRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015

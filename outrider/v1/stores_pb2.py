@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from outrider.v1 import belongings_pb2 as outrider_dot_v1_dot_belongings__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18outrider/v1/stores.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/belongings.proto\"T\n\x10PutSecretRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x0c\x12\x10\n\x08variable\x18\x04 \x01(\x08\"D\n\x11PutSecretResponse\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\x12\r\n\x05notes\x18\x03 \x03(\t\"\'\n\x12ListSecretsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"?\n\x13ListSecretsResponse\x12(\n\x07secrets\x18\x01 \x03(\x0b\x32\x17.outrider.v1.SecretInfo\"6\n\x13\x44\x65leteSecretRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\"\x16\n\x14\x44\x65leteSecretResponse\"\x15\n\x13RekeySecretsRequest\"3\n\x14RekeySecretsResponse\x12\x0e\n\x06sealed\x18\x01 \x01(\x05\x12\x0b\n\x03key\x18\x02 \x01(\t2\xd6\x02\n\x0cStoreService\x12J\n\tPutSecret\x12\x1d.outrider.v1.PutSecretRequest\x1a\x1e.outrider.v1.PutSecretResponse\x12P\n\x0bListSecrets\x12\x1f.outrider.v1.ListSecretsRequest\x1a .outrider.v1.ListSecretsResponse\x12S\n\x0c\x44\x65leteSecret\x12 .outrider.v1.DeleteSecretRequest\x1a!.outrider.v1.DeleteSecretResponse\x12S\n\x0cRekeySecrets\x12 .outrider.v1.RekeySecretsRequest\x1a!.outrider.v1.RekeySecretsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18outrider/v1/stores.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/belongings.proto\"T\n\x10PutSecretRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x0c\x12\x10\n\x08variable\x18\x04 \x01(\x08\"D\n\x11PutSecretResponse\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\x12\r\n\x05notes\x18\x03 \x03(\t\"\'\n\x12ListSecretsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"?\n\x13ListSecretsResponse\x12(\n\x07secrets\x18\x01 \x03(\x0b\x32\x17.outrider.v1.SecretInfo\"6\n\x13\x44\x65leteSecretRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\"\x16\n\x14\x44\x65leteSecretResponse\"\x15\n\x13RekeySecretsRequest\"3\n\x14RekeySecretsResponse\x12\x0e\n\x06sealed\x18\x01 \x01(\x05\x12\x0b\n\x03key\x18\x02 \x01(\t\":\n\x13\x43reateVolumeRequest\x12#\n\x06volume\x18\x01 \x01(\x0b\x32\x13.outrider.v1.Volume\"\'\n\x12ListVolumesRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"?\n\x13ListVolumesResponse\x12(\n\x07volumes\x18\x01 \x03(\x0b\x32\x17.outrider.v1.VolumeInfo\"H\n\x13\x44\x65leteVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\"\x16\n\x14\x44\x65leteVolumeResponse\"J\n\x15SnapshotVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\"I\n\x14RestoreVolumeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t2\xe4\x05\n\x0cStoreService\x12J\n\tPutSecret\x12\x1d.outrider.v1.PutSecretRequest\x1a\x1e.outrider.v1.PutSecretResponse\x12P\n\x0bListSecrets\x12\x1f.outrider.v1.ListSecretsRequest\x1a .outrider.v1.ListSecretsResponse\x12S\n\x0c\x44\x65leteSecret\x12 .outrider.v1.DeleteSecretRequest\x1a!.outrider.v1.DeleteSecretResponse\x12I\n\x0c\x43reateVolume\x12 .outrider.v1.CreateVolumeRequest\x1a\x17.outrider.v1.VolumeInfo\x12P\n\x0bListVolumes\x12\x1f.outrider.v1.ListVolumesRequest\x1a .outrider.v1.ListVolumesResponse\x12S\n\x0c\x44\x65leteVolume\x12 .outrider.v1.DeleteVolumeRequest\x1a!.outrider.v1.DeleteVolumeResponse\x12M\n\x0eSnapshotVolume\x12\".outrider.v1.SnapshotVolumeRequest\x1a\x17.outrider.v1.VolumeInfo\x12K\n\rRestoreVolume\x12!.outrider.v1.RestoreVolumeRequest\x1a\x17.outrider.v1.VolumeInfo\x12S\n\x0cRekeySecrets\x12 .outrider.v1.RekeySecretsRequest\x1a!.outrider.v1.RekeySecretsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,6 +48,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REKEYSECRETSREQUEST']._serialized_end=434
   _globals['_REKEYSECRETSRESPONSE']._serialized_start=436
   _globals['_REKEYSECRETSRESPONSE']._serialized_end=487
-  _globals['_STORESERVICE']._serialized_start=490
-  _globals['_STORESERVICE']._serialized_end=832
+  _globals['_CREATEVOLUMEREQUEST']._serialized_start=489
+  _globals['_CREATEVOLUMEREQUEST']._serialized_end=547
+  _globals['_LISTVOLUMESREQUEST']._serialized_start=549
+  _globals['_LISTVOLUMESREQUEST']._serialized_end=588
+  _globals['_LISTVOLUMESRESPONSE']._serialized_start=590
+  _globals['_LISTVOLUMESRESPONSE']._serialized_end=653
+  _globals['_DELETEVOLUMEREQUEST']._serialized_start=655
+  _globals['_DELETEVOLUMEREQUEST']._serialized_end=727
+  _globals['_DELETEVOLUMERESPONSE']._serialized_start=729
+  _globals['_DELETEVOLUMERESPONSE']._serialized_end=751
+  _globals['_SNAPSHOTVOLUMEREQUEST']._serialized_start=753
+  _globals['_SNAPSHOTVOLUMEREQUEST']._serialized_end=827
+  _globals['_RESTOREVOLUMEREQUEST']._serialized_start=829
+  _globals['_RESTOREVOLUMEREQUEST']._serialized_end=902
+  _globals['_STORESERVICE']._serialized_start=905
+  _globals['_STORESERVICE']._serialized_end=1645
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from outrider.v1 import belongings_pb2 as outrider_dot_v1_dot_belongings__pb2
 from outrider.v1 import stores_pb2 as outrider_dot_v1_dot_stores__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -50,6 +51,31 @@ class StoreServiceStub:
                 request_serializer=outrider_dot_v1_dot_stores__pb2.DeleteSecretRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_stores__pb2.DeleteSecretResponse.FromString,
                 _registered_method=True)
+        self.CreateVolume = channel.unary_unary(
+                '/outrider.v1.StoreService/CreateVolume',
+                request_serializer=outrider_dot_v1_dot_stores__pb2.CreateVolumeRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_belongings__pb2.VolumeInfo.FromString,
+                _registered_method=True)
+        self.ListVolumes = channel.unary_unary(
+                '/outrider.v1.StoreService/ListVolumes',
+                request_serializer=outrider_dot_v1_dot_stores__pb2.ListVolumesRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_stores__pb2.ListVolumesResponse.FromString,
+                _registered_method=True)
+        self.DeleteVolume = channel.unary_unary(
+                '/outrider.v1.StoreService/DeleteVolume',
+                request_serializer=outrider_dot_v1_dot_stores__pb2.DeleteVolumeRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_stores__pb2.DeleteVolumeResponse.FromString,
+                _registered_method=True)
+        self.SnapshotVolume = channel.unary_unary(
+                '/outrider.v1.StoreService/SnapshotVolume',
+                request_serializer=outrider_dot_v1_dot_stores__pb2.SnapshotVolumeRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_belongings__pb2.VolumeInfo.FromString,
+                _registered_method=True)
+        self.RestoreVolume = channel.unary_unary(
+                '/outrider.v1.StoreService/RestoreVolume',
+                request_serializer=outrider_dot_v1_dot_stores__pb2.RestoreVolumeRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_belongings__pb2.VolumeInfo.FromString,
+                _registered_method=True)
         self.RekeySecrets = channel.unary_unary(
                 '/outrider.v1.StoreService/RekeySecrets',
                 request_serializer=outrider_dot_v1_dot_stores__pb2.RekeySecretsRequest.SerializeToString,
@@ -80,6 +106,38 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateVolume(self, request, context):
+        """The node makes it before the journal has it: whatever is wrong with it is told at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVolumes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVolume(self, request, context):
+        """Of the volume, or of one of its snapshots. Refused while the volume is claimed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SnapshotVolume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreVolume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RekeySecrets(self, request, context):
         """Seals everything anew: under a new key of the controller's key file, or under the one in its environment.
         """
@@ -104,6 +162,31 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.DeleteSecret,
                     request_deserializer=outrider_dot_v1_dot_stores__pb2.DeleteSecretRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_stores__pb2.DeleteSecretResponse.SerializeToString,
+            ),
+            'CreateVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateVolume,
+                    request_deserializer=outrider_dot_v1_dot_stores__pb2.CreateVolumeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_belongings__pb2.VolumeInfo.SerializeToString,
+            ),
+            'ListVolumes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVolumes,
+                    request_deserializer=outrider_dot_v1_dot_stores__pb2.ListVolumesRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_stores__pb2.ListVolumesResponse.SerializeToString,
+            ),
+            'DeleteVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVolume,
+                    request_deserializer=outrider_dot_v1_dot_stores__pb2.DeleteVolumeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_stores__pb2.DeleteVolumeResponse.SerializeToString,
+            ),
+            'SnapshotVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.SnapshotVolume,
+                    request_deserializer=outrider_dot_v1_dot_stores__pb2.SnapshotVolumeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_belongings__pb2.VolumeInfo.SerializeToString,
+            ),
+            'RestoreVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreVolume,
+                    request_deserializer=outrider_dot_v1_dot_stores__pb2.RestoreVolumeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_belongings__pb2.VolumeInfo.SerializeToString,
             ),
             'RekeySecrets': grpc.unary_unary_rpc_method_handler(
                     servicer.RekeySecrets,
@@ -193,6 +276,141 @@ class StoreService:
             '/outrider.v1.StoreService/DeleteSecret',
             outrider_dot_v1_dot_stores__pb2.DeleteSecretRequest.SerializeToString,
             outrider_dot_v1_dot_stores__pb2.DeleteSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.StoreService/CreateVolume',
+            outrider_dot_v1_dot_stores__pb2.CreateVolumeRequest.SerializeToString,
+            outrider_dot_v1_dot_belongings__pb2.VolumeInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVolumes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.StoreService/ListVolumes',
+            outrider_dot_v1_dot_stores__pb2.ListVolumesRequest.SerializeToString,
+            outrider_dot_v1_dot_stores__pb2.ListVolumesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.StoreService/DeleteVolume',
+            outrider_dot_v1_dot_stores__pb2.DeleteVolumeRequest.SerializeToString,
+            outrider_dot_v1_dot_stores__pb2.DeleteVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SnapshotVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.StoreService/SnapshotVolume',
+            outrider_dot_v1_dot_stores__pb2.SnapshotVolumeRequest.SerializeToString,
+            outrider_dot_v1_dot_belongings__pb2.VolumeInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.StoreService/RestoreVolume',
+            outrider_dot_v1_dot_stores__pb2.RestoreVolumeRequest.SerializeToString,
+            outrider_dot_v1_dot_belongings__pb2.VolumeInfo.FromString,
             options,
             channel_credentials,
             insecure,

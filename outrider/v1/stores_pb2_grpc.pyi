@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from outrider.v1 import belongings_pb2 as _belongings_pb2
 from outrider.v1 import stores_pb2 as _stores_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -37,6 +38,13 @@ class StoreServiceStub:
     """Answers once the journal has it, sealed. Jobs that name it and want to are rolled."""
     ListSecrets: _grpc.UnaryUnaryMultiCallable[_stores_pb2.ListSecretsRequest, _stores_pb2.ListSecretsResponse]
     DeleteSecret: _grpc.UnaryUnaryMultiCallable[_stores_pb2.DeleteSecretRequest, _stores_pb2.DeleteSecretResponse]
+    CreateVolume: _grpc.UnaryUnaryMultiCallable[_stores_pb2.CreateVolumeRequest, _belongings_pb2.VolumeInfo]
+    """The node makes it before the journal has it: whatever is wrong with it is told at once."""
+    ListVolumes: _grpc.UnaryUnaryMultiCallable[_stores_pb2.ListVolumesRequest, _stores_pb2.ListVolumesResponse]
+    DeleteVolume: _grpc.UnaryUnaryMultiCallable[_stores_pb2.DeleteVolumeRequest, _stores_pb2.DeleteVolumeResponse]
+    """Of the volume, or of one of its snapshots. Refused while the volume is claimed."""
+    SnapshotVolume: _grpc.UnaryUnaryMultiCallable[_stores_pb2.SnapshotVolumeRequest, _belongings_pb2.VolumeInfo]
+    RestoreVolume: _grpc.UnaryUnaryMultiCallable[_stores_pb2.RestoreVolumeRequest, _belongings_pb2.VolumeInfo]
     RekeySecrets: _grpc.UnaryUnaryMultiCallable[_stores_pb2.RekeySecretsRequest, _stores_pb2.RekeySecretsResponse]
     """Seals everything anew: under a new key of the controller's key file, or under the one in its environment."""
 
@@ -49,6 +57,13 @@ class StoreServiceAsyncStub(StoreServiceStub):
     """Answers once the journal has it, sealed. Jobs that name it and want to are rolled."""
     ListSecrets: _aio.UnaryUnaryMultiCallable[_stores_pb2.ListSecretsRequest, _stores_pb2.ListSecretsResponse]  # type: ignore[assignment]
     DeleteSecret: _aio.UnaryUnaryMultiCallable[_stores_pb2.DeleteSecretRequest, _stores_pb2.DeleteSecretResponse]  # type: ignore[assignment]
+    CreateVolume: _aio.UnaryUnaryMultiCallable[_stores_pb2.CreateVolumeRequest, _belongings_pb2.VolumeInfo]  # type: ignore[assignment]
+    """The node makes it before the journal has it: whatever is wrong with it is told at once."""
+    ListVolumes: _aio.UnaryUnaryMultiCallable[_stores_pb2.ListVolumesRequest, _stores_pb2.ListVolumesResponse]  # type: ignore[assignment]
+    DeleteVolume: _aio.UnaryUnaryMultiCallable[_stores_pb2.DeleteVolumeRequest, _stores_pb2.DeleteVolumeResponse]  # type: ignore[assignment]
+    """Of the volume, or of one of its snapshots. Refused while the volume is claimed."""
+    SnapshotVolume: _aio.UnaryUnaryMultiCallable[_stores_pb2.SnapshotVolumeRequest, _belongings_pb2.VolumeInfo]  # type: ignore[assignment]
+    RestoreVolume: _aio.UnaryUnaryMultiCallable[_stores_pb2.RestoreVolumeRequest, _belongings_pb2.VolumeInfo]  # type: ignore[assignment]
     RekeySecrets: _aio.UnaryUnaryMultiCallable[_stores_pb2.RekeySecretsRequest, _stores_pb2.RekeySecretsResponse]  # type: ignore[assignment]
     """Seals everything anew: under a new key of the controller's key file, or under the one in its environment."""
 
@@ -76,6 +91,43 @@ class StoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _stores_pb2.DeleteSecretRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_stores_pb2.DeleteSecretResponse, _abc.Awaitable[_stores_pb2.DeleteSecretResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CreateVolume(
+        self,
+        request: _stores_pb2.CreateVolumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_belongings_pb2.VolumeInfo, _abc.Awaitable[_belongings_pb2.VolumeInfo]]:
+        """The node makes it before the journal has it: whatever is wrong with it is told at once."""
+
+    @_abc_1.abstractmethod
+    def ListVolumes(
+        self,
+        request: _stores_pb2.ListVolumesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stores_pb2.ListVolumesResponse, _abc.Awaitable[_stores_pb2.ListVolumesResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DeleteVolume(
+        self,
+        request: _stores_pb2.DeleteVolumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stores_pb2.DeleteVolumeResponse, _abc.Awaitable[_stores_pb2.DeleteVolumeResponse]]:
+        """Of the volume, or of one of its snapshots. Refused while the volume is claimed."""
+
+    @_abc_1.abstractmethod
+    def SnapshotVolume(
+        self,
+        request: _stores_pb2.SnapshotVolumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_belongings_pb2.VolumeInfo, _abc.Awaitable[_belongings_pb2.VolumeInfo]]: ...
+
+    @_abc_1.abstractmethod
+    def RestoreVolume(
+        self,
+        request: _stores_pb2.RestoreVolumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_belongings_pb2.VolumeInfo, _abc.Awaitable[_belongings_pb2.VolumeInfo]]: ...
 
     @_abc_1.abstractmethod
     def RekeySecrets(

@@ -51,6 +51,7 @@ def write_agent(layout: Layout, node: NodeId) -> Path:
         },
         "metrics_listen": f"{layout.address(node)}:{AGENT_METRICS_PORT}",
         "host_image": True,
+        "volume_paths": ["/"],  # whoever runs it is root here anyway
     }
     if shutil.which("mosquitto"):
         config["mqtt"] = {"host": CONTROL_ADDRESS, "port": BROKER_PORT}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from outrider.ids import SecretName
+from outrider.ids import SecretName, VolumeName
 from outrider.jobspec.reader import JobFileError, parse_job
-from outrider.model.belongings import OnChange, SecretUse
+from outrider.model.belongings import OnChange, SecretUse, VolumeUse
 from outrider.model.job import Task
 
 
@@ -31,9 +31,23 @@ def test_a_secret_is_a_file_of_its_name_unless_it_says_otherwise() -> None:
     )
 
 
+def test_a_volume_is_named_alone_or_with_what_it_is_for() -> None:
+    assert task("volumes: {/data: pg, /models: {volume: models, read_only: true}}").volumes == (
+        VolumeUse(volume=VolumeName("pg"), target="/data"),
+        VolumeUse(volume=VolumeName("models"), target="/models", read_only=True),
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("volumes: {data: pg}", "volumes.data: expected a whole path inside, from / on"),
+        ("volumes: {/a/../b: pg}", "without .."),
+        ("volumes: {/proc/x: pg}", "/proc/x is not to be covered; mount it elsewhere"),
+        ("volumes: {/: pg}", "/ is not to be covered"),
+        ("volumes: {/a: pg, /b: pg}", "volume pg is given twice"),
+        ("volumes: {/a: {read_only: true}}", "volume: missing; for example `volume: pgdata`"),
+        ("volumes: {/a: Pg}", "'Pg' is no volume's name"),
         ("secrets: {db: {file: ../x}}", "secrets.db.file: expected a path below /secrets, without .."),
         ("secrets: {db: {file: /x}}", "secrets.db.file: expected a path below /secrets"),
         ("secrets: {db: {env: 1A}}", "secrets.db.env: a variable's name is letters"),

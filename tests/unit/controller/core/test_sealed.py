@@ -93,7 +93,7 @@ def test_the_newest_few_are_kept_and_those_that_a_job_was_rolled_out_with(world:
     world.submit(naming("pinned", version=1))
     for number in range(2, 10):
         put(world, b"%d" % number)
-    kept = world.state.secrets[DEFAULT_NAMESPACE, NAME].versions
+    kept = world.state.stored.secrets[DEFAULT_NAMESPACE, NAME].versions
     assert sorted(kept) == [1, *range(10 - VERSIONS_KEPT + 1, 10)]
 
 
@@ -114,4 +114,4 @@ def test_the_journal_alone_and_a_snapshot_give_the_same_secrets(world: World) ->
         replayed.apply(record)
     for record in replayed.snapshot():
         compacted.apply(record)
-    assert world.state.secrets == replayed.secrets == compacted.secrets
+    assert world.state.stored.secrets == replayed.stored.secrets == compacted.stored.secrets
