@@ -7,9 +7,12 @@ import grpc
 import grpc.aio
 import pytest
 
+from controller.audit import AuditLog
+from controller.callers import Callers
 from controller.core.records import Record
 from controller.engine import Engine
 from controller.event_log import LISTENER_EVENTS_MAX, EventLog
+from controller.keyring import Keyring
 from controller.listeners import socket_listener
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.issuer import ConsulIssuer
@@ -49,7 +52,9 @@ async def events(tmp_path: Path) -> AsyncIterator[EventLog]:
     engine = Engine(journal=MemoryJournal(), events=log, log=Log("engine"))
     consul = ConsulAdapter(f"unix:{tmp_path}/nobody.sock")
     mesh = Mesh(consul=consul, issuer=ConsulIssuer(consul), cluster="c", adopt_intentions=False, log=Log("mesh"))
-    service = OperatorService(Parts(cluster="c", engine=engine, mesh=mesh, events=log), consul="nobody")
+    parts = Parts(cluster="c", engine=engine, mesh=mesh, events=log, keyring=Keyring(tmp_path / "key", {}))
+    callers = Callers(cluster="c", access=engine.state.access, per_s=100.0, burst=100.0)
+    service = OperatorService(parts, consul="nobody", callers=callers, audit=AuditLog(tmp_path))
 
     def register(server: grpc.aio.Server) -> None:
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(service, server)

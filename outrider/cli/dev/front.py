@@ -5,6 +5,7 @@ The supervisor is a process of its own in either case; in the foreground it dies
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -172,7 +173,13 @@ def _tell_next(layout: Layout, *, detach: bool) -> None:
 
 def _attend(layout: Layout, supervisor: "subprocess.Popen[bytes]") -> None:
     """Until `dev down` from elsewhere; Ctrl-C raises. Raises HostError where the supervisor failed."""
-    supervisor.wait()
+    # A signal just before a blocking waitpid would be noticed at its end only: the wake-up descriptor loses none.
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer)
+    ended = os.pidfd_open(supervisor.pid)
+    while supervisor.poll() is None:
+        if reader in select.select([reader, ended], [], [])[0]:
+            raise Interrupt
     if find(layout.name) is not None:
         raise HostError(f"fleet {layout.name}", step=f"run: its supervisor ended\n{_last_words(layout)}")
 
