@@ -20,9 +20,10 @@ from controller.core.events import (
     JobSubmitted,
 )
 from controller.parts import Parts
-from controller.people import PeopleEdge, done
+from controller.people import done
 from controller.permissions import allocation_namespace
 from controller.rpc import Context, duplex, stream, unary, within, write
+from controller.steering import Steering, find_allocation
 from controller.tunnels import Tunnel
 from outrider import __version__, codec
 from outrider.errors import InputError, OutriderError, RefusedError
@@ -33,7 +34,7 @@ from outrider.model.allocation import Allocation
 from outrider.model.fleet import FleetEvent, JobStatus
 from outrider.model.job import Job
 from outrider.model.mesh import Action, Intention, spiffe_id
-from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2, operator_pb2, operator_pb2_grpc
+from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2, operator_pb2
 from outrider.validate import problems
 
 MESH_TIMEOUT_S = 10.0
@@ -49,7 +50,7 @@ PARAMETER_CHARS_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 * 1024
 
 
-class OperatorService(PeopleEdge, operator_pb2_grpc.OperatorServiceServicer):
+class OperatorService(Steering):
     def __init__(self, parts: Parts, *, consul: str, callers: Callers, audit: AuditLog) -> None:
         """`consul`: the real one's address, or "embedded"."""
         super().__init__(parts, callers=callers, audit=audit, log=Log("operator"))
@@ -205,7 +206,7 @@ class OperatorService(PeopleEdge, operator_pb2_grpc.OperatorServiceServicer):
     async def GetAllocation(
         self, request: operator_pb2.GetAllocationRequest, context: Context
     ) -> allocation_pb2.Allocation:
-        return codec.to_wire(self._allocation(request.alloc), allocation_pb2.Allocation)
+        return codec.to_wire(find_allocation(self._engine.state, request.alloc), allocation_pb2.Allocation)
 
     @stream(write_timeout_s=DATA_WRITE_TIMEOUT_S)
     async def Logs(
@@ -314,16 +315,6 @@ class OperatorService(PeopleEdge, operator_pb2_grpc.OperatorServiceServicer):
             raise RefusedError("not-found", f"no job {name[:80]!r}; `outrider job ls` lists them")
         return status
 
-    def _allocation(self, prefix: str) -> Allocation:
-        found = views.allocation_by_prefix(self._engine.state, prefix)
-        match found:
-            case Allocation():
-                return found
-            case views.Ambiguous():
-                raise RefusedError("ambiguous", f"{prefix!r} begins more than one: {', '.join(found.matches)} ...")
-            case _:
-                raise RefusedError("not-found", f"no allocation {prefix[:80]!r}; `outrider alloc ls` lists them")
-
     def _node(self, name: str) -> NodeId:
         node = views.node_state(self._engine.state, NodeId(name))
         if node is None:
@@ -331,7 +322,7 @@ class OperatorService(PeopleEdge, operator_pb2_grpc.OperatorServiceServicer):
         return node.node.id
 
     def _placed(self, prefix: str) -> tuple[Allocation, NodeId]:
-        allocation = self._allocation(prefix)
+        allocation = find_allocation(self._engine.state, prefix)
         if allocation.node is None:
             reason = allocation.reason or "it waits for a node"
             raise RefusedError("not-placed", f"allocation {allocation.id} runs nowhere: {reason}")

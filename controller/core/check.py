@@ -63,6 +63,7 @@ def _check_serials(state: State, plan: Plan) -> None:
         if run.first_serial != next_serial:
             raise PlanError(f"plan {plan.generation}: run begins at serial {run.first_serial}, not {next_serial}")
         next_serial += len(run.nodes) // 4
+    _check_updates(state, plan)
     packed = [late.serials for late in plan.late] + [stop.serials for stop in plan.stops]
     touched = [np.frombuffer(serials, np.int64) for serials in packed]
     if not touched:
@@ -78,6 +79,16 @@ def _check_serials(state: State, plan: Plan) -> None:
     for late in plan.late:
         if (table.node[table.rows(np.frombuffer(late.serials, np.int64))] >= 0).any():
             raise PlanError(f"plan {plan.generation}: an allocation would move")
+
+
+def _check_updates(state: State, plan: Plan) -> None:
+    """Nothing that makes the process differs between what an allocation is made from and what it becomes."""
+    for update in plan.updates:
+        wanted = state.groups[state.group_keys[update.job, update.version, update.group]]
+        rows = state.table.rows(np.frombuffer(update.serials, np.int64))
+        for key in np.unique(state.table.group[rows]).tolist():
+            if state.groups[key].spec != wanted.spec or state.groups[key].family != wanted.family:
+                raise PlanError(f"plan {plan.generation}: {wanted.family}: other content cannot be told in place")
 
 
 def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
@@ -174,19 +185,25 @@ def _check_ports(state: State, plan: Plan, placed: list[Placed]) -> None:
 
 
 def _check_names(state: State, plan: Plan) -> None:
-    """No two allocations that are to run are the same copy of the same group."""
-    stopped = Counter(serial for stop in plan.stops for serial in np.frombuffer(stop.serials, np.int64).tolist())
+    """No two allocations that are to run are the same copy of the same group, in the same role."""
+    stopped = np.array(
+        [serial for stop in plan.stops for serial in np.frombuffer(stop.serials, np.int64).tolist()], np.int64
+    )
+    settled = np.frombuffer(plan.settled, np.int64)
     created: dict[FamilyKey, list[Ints]] = {}
     for run in plan.runs:
         group = state.groups[state.group_keys[run.job, run.version, run.group]]
         indices = np.arange(run.first_index, run.first_index + len(run.nodes) // 4)
-        created.setdefault(group.family, []).append(indices)
+        created.setdefault(group.family, []).append(indices * len(columns.ROLES) + run.role)
+    for row in state.table.rows(settled).tolist():
+        created.setdefault(state.group_of(row).family, [])
     for family, new in created.items():
         rows = state.family_rows(family)
         table = state.table
         kept = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)]
-        if stopped:
-            kept = kept[[serial not in stopped for serial in table.serial[kept].tolist()]]
-        indices = np.concatenate([*new, table.index[kept].astype(np.int64)])
-        if np.bincount(indices).max(initial=0) > 1:
+        if len(stopped):
+            kept = kept[~np.isin(table.serial[kept], stopped)]
+        roles = np.where(np.isin(table.serial[kept], settled), columns.ORDINARY, table.role[kept])
+        names = np.concatenate([*new, table.index[kept].astype(np.int64) * len(columns.ROLES) + roles])
+        if np.bincount(names).max(initial=0) > 1:
             raise PlanError(f"plan {plan.generation}: two allocations of one index in {family}")

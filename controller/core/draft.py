@@ -4,21 +4,21 @@ Beside the plan it leaves in `live` why something found no node, and for whom ro
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
 
+from controller.core import retry, volumes
 from controller.core import table as columns
-from controller.core import volumes
 from controller.core.groups import GroupEntry, VolumeKey
 from controller.core.preempt import make_room
-from controller.core.records import LatePlacement, Plan, Run, Stop
+from controller.core.records import LatePlacement, Plan, Run, Stop, Update
 from controller.core.schedule import Placement, held_back, place, place_on
 from controller.core.scores import Near
 from controller.core.snapshot import Hold, Snapshot
 from controller.core.state import State
-from controller.core.table import Ints, Shorts
+from controller.core.table import Bools, Codes, Ints, Shorts
 from outrider.ids import JobName
 from outrider.model.allocation import Generation
 from outrider.model.job import JobType
@@ -33,6 +33,8 @@ class Draft:
         self._late: list[LatePlacement] = []
         self._stops: list[Stop] = []
         self._stopped: list[Ints] = []  # rows
+        self._updates: list[Update] = []
+        self._settled: list[Ints] = []  # serials
         self._given: dict[JobName, list[Ints]] = {}  # nodes, of jobs whose groups keep apart from each other
         self._next_serial = state.next_serial
         self._claimed: set[VolumeKey] = set()  # for one allocation alone, and given to it
@@ -47,25 +49,48 @@ class Draft:
             self._stopped.append(rows)
             self._stops.append(Stop(serials=self._state.table.serial[rows].tobytes(), reason=reason, by=by))
 
-    def place(self, key: int, missing: Ints, pending: Ints, spread: Ints, avoid: Iterable[int] = ()) -> None:
+    def update(self, key: int, rows: Ints) -> None:
+        """The allocations are of the group with `key` from here on: nothing that made them differs."""
+        if len(rows):
+            group, serials = self._state.groups[key], self._state.table.serial[rows]
+            update = Update(job=group.job, version=group.version, group=group.position, serials=serials.tobytes())
+            self._updates.append(update)
+
+    def settle(self, rows: Ints) -> None:
+        """Canaries and successors are copies like others from here on."""
+        if len(rows):
+            self._settled.append(self._state.table.serial[rows])
+
+    def roles(self, rows: Ints) -> Codes:
+        """As they are once this plan is carried out."""
+        table = self._state.table
+        roles = table.role[rows]
+        if self._settled:
+            roles[np.isin(table.serial[rows], np.concatenate(self._settled))] = columns.ORDINARY
+        return roles
+
+    def place(  # noqa: PLR0917  what is missing, and where it may not go
+        self, key: int, missing: Ints, pending: Ints, spread: Ints, now_s: float, role: int = columns.ORDINARY
+    ) -> None:
         """Allocations of the group for the `missing` indices, and nodes for the `pending` rows.
 
-        `spread`: the rows of the group that new copies should keep away from. `avoid`: nodes, by reference, that are
-        taken only where no other is left.
+        `spread`: the rows of the group that new copies should keep away from. Those that failed on a node lately keep
+        away from it, where another can have them.
         """
         room = max(0, self._state.policy.plan_placements_max - self.size)
         self.cut |= len(missing) > room
         missing = missing[:room]
         group, unplaced = self._state.groups[key], self._state.live.unplaced
         if not len(pending) and not len(missing):
-            unplaced.pop(group.family, None)
             return
-        near = self._near(group, spread, tuple(avoid))
+        near = self._near(group, spread)
+        indices = np.concatenate([self._state.table.index[pending].astype(np.int64), missing])
         if group.type is JobType.SYSTEM:
-            indices = np.concatenate([self._state.table.index[pending].astype(np.int64), missing])
             found = self._place_each(group, indices, near)
+        elif avoid := retry.nodes_to_avoid(self._state, group, indices, now_s):
+            found = self._place_apart(group, indices, near, avoid)
         else:
-            found = self._place_all(group, len(pending) + len(missing), near)
+            found = self._place_all(group, len(indices), near)
         nodes = np.array(found.nodes, np.int32)
         ports = np.array(found.ports, np.int32).reshape(len(nodes), group.ports_width)
         if group.distinct:
@@ -82,14 +107,12 @@ class Draft:
             reason = self._make_room(group, near.joined_by(nodes[nodes >= 0].astype(np.int64)), waiting) or reason
         if reason:
             unplaced[group.family] = reason
-        else:
-            unplaced.pop(group.family, None)
         self._add_late(pending, nodes[: len(pending)], ports[: len(pending)])
-        self._add_runs(group, missing, nodes[len(pending) :], ports[len(pending) :])
+        self._add_runs(group, missing, nodes[len(pending) :], ports[len(pending) :], role)
 
     def plan(self, now_s: float) -> Plan | None:
         """None where nothing is to be changed."""
-        if not (self._runs or self._late or self._stops):
+        if not (self._runs or self._late or self._stops or self._updates or self._settled):
             return None
         parent = self._state.generation
         return Plan(
@@ -99,14 +122,16 @@ class Draft:
             runs=tuple(self._runs),
             late=tuple(self._late),
             stops=tuple(self._stops),
+            updates=tuple(self._updates),
+            settled=b"".join(serials.tobytes() for serials in self._settled),
         )
 
-    def _near(self, group: GroupEntry, spread: Ints, avoid: tuple[int, ...]) -> Near:
+    def _near(self, group: GroupEntry, spread: Ints) -> Near:
         size = self._nodes().size
         there = self._state.table.node[spread]
         of_group = np.bincount(there[there >= 0], minlength=size)
         if not any(distinct.whole_job for distinct in group.distinct):
-            return Near(of_group, avoid=avoid)
+            return Near(of_group)
         of_job = of_group.copy()
         for other in self._state.current_groups(group.job):
             if (family := self._state.groups[other].family) != group.family:
@@ -117,16 +142,41 @@ class Draft:
                 of_job += np.bincount(nodes[nodes >= 0], minlength=size)
         for nodes_given in self._given.get(group.job, ()):
             of_job += np.bincount(nodes_given, minlength=size)
-        return Near(of_group, of_job, avoid)
+        return Near(of_group, of_job)
 
-    def _place_all(self, group: GroupEntry, count: int, near: Near) -> Placement:
+    def _place_apart(
+        self, group: GroupEntry, indices: Ints, near: Near, avoid: Mapping[int, tuple[int, ...]]
+    ) -> Placement:
+        """As `_place_all`, and those with nodes to avoid one by one: elsewhere; if nothing else has room, where it is
+        longest ago that they failed, and on the last one only if it is the only one.
+        """
+        burdened = np.isin(indices, list(avoid))
+        nodes = np.full(len(indices), -1)
+        ports = np.zeros((len(indices), group.ports_width), np.int64)
+        together = self._place_all(group, int((~burdened).sum()), near)
+        nodes[~burdened] = together.nodes
+        ports[~burdened] = np.array(together.ports, np.int64).reshape(len(together.nodes), ports.shape[1])
+        near, reason = near.joined_by(nodes[nodes >= 0]), together.reason
+        for at in np.flatnonzero(burdened).tolist():
+            failed_on = avoid[int(indices[at])]
+            apart = Near(near.group, near.job, failed_on)
+            allowed = np.ones(self._nodes().size, np.bool_)
+            allowed[failed_on[0]] = False
+            found = self._place_all(group, 1, apart, allowed)
+            if found.nodes[0] < 0:
+                found = self._place_all(group, 1, apart)
+            nodes[at], ports[at] = found.nodes[0], found.ports
+            near, reason = near.joined_by(nodes[at : at + 1][nodes[at : at + 1] >= 0]), reason or found.reason
+        return Placement(nodes=nodes.tolist(), ports=ports.ravel().tolist(), reason=reason)
+
+    def _place_all(self, group: GroupEntry, count: int, near: Near, allowed: Bools | None = None) -> Placement:
         """A node or -1 for each."""
         self._seed += 1
         where = volumes.where(self._state, group, self._claimed)
         if where.reason:
             found = Placement(nodes=[], ports=[], reason=where.reason)
         else:
-            found = place(self._nodes(), group, count, near, seed=self._seed, allowed=where.allowed)
+            found = place(self._nodes(), group, count, near, seed=self._seed, allowed=_both(where.allowed, allowed))
             if found.nodes:
                 self._claimed |= volumes.single(self._state, group)
         short = count - len(found.nodes)
@@ -191,7 +241,7 @@ class Draft:
     def _nodes(self) -> Snapshot:
         if self._snapshot is None:
             state = self._state
-            self._snapshot = Snapshot(state.nodes, state.ready_nodes, state.policy.placement, tuple(self._holds()))
+            self._snapshot = Snapshot(state.nodes, state.open_nodes, state.policy.placement, tuple(self._holds()))
         return self._snapshot
 
     def _holds(self) -> Iterable[Hold]:
@@ -217,7 +267,7 @@ class Draft:
             )
         self.size += int(placed.sum())
 
-    def _add_runs(self, group: GroupEntry, missing: Ints, nodes: Shorts, ports: Shorts) -> None:
+    def _add_runs(self, group: GroupEntry, missing: Ints, nodes: Shorts, ports: Shorts, role: int) -> None:
         breaks = np.flatnonzero(np.diff(missing) != 1) + 1
         starts = [0, *breaks.tolist(), len(missing)]
         for first, end in itertools.pairwise(starts):
@@ -232,7 +282,16 @@ class Draft:
                     first_index=int(missing[first]),
                     nodes=nodes[first:end].tobytes(),
                     ports=ports[first:end].tobytes(),
+                    role=role,
                 )
             )
             self._next_serial += end - first
         self.size += len(missing)
+
+
+def _both(one: Bools | None, other: Bools | None) -> Bools | None:
+    """Nodes that both allow; None: all."""
+    if one is None or other is None:
+        return other if one is None else one
+    both: Bools = one & other
+    return both

@@ -5,8 +5,9 @@ from typing import NewType
 
 from controller.core.access_records import AccessRecord
 from outrider.ids import AllocId, GroupName, JobName, Namespace, NodeId, SecretName, VolumeName
-from outrider.model.allocation import AllocReport, Generation
+from outrider.model.allocation import AllocAction, AllocReport, Generation
 from outrider.model.belongings import Volume
+from outrider.model.fleet import RolloutAction
 from outrider.model.job import Job, Value
 from outrider.model.node import Fingerprint, Node
 
@@ -195,6 +196,36 @@ class NodeJoinRequested(Value, frozen=True, kw_only=True):
     key_sha256: str
 
 
+class RolloutSteerRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    job: JobName
+    action: RolloutAction
+
+
+class JobRestartRequested(Value, frozen=True, kw_only=True):
+    """Replace all copies by equal ones, as a rollout does."""
+
+    request: RequestId
+    job: JobName
+
+
+class AllocSteerRequested(Value, frozen=True, kw_only=True):
+    request: RequestId
+    alloc: AllocId
+    action: AllocAction
+
+
+class NodeSteerRequested(Value, frozen=True, kw_only=True):
+    """`drain`: its work leaves, within `deadline_s` (None: as long as it takes); it is not eligible then."""
+
+    request: RequestId
+    node: NodeId
+    eligible: bool
+    drain: bool = False
+    deadline_s: float | None = None
+    keep_system: bool = False
+
+
 class Appended(Value, frozen=True, kw_only=True):
     """The journal has the records of this ticket on disk."""
 
@@ -205,6 +236,19 @@ class Tick(Value, frozen=True, kw_only=True):
     """Time passed: the edge sends one when `State.next_deadline_s` is reached."""
 
 
+SteerCall = RolloutSteerRequested | AllocSteerRequested | NodeSteerRequested
+OperatorJobCall = (
+    JobSubmitted
+    | JobStopRequested
+    | JobDispatchRequested
+    | JobRevertRequested
+    | JobScaleRequested
+    | JobRestartRequested
+)
+AccessCall = AccessChangeRequested | NodeJoinRequested
+OperatorCall = OperatorJobCall | SteerCall | StoreCalls | AccessCall  # each is answered by a Reply
+JobCall = OperatorJobCall | LaunchDue
+Call = OperatorCall | LaunchDue  # what waits for the journal to be free
 Event = (
     AgentConnected
     | AgentDisconnected
@@ -214,15 +258,8 @@ Event = (
     | FingerprintChanged
     | LastWillSeen
     | EndpointsWithdrawn
-    | JobSubmitted
-    | JobStopRequested
-    | StoreCalls
-    | JobDispatchRequested
-    | JobRevertRequested
-    | JobScaleRequested
+    | OperatorCall
     | LaunchPlanned
-    | AccessChangeRequested
-    | NodeJoinRequested
     | Appended
     | Tick
 )

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import msgspec
 
 from controller.core.attributes import Demand
-from outrider.ids import GroupName, JobName, Namespace, PortName, ServiceName, VolumeName
+from outrider.ids import GroupName, JobName, Namespace, PortName, ServiceName, TaskName, VolumeName
 from outrider.model.attributes import POOL
 from outrider.model.job import (
     Affinity,
     Constraint,
+    DisconnectPolicy,
     Driver,
     Group,
     ImageKind,
@@ -17,8 +18,11 @@ from outrider.model.job import (
     JobType,
     Operator,
     Packing,
+    ReschedulePolicy,
     Resources,
+    RestartPolicy,
     Spread,
+    Task,
     UpdatePolicy,
     Value,
     group_resources,
@@ -44,7 +48,8 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     type: JobType
     group: Group
-    spec: Group  # what an allocation is made from: the group without count, updating, scaling, waiting and preferences
+    told: Group  # what its agent needs to know of it: not how many there are, nor where, nor how they are replaced
+    spec: Group  # what an allocation is made from: without what its agent takes up while it runs
     arguments: Mapping[str, str]
     need: Resources
     mesh_services: tuple[ServiceName, ...]  # those with a port: each takes a host port
@@ -70,6 +75,11 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.mesh_services) + len(self.dynamic_ports)
 
 
+def current_group(job: Job, group: GroupEntry) -> Group:
+    """The group as `job`, another version of its job, has it; as it is where that has none."""
+    return next((one for one in job.groups if one.name == group.group.name), group.group)
+
+
 def group_entry(job: Job, version: int, position: int) -> GroupEntry:
     group = job.groups[position]
     need = group_resources(group)
@@ -82,22 +92,15 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
     wanted = tuple(constraint for constraint in constraints if constraint.operator is not Operator.DISTINCT)
     if job.pool != ANY_POOL:
         wanted = (Constraint(attribute=POOL, operator=Operator.EQUAL, value=job.pool), *wanted)
+    told = _told(group, (*wanted, *(one.constraint for one in distinct)))
     return GroupEntry(
         job=job.name,
         version=version,
         position=position,
         type=job.type,
         group=group,
-        spec=msgspec.structs.replace(
-            group,
-            count=0,
-            update=UpdatePolicy(),
-            scaling=None,
-            depends_on=(),
-            constraints=(*wanted, *(one.constraint for one in distinct)),
-            affinities=(),
-            spread=(),
-        ),
+        told=told,
+        spec=_spec(told),
         arguments=job.arguments,
         need=need,
         mesh_services=tuple(service.name for service in group.services if service.port is not None),
@@ -124,4 +127,33 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
 def _distinct(constraint: Constraint, *, whole_job: bool) -> Distinct:
     return Distinct(
         constraint=constraint, attribute=constraint.attribute, most=int(constraint.value), whole_job=whole_job
+    )
+
+
+def _told(group: Group, constraints: tuple[Constraint, ...]) -> Group:
+    return msgspec.structs.replace(
+        group,
+        count=0,
+        update=UpdatePolicy(),
+        reschedule=ReschedulePolicy(),
+        disconnect=DisconnectPolicy(),
+        scaling=None,
+        depends_on=(),
+        constraints=constraints,
+        affinities=(),
+        spread=(),
+        services=tuple(msgspec.structs.replace(service, allow=()) for service in group.services),
+    )
+
+
+def _spec(told: Group) -> Group:
+    task = Task(name=TaskName(""))
+    return msgspec.structs.replace(
+        told,
+        restart=RestartPolicy(),
+        services=tuple(msgspec.structs.replace(service, check=None) for service in told.services),
+        tasks=tuple(
+            msgspec.structs.replace(one, kill_signal=task.kill_signal, kill_timeout_s=task.kill_timeout_s)
+            for one in told.tasks
+        ),
     )

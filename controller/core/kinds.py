@@ -9,6 +9,10 @@ class Kind(StrEnum):
     NODE_GONE = "node.gone"
     NODE_SUSPECT = "node.suspect"
     NODE_DOWN = "node.down"
+    NODE_DRAINING = "node.draining"  # work leaves it
+    NODE_DRAINED = "node.drained"
+    NODE_CLOSED = "node.closed"  # it gets no new work
+    NODE_OPENED = "node.opened"
     FLEET_BRAKED = "fleet.braked"  # too many nodes are away at once: nothing is ejected or replaced
     FLEET_RELEASED = "fleet.released"
     JOB_SUBMITTED = "job.submitted"
@@ -23,6 +27,7 @@ class Kind(StrEnum):
     ALLOC_HEALTHY = "alloc.healthy"
     ALLOC_UNHEALTHY = "alloc.unhealthy"
     ALLOC_RESTARTED = "alloc.restarted"
+    ALLOC_UPDATED = "alloc.updated"  # its agent is told of a newer version, and its tasks go on
     ALLOC_STOPPING = "alloc.stopping"
     ALLOC_COMPLETE = "alloc.complete"
     ALLOC_FAILED = "alloc.failed"
@@ -31,3 +36,7 @@ class Kind(StrEnum):
     ROLLOUT_STARTED = "rollout.started"
     ROLLOUT_SUCCESSFUL = "rollout.successful"
     ROLLOUT_FAILED = "rollout.failed"
+    ROLLOUT_PROVEN = "rollout.proven"  # its canaries are well, and wait to be promoted
+    ROLLOUT_PROMOTED = "rollout.promoted"
+    ROLLOUT_PAUSED = "rollout.paused"
+    ROLLOUT_RESUMED = "rollout.resumed"

@@ -10,10 +10,11 @@ from controller.core import notices, quota
 from controller.core import table as columns
 from controller.core.child import child
 from controller.core.commands import PlanLaunch, Reply
+from controller.core.entries import JobEntry
 from controller.core.events import JobDispatchRequested, LaunchDue, LaunchPlanned
 from controller.core.kinds import Kind
 from controller.core.records import JobForgotten, JobLaunched, Record
-from controller.core.state import JobEntry, State
+from controller.core.state import State
 from controller.core.submit import added
 from outrider.ids import JobName
 from outrider.model.fleet import RolloutState

@@ -9,7 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from controller.core import notices
+from controller.core import absence, drains, notices, retry
+from controller.core.absence import GRACE
 from controller.core.commands import CloseSession, ProbeNode
 from controller.core.events import AgentConnected, AgentDisconnected, HeartbeatReceived, LastWillSeen
 from controller.core.kinds import Kind
@@ -20,7 +21,6 @@ from outrider.ids import NodeId
 from outrider.model.node import NodeStatus
 
 SCAN: Final = "scan"
-GRACE: Final = "grace"
 
 AWAY = frozenset({NodeStatus.GONE, NodeStatus.SUSPECT})
 _REVOKED = "its certificate was revoked"
@@ -40,6 +40,11 @@ def begin(state: State, now_s: float) -> None:
         state.live.mesh_nodes[ref] = None
     state.live.mesh_intentions = True
     state.live.dirty_jobs.update(dict.fromkeys(state.jobs))
+    state.live.replacements_left, state.live.replacements_s = state.policy.replacements_burst, now_s
+    state.live.drains_changed = True
+    for ref in state.nodes.drains:
+        drains.watch(state, ref)
+    retry.begin(state)
 
 
 def watch(state: State, ref: int, now_s: float, reason: str) -> None:
@@ -47,12 +52,11 @@ def watch(state: State, ref: int, now_s: float, reason: str) -> None:
     down = bool(state.nodes.down[ref])
     link = state.live.links[ref]
     link.status = NodeStatus.DOWN if down else NodeStatus.GONE
-    link.since_s, link.reason = now_s, reason
+    link.since_s, link.away_s, link.reason = now_s, now_s, reason
     if len(state.live.heartbeat_s) <= ref:
         more = np.full(len(state.live.heartbeat_s), np.inf)
         state.live.heartbeat_s = np.concatenate([state.live.heartbeat_s, more])
-    if not down:
-        state.live.timers.set((GRACE, ref), now_s + state.policy.disconnect_grace_s)
+    absence.watch(state, ref, now_s)
 
 
 def connected(state: State, event: AgentConnected, now_s: float) -> None:
@@ -123,11 +127,18 @@ def scan(state: State, now_s: float, due_s: float) -> None:
 
 
 def grace_over(state: State, ref: int, now_s: float) -> None:
-    """Away for longer than the disconnect policy allows: down, unless so many are away that the fault is elsewhere."""
+    """A disconnect policy ran out: the node is down, or copies of it are lost or need a stand-in.
+
+    Nothing of it holds while so many nodes are away that the fault is elsewhere.
+    """
     judge_brake(state, now_s)
     link = state.live.links[ref]
-    if link.status in AWAY and not state.live.braked:
+    if link.status is NodeStatus.READY or state.live.braked:
+        return
+    if link.status in AWAY and now_s >= link.away_s + state.policy.disconnect_grace_s:
         state.live.downing[ref] = None
+    absence.take_due(state, ref, now_s)
+    absence.watch(state, ref, now_s)
 
 
 def went_down(state: State, ref: int, now_s: float) -> None:
@@ -154,6 +165,7 @@ def revoked(state: State, node: NodeId, now_s: float) -> None:
     if link.status is not NodeStatus.DOWN:
         _become_away(state, ref, NodeStatus.GONE, _REVOKED, now_s)
         state.live.downing[ref] = None
+        absence.lose_all(state, ref)
 
 
 def judge_brake(state: State, now_s: float) -> None:
@@ -171,8 +183,8 @@ def judge_brake(state: State, now_s: float) -> None:
     elif was and not braking:
         notices.of_fleet(state, Kind.FLEET_RELEASED, "enough nodes are back")
         for ref, link in enumerate(links):
-            if link.status in AWAY and now_s >= link.since_s + policy.disconnect_grace_s:
-                state.live.downing[ref] = None
+            if link.status is not NodeStatus.READY:
+                state.live.timers.set((GRACE, ref), now_s)
     if bool(was) != braking:
         suspects = (ref for ref, link in enumerate(links) if link.status is NodeStatus.SUSPECT)
         state.live.mesh_nodes.update(dict.fromkeys(suspects))
@@ -184,6 +196,7 @@ def _become_ready(state: State, ref: int, now_s: float) -> None:
     state.live.timers.cancel((GRACE, ref))
     state.live.timers.set_earlier((SCAN, 0), now_s + state.policy.suspect_after_s)
     state.live.downing.pop(ref, None)
+    link.away_s = np.inf
     if link.status is not NodeStatus.READY:
         _set(state, ref, NodeStatus.READY, "", now_s)
         room_appeared(state)
@@ -195,12 +208,14 @@ def room_appeared(state: State) -> None:
     live = state.live
     live.dirty_jobs.update(dict.fromkeys(job for job, _ in live.unplaced))
     live.dirty_jobs.update(dict.fromkeys(state.system_jobs))
+    live.dirty_jobs.update(live.moving)
 
 
 def _become_away(state: State, ref: int, status: NodeStatus, reason: str, now_s: float) -> None:
     state.live.heartbeat_s[ref] = np.inf
     _set(state, ref, status, reason, now_s)
-    state.live.timers.set((GRACE, ref), now_s + state.policy.disconnect_grace_s)
+    state.live.links[ref].away_s = now_s
+    absence.watch(state, ref, now_s)
     judge_brake(state, now_s)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from controller.core import table as columns
 from controller.core.state import State
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
-from outrider.model.allocation import AllocStatus
+from outrider.model.allocation import AllocStatus, CheckReport
 from outrider.model.job import Protocol, Value
 from outrider.model.mesh import PUBLIC_PORT
 from outrider.model.node import NodeStatus
@@ -132,9 +132,11 @@ def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -
     ports = dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=False))
     checks = {check.service: check for check in report.checks} if report is not None else {}
     running = report is not None and report.status is AllocStatus.RUNNING
+    # The second set of a blue/green update gets no calls before it is promoted.
+    held = group.group.update.blue_green and state.table.role[row] == columns.CANARY
     for position, service in enumerate(group.group.services):
         check = checks.get(service.name)
-        passing = not seen or (running and (check is None or check.passing))
+        passing = not held and (not seen or (running and (check is None or check.passing)))
         yield ServiceRegistration(
             alloc=state.alloc_id(serial),
             service=service.name,
@@ -145,5 +147,11 @@ def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -
             local_port=PUBLIC_PORT + position if service.port is not None else 0,
             upstreams=tuple(upstream.service for upstream in service.upstreams),
             passing=passing,
-            output=check.output if check is not None else "" if passing else "not running yet",
+            output="waits to be promoted" if held else _output(check, passing=passing),
         )
+
+
+def _output(check: CheckReport | None, *, passing: bool) -> str:
+    if check is not None:
+        return check.output
+    return "" if passing else "not running yet"

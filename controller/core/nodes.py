@@ -15,7 +15,7 @@ from controller.core.table import Bools, Ints, Shorts
 from outrider.ids import NodeId
 from outrider.model.attributes import describe
 from outrider.model.job import Constraint
-from outrider.model.node import Fingerprint, Node
+from outrider.model.node import Drain, Fingerprint, Node
 
 _GROWTH = 64
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -29,6 +29,7 @@ class NodeTable:
         self.ports: list[set[int]] = []  # taken on the node's address, mesh and static
         self.holders: dict[int, set[int]] = {}  # the same the other way round: nodes by port, those that reserve it too
         self.port_cursor: list[int] = []  # a port just freed is the last to be given out again
+        self.drains: dict[int, Drain] = {}  # of the draining ones
         self.serving: list[set[int]] = []  # serials of live allocations with services, by node
         # Offered less taken: all a placement asks. Negative after a fingerprint shrank.
         self.cpu_free: Ints = np.zeros(_GROWTH, np.int64)
@@ -42,6 +43,8 @@ class NodeTable:
         self.devices_total: dict[str, Ints] = {}
         self.allocations: Ints = np.zeros(_GROWTH, np.int64)
         self.down: Bools = np.zeros(_GROWTH, np.bool_)
+        self.closed: Bools = np.zeros(_GROWTH, np.bool_)  # not eligible for new work
+        self.draining: Bools = np.zeros(_GROWTH, np.bool_)
         self.runs_processes: Bools = np.zeros(_GROWTH, np.bool_)
         self.runs_vms: Bools = np.zeros(_GROWTH, np.bool_)
         self.has_kvm: Bools = np.zeros(_GROWTH, np.bool_)
@@ -146,6 +149,12 @@ class NodeTable:
         self.allows_host_image[ref] = found.host_image
         self.has_kvm[ref] = found.kvm == "works"
         self.attributes.forget()
+
+    def steer(self, ref: int, *, eligible: bool, drain: Drain | None) -> None:
+        self.closed[ref], self.draining[ref] = not eligible, drain is not None
+        self.drains.pop(ref, None)
+        if drain is not None:
+            self.drains[ref] = drain
 
     def take(self, refs: Shorts, group: GroupEntry) -> None:
         """Account one allocation of `group` for each entry of `refs`. Ports are taken one by one."""

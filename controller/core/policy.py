@@ -11,9 +11,8 @@ class Policy(Value, frozen=True, kw_only=True):
     brake_share: float = 0.1
     brake_nodes_min: int = 3
     withdraw_timeout_s: float = 2.0  # for sidecars to acknowledge that an endpoint is gone
-    replace_delay_s: float = 5.0  # for what failed; doubles with each failure of the group
-    replace_delay_max_s: float = 300.0
-    replace_reset_s: float = 600.0  # a group without a failure for so long starts at the first delay again
+    replacements_per_s: float = 500.0  # of what failed or was lost, all jobs together
+    replacements_burst: float = 2000.0  # so many at once
     ended_kept: int = 5  # ended allocations of each group that stay visible
     versions_kept: int = 20  # of each job
     children_kept: int = 20  # that are over, of each job that others are launched from

@@ -1,6 +1,7 @@
 """What the jobs of a namespace want together, and whether one more fits. Pure arithmetic over the state."""
 
-from controller.core.state import JobEntry, State
+from controller.core.entries import JobEntry
+from controller.core.state import State
 from outrider.ids import JobName, Namespace
 from outrider.model.access import Quota
 from outrider.model.fleet import RolloutState

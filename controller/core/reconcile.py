@@ -112,6 +112,7 @@ def _assignment(state: State, serial: int) -> Assignment:
         secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),
         mesh_ports=dict(zip(entry.mesh_services, ports, strict=False)),
         dynamic_ports=dict(zip(entry.dynamic_ports, ports[len(entry.mesh_services) :], strict=False)),
+        restarts=state.restarts.get(serial, 0),
     )
 
 

@@ -6,11 +6,11 @@ record are packed little-endian integers, because an object for each would decid
 
 from controller.core.access_records import AccessRecord
 from outrider.ids import GroupName, JobName, Namespace, NodeId, SecretName, ServiceName, VolumeName
-from outrider.model.allocation import AllocReport, AllocStatus, Generation
+from outrider.model.allocation import AllocAction, AllocReport, AllocStatus, Generation
 from outrider.model.belongings import Volume, VolumeSnapshot
-from outrider.model.fleet import RolloutState
+from outrider.model.fleet import RolloutAction, RolloutState
 from outrider.model.job import Job, Value
-from outrider.model.node import Node
+from outrider.model.node import Drain, Node
 
 
 class EpochBegun(Value, frozen=True, kw_only=True, tag=True):
@@ -36,6 +36,7 @@ class JobVersionAdded(Value, frozen=True, kw_only=True, tag=True):
     job: Job
     version: int
     submitted_at_s: float
+    base: int = 0  # the good version that it follows, and that stands until it has proven itself; 0: none
 
 
 class JobVersionsDropped(Value, frozen=True, kw_only=True, tag=True):
@@ -81,6 +82,31 @@ class RolloutEnded(Value, frozen=True, kw_only=True, tag=True):
     version: int
     state: RolloutState
     reason: str = ""
+    final: bool = False  # by an operator: it does not come good by itself any more
+
+
+class RolloutSteered(Value, frozen=True, kw_only=True, tag=True):
+    """Promoted, paused or resumed. That it failed is an end."""
+
+    job: JobName
+    version: int
+    action: RolloutAction
+
+
+class NodeSteered(Value, frozen=True, kw_only=True, tag=True):
+    """Whether the node gets new work, and whether what it has leaves."""
+
+    node: NodeId
+    eligible: bool
+    drain: Drain | None = None
+
+
+class AllocSteered(Value, frozen=True, kw_only=True, tag=True):
+    """One allocation, by an operator."""
+
+    serial: int
+    action: AllocAction
+    at_s: float
 
 
 class VirtualAddressAssigned(Value, frozen=True, kw_only=True, tag=True):
@@ -136,6 +162,7 @@ class Run(Value, frozen=True, kw_only=True):
     first_index: int
     nodes: bytes  # int32 references of nodes, one for each; -1: nowhere for now
     ports: bytes = b""  # int32 mesh ports, one for each of the group's services with a port, then the next allocation's
+    role: int = 0  # of all of them: the table's code
 
 
 class LatePlacement(Value, frozen=True, kw_only=True):
@@ -152,6 +179,15 @@ class Stop(Value, frozen=True, kw_only=True):
     by: JobName | None = None  # the job of higher priority that takes their place
 
 
+class Update(Value, frozen=True, kw_only=True):
+    """Running allocations that are told of a newer version in place: nothing that makes the process differs."""
+
+    job: JobName
+    version: int
+    group: int
+    serials: bytes  # int64
+
+
 class Plan(Value, frozen=True, kw_only=True, tag=True):
     """One decision of the scheduler: immutable, checked against the state that `parent` names."""
 
@@ -161,6 +197,8 @@ class Plan(Value, frozen=True, kw_only=True, tag=True):
     runs: tuple[Run, ...] = ()
     late: tuple[LatePlacement, ...] = ()
     stops: tuple[Stop, ...] = ()
+    updates: tuple[Update, ...] = ()
+    settled: bytes = b""  # int64 serials of canaries and successors that are ordinary copies from here on
 
 
 class AllocTransitions(Value, frozen=True, kw_only=True, tag=True):
@@ -183,6 +221,7 @@ class AllocationsSnapshot(Value, frozen=True, kw_only=True, tag=True):
     ports: dict[int, tuple[int, ...]]
     reasons: dict[int, str]
     reports: tuple[AllocReport, ...]
+    restarts: dict[int, int]
 
 
 StoreRecord = SecretPut | SecretDeleted | VolumeCreated | VolumeDeleted | VolumeSnapshotted
@@ -197,6 +236,9 @@ Record = (
     | JobForgotten
     | GroupScaled
     | RolloutEnded
+    | RolloutSteered
+    | NodeSteered
+    | AllocSteered
     | VirtualAddressAssigned
     | Plan
     | AllocTransitions

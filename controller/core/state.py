@@ -4,19 +4,21 @@ The durable part changes by `apply` alone. `live` is the volatile part: rebuilt 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import assert_never
 
 import msgspec
 import numpy as np
 
+from controller.core import compaction
 from controller.core import table as columns
 from controller.core.access import Access
+from controller.core.entries import JobEntry
 from controller.core.groups import FamilyKey, GroupEntry, group_entry
 from controller.core.nodes import NodeTable
 from controller.core.policy import Policy
 from controller.core.records import (
     AllocationsSnapshot,
+    AllocSteered,
     AllocTransitions,
     EpochBegun,
     GroupScaled,
@@ -27,9 +29,11 @@ from controller.core.records import (
     JobVersionsDropped,
     NodeDowned,
     NodeRegistered,
+    NodeSteered,
     Plan,
     Record,
     RolloutEnded,
+    RolloutSteered,
     SecretDeleted,
     SecretPut,
     VirtualAddressAssigned,
@@ -41,30 +45,20 @@ from controller.core.stored import Stored
 from controller.core.table import AllocTable, Bools, Ints, Shorts
 from controller.core.volatile import NodeLink, Volatile
 from outrider.ids import AllocId, JobName, Namespace, ServiceName, alloc_id, alloc_serial
-from outrider.model.allocation import AllocReport, Generation
-from outrider.model.fleet import RolloutState
-from outrider.model.job import Job, JobType, Protocol
+from outrider.model.allocation import AllocAction, AllocReport, Generation
+from outrider.model.fleet import RolloutAction, RolloutState
+from outrider.model.job import JobType, Protocol
 
-JobRecord = JobVersionAdded | JobVersionsDropped | JobStopped | JobLaunched | JobForgotten | GroupScaled | RolloutEnded
-
-
-@dataclass(slots=True)
-class JobEntry:
-    versions: dict[int, JobVersionAdded] = field(default_factory=dict)
-    latest: int = 0
-    stopped: bool = False
-    rollout: RolloutState = RolloutState.RUNNING  # of the latest version
-    rollout_reason: str = ""
-    good_version: int = 0  # the last whose rollout succeeded; 0: none yet
-    outcomes: dict[int, RolloutEnded] = field(default_factory=dict)  # by version, where its rollout has ended
-    # Of one that others are launched from.
-    launches: int = 0  # by hand
-    fired_s: float = 0.0  # the schedule's newest time that was dealt with
-    children: dict[JobName, None] = field(default_factory=dict)
-
-    @property
-    def job(self) -> Job:
-        return self.versions[self.latest].job
+JobRecord = (
+    JobVersionAdded
+    | JobVersionsDropped
+    | JobStopped
+    | JobLaunched
+    | JobForgotten
+    | GroupScaled
+    | RolloutEnded
+    | RolloutSteered
+)
 
 
 class State:
@@ -93,6 +87,7 @@ class State:
         # Who has a name, offered or only called by: jobs that are not stopped, in their newest version.
         self.service_owners: dict[ServiceName, dict[JobName, Namespace]] = {}
         self.access = Access()
+        self.restarts: dict[int, int] = {}  # by serial: how often an operator asked for one
         self.live = Volatile()
 
     @classmethod
@@ -114,6 +109,12 @@ class State:
     def ready_nodes(self) -> Bools:
         """By reference: exactly the ready ones are watched for heartbeats."""
         return np.isfinite(self.live.heartbeat_s[: len(self.nodes)])
+
+    @property
+    def open_nodes(self) -> Bools:
+        """By reference: those that get new work."""
+        open_nodes: Bools = self.ready_nodes & ~self.nodes.closed[: len(self.nodes)]
+        return open_nodes
 
     def alloc_id(self, serial: int) -> AllocId:
         return alloc_id(serial, self.salt)
@@ -150,11 +151,8 @@ class State:
             case EpochBegun():
                 self.epoch, self.salt = record.epoch, record.salt
                 self.generation = Generation(record.epoch, 0)
-            case NodeRegistered():
-                if self.nodes.register(record.node) == len(self.live.links):
-                    self.live.links.append(NodeLink())
-            case NodeDowned():
-                self.nodes.down[self.nodes.reference[record.node]] = True
+            case NodeRegistered() | NodeDowned() | NodeSteered():
+                self._change_node(record)
             case (
                 JobVersionAdded()
                 | JobVersionsDropped()
@@ -163,6 +161,7 @@ class State:
                 | JobForgotten()
                 | GroupScaled()
                 | RolloutEnded()
+                | RolloutSteered()
             ):
                 self._change_job(record)
             case VirtualAddressAssigned():
@@ -171,6 +170,8 @@ class State:
                 self.stored.apply(record)
             case Plan():
                 self._carry_out(record)
+            case AllocSteered():
+                self._steer(record)
             case AllocTransitions():
                 self._end(np.frombuffer(record.serials, np.int64), record)
             case AllocationsSnapshot():
@@ -180,25 +181,19 @@ class State:
 
     def snapshot(self) -> Iterator[Record]:
         """Few records that make the same durable state: the start of a compacted journal. Equal for equal states."""
-        yield EpochBegun(epoch=self.epoch, salt=self.salt)
-        for ref, node in enumerate(self.nodes.nodes):
-            yield NodeRegistered(node=node)
-            if self.nodes.down[ref]:
-                yield NodeDowned(node=node.id)
-        for service, index in self.virtual.items():
-            yield VirtualAddressAssigned(service=service, index=index)
-        for name, entry in self.jobs.items():
-            for version, added in entry.versions.items():
-                yield added
-                if version in entry.outcomes:
-                    yield entry.outcomes[version]
-            if entry.launches or entry.fired_s:
-                yield JobLaunched(job=name, number=entry.launches, fired_s=entry.fired_s)
-            if entry.stopped:
-                yield JobStopped(job=name)
-        yield from self.stored.snapshot()
-        yield from self.access.snapshot()
-        yield self._allocations_snapshot()
+        return compaction.snapshot(self)
+
+    def _change_node(self, record: NodeRegistered | NodeDowned | NodeSteered) -> None:
+        match record:
+            case NodeRegistered():
+                if self.nodes.register(record.node) == len(self.live.links):
+                    self.live.links.append(NodeLink())
+            case NodeDowned():
+                self.nodes.down[self.nodes.reference[record.node]] = True
+            case NodeSteered():
+                self.nodes.steer(self.nodes.reference[record.node], eligible=record.eligible, drain=record.drain)
+            case _:
+                assert_never(record)
 
     def _change_job(self, record: JobRecord) -> None:
         match record:
@@ -217,6 +212,8 @@ class State:
                 entry.launches, entry.fired_s = record.number, max(entry.fired_s, record.fired_s)
             case JobForgotten():
                 self._forget_job(record.job)
+            case RolloutSteered():
+                self._steer_rollout(record)
             case _:
                 assert_never(record)
 
@@ -228,6 +225,7 @@ class State:
         entry.latest = added.version
         entry.stopped = False
         entry.rollout, entry.rollout_reason = RolloutState.RUNNING, ""
+        entry.final = entry.promoted = entry.paused = False
         if job.type is JobType.SYSTEM:
             self.system_jobs[job.name] = None
         for position in range(len(job.groups)):
@@ -317,13 +315,29 @@ class State:
             entry.good_version = record.version
         if record.version == entry.latest:
             entry.rollout, entry.rollout_reason = record.state, record.reason
+            entry.final, entry.paused = record.final, False
+
+    def _steer_rollout(self, record: RolloutSteered) -> None:
+        entry = self.jobs[record.job]
+        if record.version != entry.latest:
+            return  # of a version that was replaced in the same batch
+        if record.action is RolloutAction.PROMOTE:
+            entry.promoted = True
+        else:
+            entry.paused = record.action is RolloutAction.PAUSE
+
+    def _steer(self, record: AllocSteered) -> None:
+        if record.action is AllocAction.STOP:
+            self._stop(np.array([record.serial], np.int64), "stopped by an operator", record.at_s)
+        else:
+            self.restarts[record.serial] = self.restarts.get(record.serial, 0) + 1
 
     def _carry_out(self, plan: Plan) -> None:
         self.generation = plan.generation
         for run in plan.runs:
             key = self.group_keys[run.job, run.version, run.group]
             nodes = np.frombuffer(run.nodes, np.int32)
-            self.table.add(run.first_serial, key, run.first_index, nodes, plan.at_s)
+            self.table.add(run.first_serial, key, run.first_index, nodes, plan.at_s, run.role)
             serials = np.arange(run.first_serial, run.first_serial + len(nodes), dtype=np.int64)
             self.next_serial = run.first_serial + len(nodes)
             family = self.groups[key].family
@@ -337,6 +351,10 @@ class State:
             self.table.node[rows] = nodes
             self.table.changed_s[rows] = plan.at_s
             self._place(int(self.table.group[rows[0]]), serials, nodes, late.ports)
+        for update in plan.updates:
+            rows = self.table.rows(np.frombuffer(update.serials, np.int64))
+            self.table.group[rows] = self.group_keys[update.job, update.version, update.group]
+        self.table.role[self.table.rows(np.frombuffer(plan.settled, np.int64))] = columns.ORDINARY
         for stop in plan.stops:
             self._stop(np.frombuffer(stop.serials, np.int64), stop.reason, plan.at_s)
 
@@ -421,33 +439,14 @@ class State:
         for serial in gone.tolist():
             self.reasons.pop(serial, None)
             self.last_reports.pop(serial, None)
+            self.restarts.pop(serial, None)
             self.live.forget_report(serial)
         self.table.forget(rows)
-
-    def _allocations_snapshot(self) -> AllocationsSnapshot:
-        kept = np.flatnonzero(self.table.status[: self.table.size] != columns.FORGOTTEN)
-        used = sorted((self.groups[key].job, self.groups[key].version, self.groups[key].position, key)
-                      for key in np.unique(self.table.group[kept]).tolist())  # fmt: skip
-        packed = {name: getattr(self.table, name)[kept].tobytes() for name in columns.DURABLE if name != "group"}
-        if used:
-            positions = np.zeros(max(key for *_, key in used) + 1, np.int32)
-            positions[[key for *_, key in used]] = np.arange(len(used))
-            packed["group"] = positions[self.table.group[kept]].tobytes()
-        else:
-            packed["group"] = b""
-        return AllocationsSnapshot(
-            next_serial=self.next_serial,
-            generation=self.generation,
-            columns=packed,
-            groups=tuple((job, version, position) for job, version, position, _ in used),
-            ports=dict(sorted(self.ports.items())),
-            reasons=dict(sorted(self.reasons.items())),
-            reports=tuple(report for _, report in sorted(self.last_reports.items())),
-        )
 
     def _restore(self, record: AllocationsSnapshot) -> None:
         self.next_serial, self.generation = record.next_serial, record.generation
         self.ports.update(record.ports)
+        self.restarts.update(record.restarts)
         self.reasons.update(record.reasons)
         self.last_reports.update({alloc_serial(report.alloc, self.salt): report for report in record.reports})
         keys = np.array([self.group_keys[group] for group in record.groups], np.int32)

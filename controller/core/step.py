@@ -9,10 +9,9 @@ from typing import assert_never
 
 import msgspec
 
-from controller.core import commit, deploy, launch, liveness, reconcile
+from controller.core import absence, commit, deploy, drains, launch, liveness, reconcile
 from controller.core.commands import Command, Reply
 from controller.core.events import (
-    AccessChangeRequested,
     AgentApplied,
     AgentConnected,
     AgentDisconnected,
@@ -22,21 +21,13 @@ from controller.core.events import (
     Event,
     FingerprintChanged,
     HeartbeatReceived,
-    JobDispatchRequested,
-    JobRevertRequested,
-    JobScaleRequested,
-    JobStopRequested,
-    JobSubmitted,
     LastWillSeen,
-    LaunchDue,
     LaunchPlanned,
-    NodeJoinRequested,
-    StoreCall,
+    OperatorCall,
     Tick,
 )
 from controller.core.reports import take_reports
 from controller.core.state import State
-from controller.core.volatile import Call
 from outrider.ids import JobName
 
 
@@ -50,13 +41,16 @@ def step(state: State, event: Event, now_s: float, rng: random.Random) -> tuple[
     live.now_s = now_s
     _take(state, event, now_s)
     if live.in_flight is None:
-        commit.flush(state, now_s, rng.getrandbits(63) if live.dirty_jobs else 0)
+        commit.flush(state, now_s, rng.getrandbits(63) if live.dirty_jobs or live.stirred else 0)
     reconcile.emit(state, now_s)
     out, live.out = live.out, []
     return tuple(out)
 
 
 def _take(state: State, event: Event, now_s: float) -> None:
+    if isinstance(event, OperatorCall):
+        _call(state, event)
+        return
     match event:
         case HeartbeatReceived():
             liveness.heartbeat(state, event, now_s)
@@ -73,17 +67,6 @@ def _take(state: State, event: Event, now_s: float) -> None:
         case EndpointsWithdrawn():
             serials = (state.serial(alloc) for alloc in event.allocs)
             reconcile.withdrawn(state, tuple(serial for serial in serials if serial is not None))
-        case (
-            JobSubmitted()
-            | JobStopRequested()
-            | JobDispatchRequested()
-            | JobRevertRequested()
-            | JobScaleRequested()
-            | StoreCall()
-            | AccessChangeRequested()
-            | NodeJoinRequested()
-        ):
-            _call(state, event)
         case LaunchPlanned():
             launch.planned(state, event)
         case Tick():
@@ -128,8 +111,7 @@ def _downed(state: State, ref: int) -> bool:
     return bool(state.nodes.down[ref]) or ref in state.live.downing
 
 
-def _call(state: State, event: Call) -> None:
-    assert not isinstance(event, LaunchDue), "the core's own"
+def _call(state: State, event: OperatorCall) -> None:
     if len(state.live.calls) >= state.policy.operator_calls_max:
         message = "too many calls wait for the journal; try again in a moment"
         state.live.out.append(Reply(request=event.request, code="busy", message=message))
@@ -143,10 +125,12 @@ def _tick(state: State, now_s: float) -> None:
         match key:
             case (liveness.SCAN, _):
                 liveness.scan(state, now_s, due)
-            case (liveness.GRACE, int(ref)):
+            case (absence.GRACE, int(ref)):
                 liveness.grace_over(state, ref, now_s)
             case (reconcile.WITHDRAW, int(withdrawal)):
                 reconcile.withdraw_timeout(state, withdrawal)
+            case (drains.DRAIN, int(ref)):
+                drains.deadline_over(state, ref)
             case (deploy.JOB, str(job)):
                 state.live.dirty_jobs[JobName(job)] = None
             case (launch.LAUNCH, str(job)):

@@ -4,12 +4,14 @@ import msgspec
 
 from controller.core import quota, sealed, volumes
 from controller.core.commands import Reply
-from controller.core.events import JobStopRequested, JobSubmitted
+from controller.core.entries import JobEntry
+from controller.core.events import JobRestartRequested, JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
-from controller.core.state import JobEntry, State
+from controller.core.state import State
 from outrider.ids import JobName, ServiceName
 from outrider.model.dependencies import circle, waits
-from outrider.model.job import Group, Job, Protocol
+from outrider.model.fleet import RolloutState
+from outrider.model.job import Group, Job, JobType, Protocol
 
 Answer = tuple[tuple[Record, ...], Reply]
 
@@ -29,11 +31,30 @@ def submit(state: State, call: JobSubmitted, now_s: float, addresses: int) -> An
     if too_much := quota.excess(state, job):
         return (), Reply(request=call.request, code="quota", message=too_much)
     warnings = job_warnings(state, job)
-    if entry is not None and not entry.stopped and entry.job == job:
+    if entry is not None and not entry.stopped:
+        job = _as_often_restarted(job, entry.job)
+    unchanged = entry is not None and not entry.stopped and entry.job == job
+    if entry is not None and unchanged and entry.rollout is not RolloutState.FAILED:  # that one is tried again
         return (), Reply(request=call.request, version=entry.latest, warnings=warnings)
     version = entry.latest + 1 if entry is not None else 1
     records = (*added(state, job, version, now_s, addresses), *versions_dropped(state, entry, job.name))
     return records, Reply(request=call.request, version=version, changed=True, warnings=warnings)
+
+
+def restart(state: State, call: JobRestartRequested, now_s: float) -> Answer:
+    """A version of the same content with another number in it: a rollout replaces every copy."""
+    entry = state.jobs.get(call.job)
+    if entry is None or entry.stopped:
+        message = f"no job {call.job!r} runs; `outrider job ls` lists them"
+        return (), Reply(request=call.request, code="not-found", message=message)
+    if entry.job.type is JobType.BATCH:
+        message = f"job {call.job} is a batch job, whose work ends by itself; submit it again"
+        return (), Reply(request=call.request, code="conflict", message=message)
+    groups = tuple(msgspec.structs.replace(group, restarts=group.restarts + 1) for group in entry.job.groups)
+    again = msgspec.structs.replace(entry.job, groups=groups)
+    version = entry.latest + 1
+    records = (*added(state, again, version, now_s), *versions_dropped(state, entry, call.job))
+    return records, Reply(request=call.request, version=version, changed=True)
 
 
 def stop(state: State, call: JobStopRequested) -> Answer:
@@ -49,7 +70,9 @@ def stop(state: State, call: JobStopRequested) -> Answer:
 
 def added(state: State, job: Job, version: int, now_s: float, addresses: int = 0) -> tuple[Record, ...]:
     """A new version, and virtual addresses for the names that it brings."""
-    records: list[Record] = [JobVersionAdded(job=job, version=version, submitted_at_s=now_s)]
+    entry = state.jobs.get(job.name)
+    base = entry.good_version if entry is not None and not entry.stopped else 0
+    records: list[Record] = [JobVersionAdded(job=job, version=version, submitted_at_s=now_s, base=base)]
     names = sorted(set(_names(job)) - state.virtual.keys())
     first = len(state.virtual) + addresses
     records.extend(VirtualAddressAssigned(service=name, index=first + at) for at, name in enumerate(names))
@@ -144,6 +167,16 @@ def _with_found_counts(job: Job, entry: JobEntry | None) -> Job:
         return msgspec.structs.replace(group, count=count)
 
     return msgspec.structs.replace(job, groups=tuple(kept(group) for group in job.groups))
+
+
+def _as_often_restarted(job: Job, before: Job) -> Job:
+    """A job file knows nothing of restarts that were asked for: submitting it again must not undo them."""
+    restarts = {group.name: group.restarts for group in before.groups}
+    groups = tuple(
+        msgspec.structs.replace(group, restarts=max(group.restarts, restarts.get(group.name, 0)))
+        for group in job.groups
+    )
+    return msgspec.structs.replace(job, groups=groups)
 
 
 def _names(job: Job) -> list[ServiceName]:

@@ -1,13 +1,13 @@
 """The allocations, column by column: a row each, in the order of their serials. Owns storage and look-up by serial.
 
 Never decides anything. Rows move when forgotten ones are squeezed out: what outlives a call refers to serials.
-The first eight columns are durable; `observed`, `healthy` and `healthy_since_s` are what the agents said last.
+The first nine columns are durable; `observed`, `healthy` and `healthy_since_s` are what the agents said last.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-from outrider.model.allocation import AllocStatus
+from outrider.model.allocation import AllocStatus, CopyRole
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -21,11 +21,14 @@ ENDED_CODES = {AllocStatus.COMPLETE: COMPLETE, AllocStatus.FAILED: FAILED, Alloc
 ENDED_STATUSES = {code: status for status, code in ENDED_CODES.items()}
 # Of the column `desired`.
 RUN, STOP = range(2)
+# Of the column `role`.
+ORDINARY, CANARY, SUCCESSOR = range(3)
+ROLES = (CopyRole.ORDINARY, CopyRole.CANARY, CopyRole.SUCCESSOR)
 # Of the column `observed`.
 OBSERVED = tuple(AllocStatus)
 OBSERVED_CODES = {status: code for code, status in enumerate(OBSERVED)}
 
-DURABLE = ("serial", "group", "index", "node", "desired", "status", "created_s", "changed_s")
+DURABLE = ("serial", "group", "index", "node", "desired", "status", "role", "created_s", "changed_s")
 _COLUMNS = (*DURABLE, "observed", "healthy", "healthy_since_s")
 _SQUEEZE_MIN = 4096
 
@@ -40,13 +43,16 @@ class AllocTable:
         self.node: Shorts = np.zeros(64, np.int32)  # NodeTable's reference; -1: nowhere
         self.desired: Codes = np.zeros(64, np.int8)
         self.status: Codes = np.zeros(64, np.int8)
+        self.role: Codes = np.zeros(64, np.int8)
         self.created_s: Times = np.zeros(64)
         self.changed_s: Times = np.zeros(64)  # created, placed, told to stop, or ended
         self.observed: Codes = np.zeros(64, np.int8)
         self.healthy: Bools = np.zeros(64, np.bool_)
         self.healthy_since_s: Times = np.zeros(64)
 
-    def add(self, first_serial: int, group: int, first_index: int, nodes: Shorts, at_s: float) -> slice:
+    def add(  # noqa: PLR0917  a row's columns
+        self, first_serial: int, group: int, first_index: int, nodes: Shorts, at_s: float, role: int = ORDINARY
+    ) -> slice:
         """Rows for as many new allocations as there are nodes."""
         count = len(nodes)
         self._reserve(self.size + count)
@@ -57,6 +63,7 @@ class AllocTable:
         self.node[rows] = nodes
         self.desired[rows] = RUN
         self.status[rows] = LIVE
+        self.role[rows] = role
         self.created_s[rows] = at_s
         self.changed_s[rows] = at_s
         self._unobserve(rows)

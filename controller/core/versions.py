@@ -4,9 +4,10 @@ import msgspec
 
 from controller.core import quota
 from controller.core.commands import Reply
+from controller.core.entries import JobEntry
 from controller.core.events import JobRevertRequested, JobScaleRequested, JobSubmitted
 from controller.core.records import GroupScaled
-from controller.core.state import JobEntry, State
+from controller.core.state import State
 from controller.core.submit import Answer, submit
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Group, JobType

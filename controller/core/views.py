@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from controller.core import retry
 from controller.core import table as columns
 from controller.core.groups import FamilyKey
 from controller.core.state import State
@@ -58,7 +59,7 @@ def job_status(state: State, job: JobName) -> JobStatus | None:
         job=JobVersion(job=added.job, version=entry.latest, submitted_at_s=added.submitted_at_s, stopped=entry.stopped),
         allocations=allocations(state, job=job, terminal=True),
         warnings=() if entry.stopped else (*job_warnings(state, added.job), *_held_back(state, job)),
-        rollout=entry.rollout,
+        rollout=_rollout(state, job),
         rollout_reason=entry.rollout_reason,
         state=_job_state(state, job),
         next_launch_s=_next_launch_s(state, job),
@@ -181,6 +182,7 @@ def _allocation(state: State, row: int) -> Allocation:
         mesh_ports=dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=False)),
         ports=published_ports(group.group.network, dict(zip(group.dynamic_ports, dynamic, strict=False))),
         created_at_s=float(table.created_s[row]),
+        role=columns.ROLES[table.role[row]],
         reason=reason,
     )
 
@@ -250,11 +252,26 @@ def _unended(state: State, job: JobName, version: int) -> RolloutState:
 def _held_back(state: State, job: JobName) -> tuple[str, ...]:
     """Groups whose failed allocations are not replaced yet."""
     found = []
-    for (owner, group), backoff in sorted(state.live.backoff.items()):
-        if owner == job and backoff.until_s > state.live.now_s:
-            wait_s = backoff.until_s - state.live.now_s
-            found.append(f"group {group}: failed {backoff.failures} times in a row; replaced in {wait_s:.0f} s")
+    for key in state.current_groups(job):
+        group = state.groups[key]
+        given_up = retry.given_up(state, group)
+        for index, backoff in sorted(state.live.backoff.get(group.family, {}).items()):
+            name, wait_s = f"{group.group.name}[{index}]", backoff.until_s - state.live.now_s
+            if index in given_up:
+                what = "given up, as `reschedule: {attempts: ...}` says"
+                found.append(f"{name}: failed {backoff.failures} times in a row; {what}")
+            elif wait_s > 0:
+                found.append(f"{name}: failed {backoff.failures} times in a row; replaced in {wait_s:.0f} s")
     return tuple(found)
+
+
+def _rollout(state: State, job: JobName) -> RolloutState:
+    entry = state.jobs[job]
+    if entry.rollout is RolloutState.RUNNING and entry.paused:
+        return RolloutState.PAUSED
+    if entry.rollout is RolloutState.RUNNING and job in state.live.proven:
+        return RolloutState.PROVEN
+    return entry.rollout
 
 
 def _node_state(state: State, ref: int) -> NodeState:
@@ -271,4 +288,6 @@ def _node_state(state: State, ref: int) -> NodeState:
         memory_bytes_used=int(nodes.memory_total[ref] - nodes.memory_free[ref]),
         allocations=int(nodes.allocations[ref]),
         acknowledged=link.acknowledged,
+        eligible=not nodes.closed[ref],
+        drain=nodes.drains.get(ref),
     )

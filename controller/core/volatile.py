@@ -9,21 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from controller.core.commands import Command, Reply
-from controller.core.events import (
-    AccessChangeRequested,
-    AgentConnected,
-    JobDispatchRequested,
-    JobRevertRequested,
-    JobScaleRequested,
-    JobStopRequested,
-    JobSubmitted,
-    Launch,
-    LaunchDue,
-    NodeJoinRequested,
-    SessionId,
-    StoreCalls,
-    Ticket,
-)
+from controller.core.events import AgentConnected, Call, Launch, SessionId, Ticket
 from controller.core.groups import FamilyKey
 from controller.core.records import Record
 from controller.core.table import Times
@@ -31,10 +17,6 @@ from outrider.ids import AllocId, JobName, NodeId
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
 from outrider.model.node import Node, NodeStatus
 
-# What waits for the journal to be free.
-JobCall = JobSubmitted | JobStopRequested | JobDispatchRequested | JobRevertRequested | JobScaleRequested | LaunchDue
-AccessCall = AccessChangeRequested | NodeJoinRequested
-Call = JobCall | AccessCall | StoreCalls
 TimerKey = tuple[str, int | str]  # what for, and whom
 
 
@@ -77,6 +59,7 @@ class NodeLink:
     """What the controller has with one node at the moment."""
 
     since_s: float = 0.0
+    away_s: float = np.inf  # since when; inf: it is ready
     status: NodeStatus = NodeStatus.GONE
     reason: str = ""
     session: SessionId | None = None
@@ -112,9 +95,11 @@ class InFlight:
 
 @dataclass(slots=True)
 class Backoff:
-    failures: int
-    last_s: float
+    """Of one copy of a group."""
+
+    failures: int  # one after the other, without a good long run between them
     until_s: float
+    nodes: dict[int, float]  # where it failed, and when last
 
 
 @dataclass(slots=True)
@@ -144,6 +129,7 @@ class Volatile:
     registering: dict[NodeId, Node] = field(default_factory=dict)
     joining: dict[NodeId, AgentConnected] = field(default_factory=dict)
     downing: dict[int, None] = field(default_factory=dict)
+    losing: dict[int, int] = field(default_factory=dict)  # serials whose disconnect policy ran out -> their node
     ended: dict[int, Ended] = field(default_factory=dict)
     # For jobs that others are launched from.
     launches: dict[JobName, Launch] = field(default_factory=dict)  # when each schedule fires next
@@ -153,7 +139,15 @@ class Volatile:
     dirty_jobs: dict[JobName, None] = field(default_factory=dict)
     unplaced: dict[FamilyKey, str] = field(default_factory=dict)  # why
     nominated: dict[int, int] = field(default_factory=dict)  # node where room is made, by the serial that waits for it
-    backoff: dict[FamilyKey, Backoff] = field(default_factory=dict)
+    backoff: dict[FamilyKey, dict[int, Backoff]] = field(default_factory=dict)  # by index
+    lost: dict[FamilyKey, set[int]] = field(default_factory=dict)  # indices whose replacement keeps the fleet's pace
+    replacements_left: float = 0.0
+    replacements_s: float = 0.0  # when it was so many
+    stirred: dict[int, None] = field(default_factory=dict)  # nodes whose allocations must be looked at
+    moving: dict[JobName, None] = field(default_factory=dict)  # jobs of which copies leave their nodes
+    proven: dict[JobName, None] = field(default_factory=dict)  # jobs whose canaries are well and wait
+    steered_s: dict[JobName, float] = field(default_factory=dict)  # when an operator last touched the rollout
+    drains_changed: bool = False
     # For the agents and the mesh.
     outgoing: dict[int, Outgoing] = field(default_factory=dict)
     mesh_nodes: dict[int, None] = field(default_factory=dict)

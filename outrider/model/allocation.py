@@ -74,6 +74,21 @@ class AllocReport(Value, frozen=True, kw_only=True):
     pulling: bool = False  # an image is on its way to the node: no deadline of the rollout runs meanwhile
 
 
+class CopyRole(StrEnum):
+    """What a copy is to the others of its index."""
+
+    ORDINARY = "ordinary"
+    CANARY = "canary"  # of a version that is not promoted yet, beside the one it may replace
+    SUCCESSOR = "successor"  # of one whose node is drained, or silent
+
+
+class AllocAction(StrEnum):
+    """What an operator does with one allocation."""
+
+    RESTART = "restart"  # its tasks, where it is
+    STOP = "stop"  # another takes its place
+
+
 class Assignment(Value, frozen=True, kw_only=True):
     """All that an agent needs to run one allocation."""
 
@@ -88,6 +103,7 @@ class Assignment(Value, frozen=True, kw_only=True):
     mesh_ports: Mapping[ServiceName, int] = {}  # the host port of each service's sidecar listener
     volumes: tuple[Volume, ...] = ()  # that its tasks name
     secrets: Mapping[SecretName, int] = {}  # the version of each that its tasks name, to be delivered now
+    restarts: int = 0  # how often an operator asked for its tasks to be started anew
     dynamic_ports: Mapping[PortName, int] = {}  # the host port of each `dynamic` port
 
 
@@ -108,3 +124,4 @@ class Allocation(Value, frozen=True, kw_only=True):
     ports: Mapping[PortName, int] = {}  # as published in the clear on the host
     created_at_s: float = 0.0
     reason: str = ""  # why it is pending, or why it was stopped
+    role: CopyRole = CopyRole.ORDINARY

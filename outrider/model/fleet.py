@@ -5,7 +5,7 @@ from enum import StrEnum
 from outrider.ids import DEFAULT_NAMESPACE, JobName, Namespace
 from outrider.model.allocation import Allocation, Generation
 from outrider.model.job import JobType, JobVersion, Value
-from outrider.model.node import Node, NodeStatus
+from outrider.model.node import Drain, Node, NodeStatus
 
 
 class RolloutState(StrEnum):
@@ -13,6 +13,17 @@ class RolloutState(StrEnum):
     SUCCESSFUL = "successful"
     FAILED = "failed"
     STOPPED = "stopped"
+    PAUSED = "paused"  # by an operator, until it is resumed
+    PROVEN = "proven"  # its canaries are well, and wait to be promoted
+
+
+class RolloutAction(StrEnum):
+    """What an operator does with a rollout."""
+
+    PROMOTE = "promote"
+    FAIL = "fail"
+    PAUSE = "pause"
+    RESUME = "resume"
 
 
 class JobState(StrEnum):
@@ -71,6 +82,8 @@ class NodeState(Value, frozen=True, kw_only=True):
     memory_bytes_used: int = 0
     allocations: int = 0
     acknowledged: Generation = Generation()
+    eligible: bool = True  # for new work
+    drain: Drain | None = None
 
 
 class FleetEvent(Value, frozen=True, kw_only=True):

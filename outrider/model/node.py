@@ -49,6 +49,14 @@ class Fingerprint(Value, frozen=True, kw_only=True):
     reserved: Reserved = Reserved()
 
 
+class Drain(Value, frozen=True, kw_only=True):
+    """Work leaves the node, with care until the deadline."""
+
+    started_at_s: float
+    deadline_at_s: float | None = None  # from then on at once; None: as long as it takes
+    keep_system: bool = False  # copies of system jobs stay
+
+
 class Node(Value, frozen=True, kw_only=True):
     id: NodeId
     address: str  # where other nodes reach its sidecars

@@ -88,6 +88,42 @@ TASK_STATUS_EXITED: TaskStatus.ValueType  # 4
 TASK_STATUS_FAILED: TaskStatus.ValueType  # 5
 Global___TaskStatus: _TypeAlias = TaskStatus  # noqa: Y015
 
+class _CopyRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CopyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CopyRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COPY_ROLE_UNSPECIFIED: _CopyRole.ValueType  # 0
+    COPY_ROLE_ORDINARY: _CopyRole.ValueType  # 1
+    COPY_ROLE_CANARY: _CopyRole.ValueType  # 2
+    COPY_ROLE_SUCCESSOR: _CopyRole.ValueType  # 3
+
+class CopyRole(_CopyRole, metaclass=_CopyRoleEnumTypeWrapper): ...
+
+COPY_ROLE_UNSPECIFIED: CopyRole.ValueType  # 0
+COPY_ROLE_ORDINARY: CopyRole.ValueType  # 1
+COPY_ROLE_CANARY: CopyRole.ValueType  # 2
+COPY_ROLE_SUCCESSOR: CopyRole.ValueType  # 3
+Global___CopyRole: _TypeAlias = CopyRole  # noqa: Y015
+
+class _AllocAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AllocActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AllocAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ALLOC_ACTION_UNSPECIFIED: _AllocAction.ValueType  # 0
+    ALLOC_ACTION_RESTART: _AllocAction.ValueType  # 1
+    ALLOC_ACTION_STOP: _AllocAction.ValueType  # 2
+
+class AllocAction(_AllocAction, metaclass=_AllocActionEnumTypeWrapper): ...
+
+ALLOC_ACTION_UNSPECIFIED: AllocAction.ValueType  # 0
+ALLOC_ACTION_RESTART: AllocAction.ValueType  # 1
+ALLOC_ACTION_STOP: AllocAction.ValueType  # 2
+Global___AllocAction: _TypeAlias = AllocAction  # noqa: Y015
+
 @_typing.final
 class Generation(_message.Message):
     """Allocations, as outrider/model/allocation.py has them."""
@@ -331,6 +367,7 @@ class Assignment(_message.Message):
     MESH_PORTS_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     VOLUMES_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
     DYNAMIC_PORTS_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
@@ -339,6 +376,7 @@ class Assignment(_message.Message):
     index: _builtins.int
     batch: _builtins.bool
     desired: Global___Desired.ValueType
+    restarts: _builtins.int
     @_builtins.property
     def group(self) -> _job_pb2.Group: ...
     @_builtins.property
@@ -364,12 +402,13 @@ class Assignment(_message.Message):
         mesh_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         secrets: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         volumes: _abc.Iterable[_belongings_pb2.Volume] | None = ...,
+        restarts: _builtins.int = ...,
         dynamic_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         arguments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "secrets", b"secrets", "volumes", b"volumes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "restarts", b"restarts", "secrets", b"secrets", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,6 +472,7 @@ class Allocation(_message.Message):
     PORTS_FIELD_NUMBER: _builtins.int
     CREATED_AT_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     job: _builtins.str
     job_version: _builtins.int
@@ -444,6 +484,7 @@ class Allocation(_message.Message):
     healthy: _builtins.bool
     created_at_s: _builtins.float
     reason: _builtins.str
+    role: Global___CopyRole.ValueType
     @_builtins.property
     def report(self) -> Global___AllocReport: ...
     @_builtins.property
@@ -467,10 +508,11 @@ class Allocation(_message.Message):
         ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         created_at_s: _builtins.float = ...,
         reason: _builtins.str = ...,
+        role: Global___CopyRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "node", b"node", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "created_at_s", b"created_at_s", "desired", b"desired", "group", b"group", "healthy", b"healthy", "id", b"id", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "node", b"node", "ports", b"ports", "reason", b"reason", "report", b"report", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node", b"_node", "created_at_s", b"created_at_s", "desired", b"desired", "group", b"group", "healthy", b"healthy", "id", b"id", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "node", b"node", "ports", b"ports", "reason", b"reason", "report", b"report", "role", b"role", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__node: _TypeAlias = _typing.Literal["node"]  # noqa: Y015
     _WhichOneofArgType__node: _TypeAlias = _typing.Literal["_node", b"_node"]  # noqa: Y015

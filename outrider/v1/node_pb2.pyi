@@ -200,6 +200,33 @@ class Fingerprint(_message.Message):
 Global___Fingerprint: _TypeAlias = Fingerprint  # noqa: Y015
 
 @_typing.final
+class Drain(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STARTED_AT_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_AT_S_FIELD_NUMBER: _builtins.int
+    KEEP_SYSTEM_FIELD_NUMBER: _builtins.int
+    started_at_s: _builtins.float
+    deadline_at_s: _builtins.float
+    keep_system: _builtins.bool
+    def __init__(
+        self,
+        *,
+        started_at_s: _builtins.float = ...,
+        deadline_at_s: _builtins.float | None = ...,
+        keep_system: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_at_s", b"_deadline_at_s", "deadline_at_s", b"deadline_at_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_at_s", b"_deadline_at_s", "deadline_at_s", b"deadline_at_s", "keep_system", b"keep_system", "started_at_s", b"started_at_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_at_s: _TypeAlias = _typing.Literal["deadline_at_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_at_s: _TypeAlias = _typing.Literal["_deadline_at_s", b"_deadline_at_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_at_s) -> _WhichOneofReturnType__deadline_at_s | None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
 class Node(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

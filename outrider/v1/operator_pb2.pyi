@@ -60,6 +60,8 @@ class _RolloutStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutS
     ROLLOUT_STATE_SUCCESSFUL: _RolloutState.ValueType  # 2
     ROLLOUT_STATE_FAILED: _RolloutState.ValueType  # 3
     ROLLOUT_STATE_STOPPED: _RolloutState.ValueType  # 4
+    ROLLOUT_STATE_PAUSED: _RolloutState.ValueType  # 20
+    ROLLOUT_STATE_PROVEN: _RolloutState.ValueType  # 21
 
 class RolloutState(_RolloutState, metaclass=_RolloutStateEnumTypeWrapper): ...
 
@@ -68,7 +70,30 @@ ROLLOUT_STATE_RUNNING: RolloutState.ValueType  # 1
 ROLLOUT_STATE_SUCCESSFUL: RolloutState.ValueType  # 2
 ROLLOUT_STATE_FAILED: RolloutState.ValueType  # 3
 ROLLOUT_STATE_STOPPED: RolloutState.ValueType  # 4
+ROLLOUT_STATE_PAUSED: RolloutState.ValueType  # 20
+ROLLOUT_STATE_PROVEN: RolloutState.ValueType  # 21
 Global___RolloutState: _TypeAlias = RolloutState  # noqa: Y015
+
+class _RolloutAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RolloutActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLLOUT_ACTION_UNSPECIFIED: _RolloutAction.ValueType  # 0
+    ROLLOUT_ACTION_PROMOTE: _RolloutAction.ValueType  # 1
+    ROLLOUT_ACTION_FAIL: _RolloutAction.ValueType  # 2
+    ROLLOUT_ACTION_PAUSE: _RolloutAction.ValueType  # 3
+    ROLLOUT_ACTION_RESUME: _RolloutAction.ValueType  # 4
+
+class RolloutAction(_RolloutAction, metaclass=_RolloutActionEnumTypeWrapper): ...
+
+ROLLOUT_ACTION_UNSPECIFIED: RolloutAction.ValueType  # 0
+ROLLOUT_ACTION_PROMOTE: RolloutAction.ValueType  # 1
+ROLLOUT_ACTION_FAIL: RolloutAction.ValueType  # 2
+ROLLOUT_ACTION_PAUSE: RolloutAction.ValueType  # 3
+ROLLOUT_ACTION_RESUME: RolloutAction.ValueType  # 4
+Global___RolloutAction: _TypeAlias = RolloutAction  # noqa: Y015
 
 @_typing.final
 class GetFleetRequest(_message.Message):
@@ -498,6 +523,181 @@ class GetJobRequest(_message.Message):
 Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
 
 @_typing.final
+class SteerRolloutRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    action: Global___RolloutAction.ValueType
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        action: Global___RolloutAction.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteerRolloutRequest: _TypeAlias = SteerRolloutRequest  # noqa: Y015
+
+@_typing.final
+class SteerRolloutResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """the job's newest from here on"""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteerRolloutResponse: _TypeAlias = SteerRolloutResponse  # noqa: Y015
+
+@_typing.final
+class RestartJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartJobRequest: _TypeAlias = RestartJobRequest  # noqa: Y015
+
+@_typing.final
+class RestartJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartJobResponse: _TypeAlias = RestartJobResponse  # noqa: Y015
+
+@_typing.final
+class SteerAllocationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOC_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    alloc: _builtins.str
+    """its id, or the beginning of it"""
+    action: _allocation_pb2.AllocAction.ValueType
+    def __init__(
+        self,
+        *,
+        alloc: _builtins.str = ...,
+        action: _allocation_pb2.AllocAction.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "alloc", b"alloc"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteerAllocationRequest: _TypeAlias = SteerAllocationRequest  # noqa: Y015
+
+@_typing.final
+class SteerAllocationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOCATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def allocation(self) -> _allocation_pb2.Allocation:
+        """as it was"""
+
+    def __init__(
+        self,
+        *,
+        allocation: _allocation_pb2.Allocation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteerAllocationResponse: _TypeAlias = SteerAllocationResponse  # noqa: Y015
+
+@_typing.final
+class SteerNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ELIGIBLE_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    KEEP_SYSTEM_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    eligible: _builtins.bool
+    drain: _builtins.bool
+    """work leaves it; it is not eligible then"""
+    deadline_s: _builtins.float
+    """from now; 0: at once; absent: as long as it takes"""
+    keep_system: _builtins.bool
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        eligible: _builtins.bool = ...,
+        drain: _builtins.bool = ...,
+        deadline_s: _builtins.float | None = ...,
+        keep_system: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s", "drain", b"drain", "eligible", b"eligible", "keep_system", b"keep_system", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+
+Global___SteerNodeRequest: _TypeAlias = SteerNodeRequest  # noqa: Y015
+
+@_typing.final
+class SteerNodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteerNodeResponse: _TypeAlias = SteerNodeResponse  # noqa: Y015
+
+@_typing.final
 class JobStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -593,6 +793,8 @@ class NodeState(_message.Message):
     MEMORY_BYTES_USED_FIELD_NUMBER: _builtins.int
     ALLOCATIONS_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    ELIGIBLE_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
     status: _node_pb2.NodeStatus.ValueType
     reason: _builtins.str
     """why it is not ready"""
@@ -600,10 +802,13 @@ class NodeState(_message.Message):
     cpu_millis_used: _builtins.int
     memory_bytes_used: _builtins.int
     allocations: _builtins.int
+    eligible: _builtins.bool
     @_builtins.property
     def node(self) -> _node_pb2.Node: ...
     @_builtins.property
     def acknowledged(self) -> _allocation_pb2.Generation: ...
+    @_builtins.property
+    def drain(self) -> _node_pb2.Drain: ...
     def __init__(
         self,
         *,
@@ -615,10 +820,12 @@ class NodeState(_message.Message):
         memory_bytes_used: _builtins.int = ...,
         allocations: _builtins.int = ...,
         acknowledged: _allocation_pb2.Generation | None = ...,
+        eligible: _builtins.bool = ...,
+        drain: _node_pb2.Drain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "node", b"node"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "drain", b"drain", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "allocations", b"allocations", "cpu_millis_used", b"cpu_millis_used", "memory_bytes_used", b"memory_bytes_used", "node", b"node", "reason", b"reason", "status", b"status", "status_since_s", b"status_since_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "allocations", b"allocations", "cpu_millis_used", b"cpu_millis_used", "drain", b"drain", "eligible", b"eligible", "memory_bytes_used", b"memory_bytes_used", "node", b"node", "reason", b"reason", "status", b"status", "status_since_s", b"status_since_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -90,6 +90,26 @@ class OperatorServiceStub:
                 request_serializer=outrider_dot_v1_dot_operator__pb2.GetJobRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_operator__pb2.JobStatus.FromString,
                 _registered_method=True)
+        self.SteerRollout = channel.unary_unary(
+                '/outrider.v1.OperatorService/SteerRollout',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.SteerRolloutRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.SteerRolloutResponse.FromString,
+                _registered_method=True)
+        self.RestartJob = channel.unary_unary(
+                '/outrider.v1.OperatorService/RestartJob',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.RestartJobRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.RestartJobResponse.FromString,
+                _registered_method=True)
+        self.SteerAllocation = channel.unary_unary(
+                '/outrider.v1.OperatorService/SteerAllocation',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.SteerAllocationRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.SteerAllocationResponse.FromString,
+                _registered_method=True)
+        self.SteerNode = channel.unary_unary(
+                '/outrider.v1.OperatorService/SteerNode',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.SteerNodeRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.SteerNodeResponse.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/outrider.v1.OperatorService/ListNodes',
                 request_serializer=outrider_dot_v1_dot_operator__pb2.ListNodesRequest.SerializeToString,
@@ -217,6 +237,32 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SteerRollout(self, request, context):
+        """Promote, fail, pause or resume the rollout of a job's newest version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartJob(self, request, context):
+        """Replace all copies by equal ones, as a rollout does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SteerAllocation(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SteerNode(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListNodes(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -338,6 +384,26 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=outrider_dot_v1_dot_operator__pb2.GetJobRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_operator__pb2.JobStatus.SerializeToString,
+            ),
+            'SteerRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.SteerRollout,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.SteerRolloutRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.SteerRolloutResponse.SerializeToString,
+            ),
+            'RestartJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartJob,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.RestartJobRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.RestartJobResponse.SerializeToString,
+            ),
+            'SteerAllocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.SteerAllocation,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.SteerAllocationRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.SteerAllocationResponse.SerializeToString,
+            ),
+            'SteerNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.SteerNode,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.SteerNodeRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.SteerNodeResponse.SerializeToString,
             ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
@@ -668,6 +734,114 @@ class OperatorService:
             '/outrider.v1.OperatorService/WatchJob',
             outrider_dot_v1_dot_operator__pb2.GetJobRequest.SerializeToString,
             outrider_dot_v1_dot_operator__pb2.JobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SteerRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/SteerRollout',
+            outrider_dot_v1_dot_operator__pb2.SteerRolloutRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.SteerRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/RestartJob',
+            outrider_dot_v1_dot_operator__pb2.RestartJobRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.RestartJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SteerAllocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/SteerAllocation',
+            outrider_dot_v1_dot_operator__pb2.SteerAllocationRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.SteerAllocationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SteerNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/SteerNode',
+            outrider_dot_v1_dot_operator__pb2.SteerNodeRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.SteerNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,12 @@ class OperatorServiceStub:
     GetJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]
     WatchJob: _grpc.UnaryStreamMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]
     """The status now, and again after every change, until the caller hangs up."""
+    SteerRollout: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SteerRolloutRequest, _operator_pb2.SteerRolloutResponse]
+    """Promote, fail, pause or resume the rollout of a job's newest version."""
+    RestartJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.RestartJobRequest, _operator_pb2.RestartJobResponse]
+    """Replace all copies by equal ones, as a rollout does."""
+    SteerAllocation: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SteerAllocationRequest, _operator_pb2.SteerAllocationResponse]
+    SteerNode: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SteerNodeRequest, _operator_pb2.SteerNodeResponse]
     ListNodes: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ListNodesRequest, _operator_pb2.ListNodesResponse]
     GetNode: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetNodeRequest, _operator_pb2.GetNodeResponse]
     ListAllocations: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ListAllocationsRequest, _operator_pb2.ListAllocationsResponse]
@@ -90,6 +96,12 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     GetJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]  # type: ignore[assignment]
     WatchJob: _aio.UnaryStreamMultiCallable[_operator_pb2.GetJobRequest, _operator_pb2.JobStatus]  # type: ignore[assignment]
     """The status now, and again after every change, until the caller hangs up."""
+    SteerRollout: _aio.UnaryUnaryMultiCallable[_operator_pb2.SteerRolloutRequest, _operator_pb2.SteerRolloutResponse]  # type: ignore[assignment]
+    """Promote, fail, pause or resume the rollout of a job's newest version."""
+    RestartJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.RestartJobRequest, _operator_pb2.RestartJobResponse]  # type: ignore[assignment]
+    """Replace all copies by equal ones, as a rollout does."""
+    SteerAllocation: _aio.UnaryUnaryMultiCallable[_operator_pb2.SteerAllocationRequest, _operator_pb2.SteerAllocationResponse]  # type: ignore[assignment]
+    SteerNode: _aio.UnaryUnaryMultiCallable[_operator_pb2.SteerNodeRequest, _operator_pb2.SteerNodeResponse]  # type: ignore[assignment]
     ListNodes: _aio.UnaryUnaryMultiCallable[_operator_pb2.ListNodesRequest, _operator_pb2.ListNodesResponse]  # type: ignore[assignment]
     GetNode: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetNodeRequest, _operator_pb2.GetNodeResponse]  # type: ignore[assignment]
     ListAllocations: _aio.UnaryUnaryMultiCallable[_operator_pb2.ListAllocationsRequest, _operator_pb2.ListAllocationsResponse]  # type: ignore[assignment]
@@ -184,6 +196,36 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_operator_pb2.JobStatus], _abc.AsyncIterator[_operator_pb2.JobStatus]]:
         """The status now, and again after every change, until the caller hangs up."""
+
+    @_abc_1.abstractmethod
+    def SteerRollout(
+        self,
+        request: _operator_pb2.SteerRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.SteerRolloutResponse, _abc.Awaitable[_operator_pb2.SteerRolloutResponse]]:
+        """Promote, fail, pause or resume the rollout of a job's newest version."""
+
+    @_abc_1.abstractmethod
+    def RestartJob(
+        self,
+        request: _operator_pb2.RestartJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.RestartJobResponse, _abc.Awaitable[_operator_pb2.RestartJobResponse]]:
+        """Replace all copies by equal ones, as a rollout does."""
+
+    @_abc_1.abstractmethod
+    def SteerAllocation(
+        self,
+        request: _operator_pb2.SteerAllocationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.SteerAllocationResponse, _abc.Awaitable[_operator_pb2.SteerAllocationResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SteerNode(
+        self,
+        request: _operator_pb2.SteerNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.SteerNodeResponse, _abc.Awaitable[_operator_pb2.SteerNodeResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListNodes(

@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 from controller.core import mesh_intent, views
 from controller.core import table as columns
 from controller.core.commands import Append, SendAssignments
-from controller.core.events import JobDispatchRequested, JobRevertRequested, JobScaleRequested
+from controller.core.events import (
+    AllocSteerRequested,
+    JobDispatchRequested,
+    JobRestartRequested,
+    JobRevertRequested,
+    JobScaleRequested,
+    NodeSteerRequested,
+    RolloutSteerRequested,
+)
 from controller.core.policy import Policy
 from controller.core.state import State
-from outrider.ids import JobName
-from outrider.model.allocation import AllocStatus, Generation
-from outrider.model.fleet import RolloutState
-from outrider.model.job import JobType, Parameters, Schedule, UpdatePolicy
+from outrider.ids import JobName, NodeId
+from outrider.model.allocation import AllocAction, AllocStatus, Generation
+from outrider.model.fleet import RolloutAction, RolloutState
+from outrider.model.job import DisconnectPolicy, JobType, Parameters, ReschedulePolicy, Schedule, UpdatePolicy
 from tests.scenarios.world import World, group, job, node, service
 
 NODES = ("n1", "n2", "n3", "n4", "n5")
@@ -71,11 +79,11 @@ def check_names(state: State) -> None:
     known = sorted(serial for serials in state.families.values() for serial in serials.tolist())
     assert known == sorted(table.serial[kept].tolist())
     names = [
-        (*state.group_of(row).family, int(table.index[row]))
+        (*state.group_of(row).family, int(table.index[row]), int(table.role[row]))
         for row in kept.tolist()
         if table.status[row] == columns.LIVE and table.desired[row] == columns.RUN
     ]
-    assert len(names) == len(set(names)), "two live allocations of one name"
+    assert len(names) == len(set(names)), "two live allocations of one name and role"
 
 
 def check_generations(world: World) -> None:
@@ -139,8 +147,17 @@ actions = st.one_of(
     st.tuples(st.just("dispatch"), st.booleans()),
     st.tuples(st.just("revert"), st.sampled_from(JOBS), st.integers(0, 4)),
     st.tuples(st.just("scale"), st.sampled_from(JOBS), st.integers(0, 7)),
+    st.tuples(st.just("steer"), st.sampled_from(JOBS), st.sampled_from(list(RolloutAction))),
+    st.tuples(st.just("restart job"), st.sampled_from(JOBS)),
+    st.tuples(st.just("steer alloc"), st.integers(0, 20), st.sampled_from(list(AllocAction))),
+    st.tuples(st.just("drain"), names, st.sampled_from([None, 0.0, 5.0]), st.booleans()),
+    st.tuples(st.just("open"), names, st.booleans()),
 )
 PRIORITIES = {"shop": 50, "api": 80, "batch": 10, "everywhere": 60}  # so some make room among others
+UPDATES = {
+    "shop": UpdatePolicy(canary=1, healthy_deadline_s=10.0, progress_deadline_s=30.0),
+    "api": UpdatePolicy(blue_green=True, auto_promote=True, healthy_deadline_s=10.0),
+}
 TYPES = {"batch": JobType.BATCH, "everywhere": JobType.SYSTEM}
 
 
@@ -162,7 +179,9 @@ def act(world: CheckedWorld, action: tuple[object, ...]) -> None:  # noqa: C901,
                 memory_mib=memory_mib,
                 static=static if isinstance(static, int) else None,
                 command=command,
-                update=UpdatePolicy(max_parallel=2, auto_revert=True, healthy_deadline_s=10.0),
+                update=UPDATES.get(name, UpdatePolicy(max_parallel=2, auto_revert=True, healthy_deadline_s=10.0)),
+                reschedule=ReschedulePolicy(delay_s=1.0, delay_max_s=10.0),
+                disconnect=DisconnectPolicy(replace_after_s=5.0) if name == "shop" else DisconnectPolicy(),
             )
             submitted = job(name, wanted, type=TYPES.get(name, JobType.SERVICE))
             world.request(msgspec.structs.replace(submitted, priority=PRIORITIES[name]))
@@ -184,6 +203,8 @@ def act(world: CheckedWorld, action: tuple[object, ...]) -> None:  # noqa: C901,
             world.begin()
         case ("withdraw", bool(acknowledged)):
             world.withdraw_acknowledged = acknowledged
+        case ("steer" | "restart job" | "steer alloc" | "drain" | "open", *_):
+            act_as_operator(world, action)
         case ("template" | "dispatch" | "revert" | "scale", *_):
             act_on_versions(world, action)
 
@@ -202,6 +223,24 @@ def act_on_versions(world: CheckedWorld, action: tuple[object, ...]) -> None:
             world.call(JobRevertRequested, job=JobName(name), version=version)
         case ("scale", str(name), int(count)):
             world.call(JobScaleRequested, job=JobName(name), group=None, count=count)
+
+
+def act_as_operator(world: CheckedWorld, action: tuple[object, ...]) -> None:
+    """What operators say of what runs already."""
+    match action:
+        case ("steer", str(name), RolloutAction() as action):
+            world.call(RolloutSteerRequested, job=JobName(name), action=action)
+        case ("restart job", str(name)):
+            world.call(JobRestartRequested, job=JobName(name))
+        case ("steer alloc", int(at), AllocAction() as action):
+            live = views.allocations(world.state)
+            if live:
+                world.call(AllocSteerRequested, alloc=live[at % len(live)].id, action=action)
+        case ("drain", str(name), deadline_s, bool(keep)):
+            wanted = {"eligible": False, "drain": True, "deadline_s": deadline_s, "keep_system": keep}
+            world.call(NodeSteerRequested, node=NodeId(name), **wanted)
+        case ("open", str(name), bool(eligible)):
+            world.call(NodeSteerRequested, node=NodeId(name), eligible=eligible)
 
 
 histories = st.lists(actions, min_size=4, max_size=30)
@@ -245,7 +284,7 @@ def keep_promises(happenings: list[tuple[object, ...]], seed: int) -> None:
 
 
 def recover(happenings: list[tuple[object, ...]], seed: int) -> None:
-    world = CheckedWorld(Policy(replace_delay_max_s=10.0), seed)
+    world = CheckedWorld(Policy(), seed)
     for happening in happenings:
         act(world, happening)
     world.journal_works = world.withdraw_acknowledged = True
@@ -253,7 +292,9 @@ def recover(happenings: list[tuple[object, ...]], seed: int) -> None:
     for agent in world.agents.values():
         agent.healthy = True
     world.join(*(node(name, memory_mib=1_000_000, cpu_millis=1_000_000) for name in NODES))
-    world.wait(60)
+    for name in NODES:
+        world.call(NodeSteerRequested, node=NodeId(name), eligible=True)
+    world.wait(90)
     for name, entry in world.state.jobs.items():
         status = views.job_status(world.state, name)
         assert status is not None

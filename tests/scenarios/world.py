@@ -113,6 +113,7 @@ def group(
     command: str = "serve",
     update: UpdatePolicy | None = None,
     restart: RestartPolicy | None = None,
+    **policies: object,
 ) -> Group:
     ports = [Port(name=PortName("http"))] if services else []
     if static is not None:
@@ -130,6 +131,7 @@ def group(
         network=Network(ports=tuple(ports)),
         update=update or UpdatePolicy(),
         restart=restart or RestartPolicy(),
+        **policies,  # type: ignore[arg-type]
     )
 
 

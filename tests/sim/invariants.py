@@ -38,7 +38,7 @@ def check_state(state: State) -> None:
             raise BrokenError(f"{node.id}: a port is given twice: {sorted(ports)}")
     size = table.size
     wanted = np.flatnonzero((table.status[:size] == columns.LIVE) & (table.desired[:size] == columns.RUN))
-    names = [(*state.group_of(row).family, int(table.index[row])) for row in wanted.tolist()]
+    names = [(*state.group_of(row).family, int(table.index[row]), int(table.role[row])) for row in wanted.tolist()]
     if len(names) != len(set(names)):
         raise BrokenError(f"a copy is to run twice: {sorted(name for name in names if names.count(name) > 1)}")
 

@@ -11,7 +11,7 @@ from agent.core.events import TaskExit
 from controller.core.commands import Reply
 from controller.core.policy import Policy
 from outrider.ids import JobName
-from outrider.model.job import Job, JobType, RestartPolicy, UpdatePolicy
+from outrider.model.job import Job, JobType, ReschedulePolicy, RestartPolicy, UpdatePolicy
 from tests.scenarios.world import group, job, node, service
 from tests.sim import invariants
 from tests.sim.agents import AgentProcess
@@ -30,9 +30,6 @@ POLICY = Policy(
     heartbeat_interval_s=0.7,
     suspect_after_s=1.9,
     disconnect_grace_s=5.0,
-    replace_delay_s=0.5,
-    replace_delay_max_s=4.0,
-    replace_reset_s=20.0,
     ended_kept=2,
     versions_kept=3,
     plan_placements_max=6,
@@ -291,5 +288,6 @@ def _job(name: str, count: int, command: str, memory_mib: int) -> Job:
         command=command,
         update=UpdatePolicy(max_parallel=2, auto_revert=name == "shop", healthy_deadline_s=8.0, min_healthy_s=0.3),
         restart=RestartPolicy(attempts=2, interval_s=10.0, delay_s=0.1, delay_max_s=1.0),
+        reschedule=ReschedulePolicy(delay_s=0.5, delay_max_s=4.0, interval_s=20.0),
     )
     return job(name, wanted, type=TYPES.get(name, JobType.SERVICE))
