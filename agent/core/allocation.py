@@ -67,9 +67,10 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
         case TaskStarted() | TaskStartFailed() | TaskExited() | RestartWanted():
             _task_event(alloc, event, turn)
         case CheckRan():
-            probe = alloc.probes[event.service]
+            probe = alloc.probes.get(event.service)
             running = alloc.phase in _UP and alloc.tasks_up
-            health.outcome(probe, turn.now_s, passing=event.passing, output=event.output, running=running)
+            if probe is not None:  # else the service has no check any more
+                health.outcome(probe, turn.now_s, passing=event.passing, output=event.output, running=running)
         case _:
             assert_never(event)
 
@@ -103,7 +104,7 @@ def _task_event(
         case TaskExited():
             _task_exited(alloc, alloc.tasks[event.task], event.exit, turn)
         case RestartWanted():
-            _restart_wanted(alloc, alloc.tasks[event.task], event.reason, turn)
+            restart_task(alloc, alloc.tasks[event.task], event.reason, turn)
         case _:
             assert_never(event)
 
@@ -330,7 +331,8 @@ def _task_exited(alloc: AllocState, task: TaskState, exit_: TaskExit, turn: Turn
     _after_task_ended(alloc, turn)
 
 
-def _restart_wanted(alloc: AllocState, task: TaskState, reason: str, turn: Turn) -> None:
+def restart_task(alloc: AllocState, task: TaskState, reason: str, turn: Turn) -> None:
+    """It ends only to start again, which its restart policy does not count."""
     if alloc.phase in _UP and task.status is TaskStatus.RUNNING and not task.restart_reason:
         task.restart_reason = reason
         turn.emit(StopTask(alloc=alloc.id, task=task.task))
@@ -353,7 +355,14 @@ def _fail_task(alloc: AllocState, task: TaskState, message: str, log_tail: str) 
     alloc.log_tail = alloc.log_tail or log_tail
 
 
+def note_restarted(alloc: AllocState) -> None:
+    """All that was to end for operators' restarts has ended: what starts now is what they wanted."""
+    if not any(task.restart_reason for task in alloc.tasks.values()):
+        alloc.restarts_done = alloc.assignment.restarts
+
+
 def _after_task_ended(alloc: AllocState, turn: Turn) -> None:
+    note_restarted(alloc)
     if alloc.phase in _UP:
         _settle_running(alloc, turn)
         _start_tasks(alloc, turn)

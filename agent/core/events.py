@@ -48,6 +48,7 @@ class AllocRecord(Value, frozen=True, kw_only=True):
     failure: str = ""  # why it is FAILED; "" where it is not
     log_tail: str = ""
     ended: bool = False  # nothing is left of it on the host
+    restarts_done: int = 0  # of those that operators asked for
 
 
 class FoundTask(Value, frozen=True, kw_only=True):

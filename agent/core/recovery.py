@@ -3,7 +3,7 @@
 An allocation whose namespace is there is taken over as it is; one without (the host was restarted) begins anew.
 """
 
-from agent.core import allocation, health
+from agent.core import allocation, amend, health
 from agent.core.commands import AdoptSidecar, AdoptTask, Note
 from agent.core.events import AllocRecord, Found, FoundTask, TaskExit, TaskRecord
 from agent.core.lifecycle import Phase
@@ -20,6 +20,8 @@ def adopt(assignment: Assignment, found: Found, turn: Turn) -> AllocState:
     alloc.stopping = record.stopping or record.ended or assignment.desired is Desired.STOP
     alloc.failure, alloc.log_tail = record.failure, record.log_tail
     alloc.local_address = found.local_address or ""
+    if found.record is not None:
+        alloc.restarts_done = record.restarts_done
     for name, task in alloc.tasks.items():
         task.restarts = record.tasks.get(name, TaskRecord()).restarts
         task.tried_at_s = record.tasks.get(name, TaskRecord()).tried_at_s
@@ -96,6 +98,7 @@ def _resume_tasks(alloc: AllocState, found: Found, record: AllocRecord, turn: Tu
         allocation.ask_to_stop(alloc, turn)
         return
     allocation.run(alloc, turn)
+    amend.restart(alloc, turn)
     for probe in alloc.probes.values():
         if alloc.phase is Phase.RUNNING:
             health.resume(probe, turn.now_s, passing=probe.service in record.passing)

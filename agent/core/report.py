@@ -44,6 +44,7 @@ def alloc_record(alloc: AllocState) -> AllocRecord:
         failure=alloc.failure,
         log_tail=alloc.log_tail,
         ended=alloc.phase is Phase.ENDED,
+        restarts_done=alloc.restarts_done,
     )
 
 

@@ -60,6 +60,7 @@ class AllocState(msgspec.Struct, kw_only=True):
     setup_tried_at_s: tuple[float, ...] = ()
     retry_at_s: float | None = None  # when to prepare again
     clean_retry_at_s: float | None = None
+    restarts_done: int = 0  # of those that operators asked for
     stopping: bool = False  # on the way out: nothing is started any more
     forget: bool = False  # the controller does not want to hear of it again
     failure: str = ""
@@ -137,6 +138,7 @@ def new_alloc(assignment: Assignment) -> AllocState:
     ports = inner_ports(group.network)
     return AllocState(
         assignment=assignment,
+        restarts_done=assignment.restarts,
         tasks={task.name: TaskState(task=task) for task in group.tasks},
         probes={
             service.name: Probe(

@@ -2,7 +2,7 @@
 
 import random
 
-from agent.core import allocation
+from agent.core import allocation, amend
 from agent.core.commands import Acknowledge, Clean, Command, Forget, Note, RenewBelongings, Report, Save
 from agent.core.events import AllocEvent, Assigned, Cleaned, Event, Recovered, StepFailed, Tick
 from agent.core.lifecycle import Phase
@@ -80,8 +80,10 @@ def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
         alloc.assignment, alloc.forget = assignment, False
         if assignment.desired is Desired.STOP and not alloc.stopping:
             allocation.stop(alloc, turn)
-        elif renewed and not alloc.stopping:
-            turn.emit(RenewBelongings(assignment=assignment))
+        elif not alloc.stopping:
+            if renewed:
+                turn.emit(RenewBelongings(assignment=assignment))
+            amend.take_up(alloc, turn)
     _keep(state, alloc, turn)
 
 

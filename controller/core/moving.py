@@ -81,7 +81,7 @@ def leaving(turn: Turn, newest: GroupEntry, rows: Ints) -> Ints:
     How many of the latter are allowed to move at a time is for the caller to say.
     """
     table, view = turn.state.table, turn.view
-    if newest.type is not JobType.SERVICE:
+    if newest.type is not JobType.SERVICE or newest.volumes:  # batch work may end there; a volume stays on its node
         return np.zeros(0, np.int64)
     nodes = table.node[rows]
     drained = view.on(view.draining, nodes)

@@ -49,6 +49,7 @@ def status(alloc: Alloc, json: Json = False) -> None:
     from outrider import codec
     from outrider.cli import output
     from outrider.cli.client import connect
+    from outrider.cli.rollout import copy_name
     from outrider.model.allocation import Allocation
     from outrider.v1 import operator_pb2
 
@@ -63,7 +64,7 @@ def status(alloc: Alloc, json: Json = False) -> None:
         (
             ("allocation", allocation.id),
             ("job", f"{allocation.job}, version {allocation.job_version}"),
-            ("group", f"{allocation.group}[{allocation.index}]"),
+            ("group", copy_name(allocation)),
             ("node", allocation.node or "none yet"),
             ("status", f"{allocation.status}, wanted: {allocation.desired}"),
             ("healthy", "yes" if allocation.healthy else "no"),
@@ -98,6 +99,26 @@ def status(alloc: Alloc, json: Json = False) -> None:
             ("SERVICE", "PASSING", "CHECK SAYS"),
             ((check.service, "yes" if check.passing else "no", check.output) for check in report.checks),
         )
+
+
+@app.command()
+def restart(
+    alloc: Alloc, detach: Annotated[bool, typer.Option("--detach", help="Do not wait until it is healthy.")] = False
+) -> None:
+    """Start an allocation's tasks anew, where it is. Its restart policy does not count it."""
+    from outrider.cli.steering import restart_allocation
+
+    restart_allocation(alloc, detach=detach)
+
+
+@app.command()
+def stop(
+    alloc: Alloc, detach: Annotated[bool, typer.Option("--detach", help="Do not wait until it has ended.")] = False
+) -> None:
+    """Stop an allocation; another takes its place, as long as its job wants one."""
+    from outrider.cli.steering import stop_allocation
+
+    stop_allocation(alloc, detach=detach)
 
 
 @app.command()
@@ -158,7 +179,7 @@ app.command("exec")(exec_)
 
 def print_allocations(allocations: "Iterable[Allocation]") -> None:
     from outrider.cli import output
-    from outrider.cli.rollout import reason
+    from outrider.cli.rollout import copy_name, reason
 
     output.print_table(
         ("ALLOC", "JOB", "GROUP", "NODE", "STATUS", "HEALTHY", "AGE", "WHY"),
@@ -166,7 +187,7 @@ def print_allocations(allocations: "Iterable[Allocation]") -> None:
             (
                 each.id,
                 each.job,
-                f"{each.group}[{each.index}]",
+                copy_name(each),
                 each.node or "-",
                 each.status,
                 "yes" if each.healthy else "no",

@@ -134,6 +134,16 @@ def status(job: str, json: Json = False) -> None:
 
 
 @app.command()
+def restart(
+    job: str, detach: Annotated[bool, typer.Option("--detach", help="Do not wait until all are replaced.")] = False
+) -> None:
+    """Replace all copies of a job by equal ones, a few at a time, as `update` of each group says. Exit 1: it failed."""
+    from outrider.cli.steering import restart_job
+
+    restart_job(job, detach=detach)
+
+
+@app.command()
 def stop(
     job: str, detach: Annotated[bool, typer.Option("--detach", help="Do not wait until nothing of it runs.")] = False
 ) -> None:

@@ -17,8 +17,9 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "job": Entry("jobs", "app", "Run jobs and see how they are."),
-    "node": Entry("nodes", "app", "See the fleet's nodes."),
-    "alloc": Entry("allocations", "app", "See what runs, its logs, and run commands beside it."),
+    "deployment": Entry("deployments", "app", "Promote, fail, pause or resume a rollout."),
+    "node": Entry("nodes", "app", "See the fleet's nodes, close and empty them."),
+    "alloc": Entry("allocations", "app", "See what runs, its logs, run commands beside it, restart and stop it."),
     "logs": Entry("allocations", "job_logs", "What all allocations of a job say, each line with its name."),
     "exec": Entry("allocations", "exec_", "Run a command beside a task, in its sandbox."),
     "events": Entry("events", "events", "What changed, oldest first."),

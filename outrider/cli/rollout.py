@@ -9,7 +9,7 @@ from outrider import codec
 from outrider.cli import output
 from outrider.cli.client import STREAM_TIMEOUT_S, Fleet
 from outrider.errors import PeerError, RefusedError
-from outrider.model.allocation import TERMINAL, Allocation, AllocStatus
+from outrider.model.allocation import TERMINAL, Allocation, AllocStatus, CopyRole
 from outrider.model.fleet import JobState, JobStatus, RolloutState
 from outrider.model.job import Job
 from outrider.v1 import operator_pb2
@@ -27,11 +27,17 @@ def wait(fleet: Fleet, job: str, version: int) -> JobStatus:
             show(status)
             if status.job.version > version:
                 raise RefusedError("superseded", f"job {job}: version {status.job.version} has taken over")
-            if status.rollout is not RolloutState.RUNNING:
+            if status.rollout not in (RolloutState.RUNNING, RolloutState.PAUSED):
                 break
     match status.rollout:
         case RolloutState.SUCCESSFUL:
             output.say(f"job {job}, version {version}: {_SUCCESS.get(status.state, 'runs as it should')}")
+            return status
+        case RolloutState.PROVEN:
+            output.say(
+                f"job {job}, version {version}: its canaries are healthy and wait: `outrider deployment promote {job}` "
+                f"lets the rest follow, `outrider deployment fail {job}` takes them back"
+            )
             return status
         case RolloutState.STOPPED:
             raise RefusedError("stopped", f"job {job}: was stopped meanwhile")
@@ -124,7 +130,7 @@ def _live() -> Iterator[Callable[[JobStatus], None]]:
                 colour = "red" if allocation.status in {AllocStatus.FAILED, AllocStatus.LOST} else "green"
                 healthy = "yes" if allocation.healthy else "no"
                 table.add_row(
-                    _name(allocation),
+                    copy_name(allocation),
                     allocation.node or "-",
                     allocation.id,
                     allocation.status,
@@ -172,8 +178,10 @@ def _line(allocation: Allocation) -> str:
     where = f"on {allocation.node}" if allocation.node else "nowhere yet"
     state = f"{allocation.status}, healthy" if allocation.healthy else str(allocation.status)
     why = reason(allocation)
-    return f"{_name(allocation)} {allocation.id} {where}: {state}{why and f' ({why})'}"
+    return f"{copy_name(allocation)} {allocation.id} {where}: {state}{why and f' ({why})'}"
 
 
-def _name(allocation: Allocation) -> str:
-    return f"{allocation.group}[{allocation.index}]"
+def copy_name(allocation: Allocation) -> str:
+    """web[0], and what it is beside others of its index."""
+    role = "" if allocation.role is CopyRole.ORDINARY else f" ({allocation.role})"
+    return f"{allocation.group}[{allocation.index}]{role}"
