@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import msgspec
 
 from agent import kvm
+from agent.belongings.artifacts import Artifacts
 from agent.belongings.belongings import Belongings
+from agent.belongings.mounted import Mounted
 from agent.belongings.volumes import Volumes
 from agent.claims import UID_BLOCKS, UID_RANGES, Claim, Owner, claim, uid_first
 from agent.config import Config
@@ -166,7 +168,8 @@ class Agent:
         self._fleet = FleetSession(
             controllers=config.controllers, tls=config.tls, listener=self, log=Log("fleet", node=config.node), rng=rng
         )
-        self._volumes = Volumes(data=config.data, run=config.run, paths=config.volume_paths)
+        self._mounted = Mounted(config.run)
+        self._volumes = Volumes(data=config.data, run=config.run, mounted=self._mounted, paths=config.volume_paths)
         self._broker = self._make_broker()
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
@@ -233,6 +236,7 @@ class Agent:
         names = self._states.snapshots.names()
         self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known, snapshots=names)
         self._cache.open(self._host.store.directories())
+        self._artifacts.open(self._host.store.directories())
         await self._take_over()
         if config.metrics_listen is not None:
             await stack.enter_async_context(http_listener(config.metrics_listen, self))
@@ -335,7 +339,12 @@ class Agent:
         self._cache = Cache(self._config.data / "roots", bytes_max=config.cache_bytes)
         registries = Registries(auth_file=config.auth_file, certificates=config.certificates)
         puller = Puller(cache=self._cache, registries=registries, tasks=self._tasks, log=self._log)
-        return Keeper(cache=self._cache, puller=puller, tell=self._engine.tell, tasks=self._tasks)
+        self._artifacts = Artifacts(
+            data=self._config.data, bytes_max=self._config.artifact_cache_bytes, puller=puller, log=self._log
+        )
+        return Keeper(
+            cache=self._cache, puller=puller, artifacts=self._artifacts, tell=self._engine.tell, tasks=self._tasks
+        )
 
     def _make_belongings(self) -> Belongings:
         async def signal_task(alloc: AllocId, task: TaskName, number: int) -> None:
@@ -347,6 +356,8 @@ class Agent:
             signal=signal_task,
             restart=self._engine.tell,
             volumes=self._volumes,
+            artifacts=self._artifacts,
+            mounted=self._mounted,
             log=self._log,
         )
 

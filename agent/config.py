@@ -78,6 +78,7 @@ class Config(Value, frozen=True, kw_only=True):
     reserved: Reserved = Reserved()  # of what the node has, never given to workloads
     ports: PortRange = PortRange()
     images: ImagesConfig = ImagesConfig()
+    artifact_cache_bytes: Annotated[int, msgspec.Meta(ge=1)] = 5 * 1024 * MIB  # of all; and at most so much of one
     volume_paths: tuple[Path, ...] = ()  # below these, a volume may be a directory of this node
     log: Literal["debug", "info", "warning", "error"] = "info"
 

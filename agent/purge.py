@@ -8,6 +8,7 @@ import shutil
 
 from agent.app import open_host
 from agent.belongings import memory, volumes
+from agent.belongings.mounted import Mounted
 from agent.config import Config
 from agent.drivers import task_directory
 from agent.sandbox.cgroup import ROOT
@@ -22,9 +23,10 @@ async def purge(config: Config) -> None:
         await host.networks.reap(())
         task_directory.remove(config.run / "tasks")
         memory.remove(config.run / "belongings")
+        Mounted(config.run).remove_all()
         volumes.remove_mounts(config.run)
         shutil.rmtree(config.data / "allocations", ignore_errors=True)
-        for name in ("dns", "roots"):
+        for name in ("dns", "roots", "artifacts", "partial"):
             shutil.rmtree(config.data / name, ignore_errors=True)
         for name in ("agent.json", "kvm.json"):
             (config.data / name).unlink(missing_ok=True)

@@ -16,7 +16,9 @@ from outrider.model.job import Driver, Task
 LIST_MAX = 64
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 _PATH_CHARS_MAX = 255
-_TAKEN = ("/proc", "/sys", "/dev", "/secrets", "/task", "/.init")
+_SOURCES = ("https://", "http://", "file:/", "oci:")
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_TAKEN = ("/proc", "/sys", "/dev", "/secrets", "/artifacts", "/task", "/.init")
 _ROOTS = frozenset({PurePosixPath("/"), PurePosixPath("/usr"), PurePosixPath("/etc")})
 
 Path = tuple[str | int, ...]
@@ -27,6 +29,7 @@ def wrong_belongings(task: Task) -> Iterator[Wrong]:
     """Where in `task`, and what is wrong there."""
     yield from _secrets(task)
     yield from _volumes(task)
+    yield from _artifacts(task)
 
 
 def is_inner_path(text: str) -> bool:
@@ -74,6 +77,24 @@ def _volumes(task: Task) -> Iterator[Wrong]:
             or path in _ROOTS
         ):
             yield at, f"{use.target} is not to be covered; mount it elsewhere, such as /data"
+
+
+def _artifacts(task: Task) -> Iterator[Wrong]:
+    if task.artifacts and task.driver is Driver.VM:
+        yield ("artifacts",), "a vm brings its files on its disk; leave artifacts out"
+    if len(task.artifacts) > LIST_MAX:
+        yield ("artifacts",), f"{len(task.artifacts)} of them; at most {LIST_MAX}"
+    paths = [PurePosixPath(artifact.path) for artifact in task.artifacts]
+    for artifact in task.artifacts:
+        at: Path = ("artifacts", artifact.path)
+        if not is_inner_path(artifact.path) or len(artifact.path) > _PATH_CHARS_MAX:
+            yield at, f"expected a path below /artifacts, without .., of at most {_PATH_CHARS_MAX} characters"
+        elif any(other in PurePosixPath(artifact.path).parents for other in paths):
+            yield at, "lies within another artifact; give it a path beside it"
+        if not artifact.source.startswith(_SOURCES) or any(ord(letter) <= 32 for letter in artifact.source):
+            yield (*at, "source"), f"{artifact.source[:80]!r} is no source; expected one of {', '.join(_SOURCES)}..."
+        if not _SHA256.match(artifact.sha256):
+            yield (*at, "sha256"), "expected 64 hexadecimal digits in lower case: sha256sum prints them"
 
 
 def _secret(use: SecretUse) -> Iterator[Wrong]:

@@ -11,7 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from agent.belongings import memory
+from agent.belongings.artifacts import ARTIFACTS, Artifacts
 from agent.belongings.memory import TaskMemory
+from agent.belongings.mounted import Mounted
 from agent.belongings.secrets import Ask, SecretsInMemory
 from agent.belongings.volumes import Disk, Volumes
 from agent.core.events import RestartWanted
@@ -45,6 +47,8 @@ class Belongings:
         signal: Signal,
         restart: Callable[[RestartWanted], Awaitable[None]],
         volumes: Volumes,
+        artifacts: Artifacts,
+        mounted: Mounted,
         log: Log,
     ) -> None:
         self._directory = run_directory / "belongings"
@@ -52,6 +56,8 @@ class Belongings:
         self._signal = signal
         self._restart = restart
         self._volumes = volumes
+        self._artifacts = artifacts
+        self._mounted = mounted
         self._log = log
         self._newest: dict[AllocId, Assignment] = {}  # of those being renewed
 
@@ -59,11 +65,20 @@ class Belongings:
         """Before each start of a process. `user`: inside, as which it runs. Raises StartError and HostError."""
         mounts = await self._volumes.mount(assignment, task, uid_first=uid_first, user=user, group=group)
         given = await self._give_secrets(assignment, task, uid_first + user)
-        return Brought(mounts=(*mounts, *given.mounts), env=given.env)
+        fetched = await self._show_artifacts(assignment, task, uid_first)
+        return Brought(mounts=(*mounts, *given.mounts, *fetched), env=given.env)
 
     async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
         """Before each start of a vm, whose emulator runs as the host's `owner`."""
         return await self._volumes.disks(assignment, task, owner=owner)
+
+    async def _show_artifacts(self, assignment: Assignment, task: Task, uid_first: int) -> tuple[Mount, ...]:
+        found = []
+        for number, artifact in enumerate(task.artifacts):
+            source, name = self._artifacts.path(artifact), f"artifact{number}"
+            shown = await self._mounted.show(source, assignment.alloc, task.name, name, uid_first=uid_first)
+            found.append(Mount(source=shown, target=f"{ARTIFACTS}/{artifact.path}"))
+        return tuple(found)
 
     async def _give_secrets(self, assignment: Assignment, task: Task, owner: int) -> Brought:
         if not task.secrets:

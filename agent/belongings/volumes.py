@@ -5,7 +5,6 @@
     DATA/volumes/KEY/snapshots/NAME.img
     RUN/volumes/KEY/root                 where it is mounted while tasks have it
     RUN/volumes/KEY/claims/ALLOC         who has it: "process" or "vm"
-    RUN/mounted/ALLOC/TASK/N             the same tree, its owners shown as that sandbox's
 
 KEY is NAMESPACE.NAME. A volume with a path is that directory, and only its claims are here. Owns all of the above.
 One change of a volume at a time. Starts no task.
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
 
-from agent.sandbox import idmap, mounts, process
-from agent.sandbox.spec import UID_RANGE, Mount, StartError
+from agent.belongings.mounted import Mounted
+from agent.sandbox import mounts, process
+from agent.sandbox.spec import Mount, StartError
 from outrider.errors import HostError, RefusedError
 from outrider.ids import AllocId
 from outrider.model.allocation import Assignment
@@ -49,10 +49,10 @@ class Disk(Value, frozen=True, kw_only=True):
 class Volumes:
     """`paths`: the directories of this node below which a volume's path may be."""
 
-    def __init__(self, *, data: Path, run: Path, paths: tuple[Path, ...]) -> None:
+    def __init__(self, *, data: Path, run: Path, mounted: Mounted, paths: tuple[Path, ...]) -> None:
         self._data = data / "volumes"
         self._run = run / "volumes"
-        self._mounted = run / "mounted"
+        self._mounted = mounted
         self._paths = paths
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -122,12 +122,11 @@ class Volumes:
             async with self._lock(volume):
                 await self._claim(volume, assignment.alloc, _PROCESS)
                 source = await self._shown(volume, user, group)
-                point = self._mounted / assignment.alloc / task.name / str(number)
-                mounts.unmount(point)
-                point.mkdir(mode=0o711, parents=True, exist_ok=True)
-                await asyncio.to_thread(idmap.bind, source, point, uid_first=uid_first, uids=UID_RANGE)
+                shown = await self._mounted.show(
+                    source, assignment.alloc, task.name, f"volume{number}", uid_first=uid_first
+                )
             read_only = use.read_only or volume.read_only
-            found.append(Mount(source=str(point), target=use.target, read_only=read_only))
+            found.append(Mount(source=shown, target=use.target, read_only=read_only))
         return tuple(found)
 
     async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
@@ -145,8 +144,7 @@ class Volumes:
 
     async def release(self, alloc: AllocId) -> None:
         """Nothing runs of it. A volume that nobody has any more is unmounted."""
-        mounts.unmount_below(self._mounted / alloc)
-        shutil.rmtree(self._mounted / alloc, ignore_errors=True)
+        self._mounted.release(alloc)
         for claim in self._run.glob(f"*/claims/{alloc}"):
             directory = claim.parent
             claim.unlink(missing_ok=True)
@@ -238,9 +236,8 @@ class Volumes:
 
 def remove_mounts(run: Path) -> None:
     """Of every volume; the volumes stay."""
-    for name in ("mounted", "volumes"):
-        mounts.unmount_below(run / name)
-        shutil.rmtree(run / name, ignore_errors=True)
+    mounts.unmount_below(run / "volumes")
+    shutil.rmtree(run / "volumes", ignore_errors=True)
 
 
 def _wanted(assignment: Assignment, task: Task) -> Iterator[tuple[VolumeUse, Volume]]:

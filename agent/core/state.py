@@ -153,7 +153,8 @@ def new_alloc(assignment: Assignment) -> AllocState:
 
 
 def needs_images(assignment: Assignment) -> bool:
-    return any(task.image.kind in PULLED for task in assignment.group.tasks)
+    """Or artifacts, which are fetched likewise."""
+    return any(task.image.kind in PULLED or task.artifacts for task in assignment.group.tasks)
 
 
 def deadline_s(alloc: AllocState) -> float:

@@ -131,6 +131,20 @@ class Puller:
             raise PullError(f"the registry answers with another manifest, {digest}", retry=False)
         return digest
 
+    async def fetch_blob(self, reference: str, scratch: Path, written: Callable[[int], None]) -> Path:
+        """The one blob of something in a registry that is no image, below `scratch`. Raises PullError."""
+        image = Image(kind=ImageKind.OCI, reference=reference)
+        layout = scratch / "layout"
+        access = self._access(image, nobody="--src-no-creds", certificates="--src-cert-dir")
+        argv = (*self._skopeo(scratch), "copy", "-q", *access, _source(image), f"oci:{layout}:{_TAG}")
+        done = await programs.run(argv, directory=scratch, bytes_max=self._cache.bytes_max, written=written)
+        if done.code != 0:
+            raise judged(done.stderr)
+        layers = _manifest(layout).layers
+        if len(layers) != 1:
+            raise PullError(f"it has {len(layers)} layers, and an artifact is one blob", retry=False)
+        return _blob_path(layout, layers[0].digest)
+
     async def _made(self, image: Image, digest: str, scratch: Path, told: Told) -> UnpackedImage:
         name = images.name_of(image)
         told(f"pulling {name}")
@@ -222,10 +236,14 @@ def _manifest(layout: Path) -> Manifest:
 
 
 def _blob(layout: Path, digest: str) -> bytes:
+    return _blob_path(layout, digest).read_bytes()
+
+
+def _blob_path(layout: Path, digest: str) -> Path:
     algorithm, _, name = digest.partition(":")
     if algorithm != "sha256" or not name.isalnum():
         raise PullError(f"it speaks of a digest that this node does not know: {digest[:80]!r}", retry=False)
-    return (layout / "blobs" / algorithm / name).read_bytes()
+    return layout / "blobs" / algorithm / name
 
 
 def _finished(root: Path, layout: Path) -> int:

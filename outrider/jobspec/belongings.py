@@ -1,10 +1,11 @@
-"""What a task brings along, in a job file: `secrets:` -> `SecretUse`, `volumes:` -> `VolumeUse` values."""
+"""What a task brings along, in a job file: `secrets:`, `volumes:`, `artifacts:` -> values."""
 
 from outrider.ids import SecretName, VolumeName
 from outrider.jobspec.document import Scalar
 from outrider.jobspec.fields import Faults, Fields, named
-from outrider.model.belongings import OnChange, SecretUse, VolumeUse
+from outrider.model.belongings import Artifact, OnChange, SecretUse, VolumeUse
 
+_ARTIFACT_KEYS = ("source", "sha256", "unpack", "executable")
 _VOLUME_KEYS = ("volume", "read_only")
 _SECRET_KEYS = ("env", "file", "on_change", "signal", "version")
 
@@ -51,3 +52,24 @@ def read_volumes(task: Fields, faults: Faults) -> tuple[VolumeUse, ...]:
         name = VolumeName(fields.text("volume", ""))
         uses.append(VolumeUse(volume=name, target=target, read_only=fields.flag("read_only", default=False)))
     return tuple(uses)
+
+
+def read_artifacts(task: Fields, faults: Faults) -> tuple[Artifact, ...]:
+    """By the path below /artifacts."""
+    node = task.node("artifacts")
+    path = (*task.path, "artifacts")
+    found = []
+    for inside, value in named(node, path, faults) if node is not None else ():
+        fields = Fields(value, (*path, inside), faults, _ARTIFACT_KEYS)
+        fields.required("source", "https://example.org/tool.tar.gz")
+        fields.required("sha256", "as sha256sum prints it")
+        found.append(
+            Artifact(
+                path=inside,
+                source=fields.text("source", ""),
+                sha256=fields.text("sha256", ""),
+                unpack=fields.flag("unpack", default=False),
+                mode=0o755 if fields.flag("executable", default=False) else 0o644,
+            )
+        )
+    return tuple(found)

@@ -93,3 +93,13 @@ class VolumeInfo(Belonging, frozen=True, kw_only=True):
     snapshots: tuple[VolumeSnapshot, ...] = ()
     allocations: tuple[AllocId, ...] = ()  # that have it now
     jobs: tuple[JobName, ...] = ()  # not stopped, and naming it
+
+
+class Artifact(Belonging, frozen=True, kw_only=True):
+    """Something that the node fetches for a task. What it holds is known before: nothing else is taken."""
+
+    path: str  # below /artifacts, where the task finds it: a file, or a directory where it is unpacked
+    source: str  # "https://...", "http://...", "file:/PATH" on the node, "oci:REGISTRY/NAME:TAG"
+    sha256: str
+    unpack: bool = False  # a tar, plain or compressed, or a zip
+    mode: int = 0o644  # of a file

@@ -19,7 +19,7 @@ from outrider.ids import (
     ServiceName,
     TaskName,
 )
-from outrider.model.belongings import SecretUse, VolumeUse
+from outrider.model.belongings import Artifact, SecretUse, VolumeUse
 
 MIB = 1024 * 1024
 
@@ -233,6 +233,7 @@ class Task(Value, frozen=True, kw_only=True):
     user: int | None = None  # uid and gid inside, never root; None: the image's, or 1000
     secrets: tuple[SecretUse, ...] = ()
     volumes: tuple[VolumeUse, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
     workdir: str = ""  # "": the image's; the task's directory where there is no image
     role: TaskRole = TaskRole.MAIN
 

@@ -9,6 +9,8 @@ from outrider.jobspec.reader import JobFileError, parse_job
 from outrider.model.belongings import OnChange, SecretUse, VolumeUse
 from outrider.model.job import Task
 
+A = f"{{source: 'https://x/t', sha256: {'0' * 64}}}"
+
 
 def task(text: str, directory: Path = Path()) -> Task:
     content = f"job: a\ngroups: {{g: {{tasks: {{t: {{command: [x], {text}}}}}}}}}\n"
@@ -41,6 +43,11 @@ def test_a_volume_is_named_alone_or_with_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("artifacts: {t: {source: 'ftp://x'}}", "'ftp://x' is no source; expected one of https://"),
+        ("artifacts: {t: {source: 'https://x/t'}}", "sha256: missing; for example `sha256: as sha256sum prints it`"),
+        (f"artifacts: {{../t: {{source: 'https://x/t', sha256: {'0' * 64}}}}}", "expected a path below /artifacts"),
+        (f"artifacts: {{t: {{source: 'https://x/t', sha256: {'0' * 63}}}}}", "expected 64 hexadecimal digits"),
+        (f"artifacts: {{t: {A}, t/u: {A}}}", "artifacts.t/u: lies within another artifact"),
         ("volumes: {data: pg}", "volumes.data: expected a whole path inside, from / on"),
         ("volumes: {/a/../b: pg}", "without .."),
         ("volumes: {/proc/x: pg}", "/proc/x is not to be covered; mount it elsewhere"),
