@@ -35,6 +35,7 @@ REFUSALS_MAX = 64
 _GREETING_S = 5.0  # to connect and be welcomed
 _SILENCE_S = 2.0  # the controller answers heartbeats; without any message for so long it is away
 _WRITE_S = 5.0
+_INTERVAL_MIN_S = 0.05
 _SECRETS_S = 10.0
 _LEAF_S = 12.0  # the controller allows itself 10
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 5.0
@@ -114,6 +115,7 @@ class FleetSession:
         self._stub: fleet_pb2_grpc.FleetServiceAsyncStub | None = None
         self._wake = asyncio.Event()
         self._probed = False
+        self._interval_s = 1.0  # between heartbeats; the controller says it
         self._outbox = _Outbox()
 
     @property
@@ -198,13 +200,12 @@ class FleetSession:
             stream: _Stream = stub.Session()  # type: ignore[call-arg]  # grpc-stubs knows only the call with an iterator
             try:
                 async with asyncio.timeout(_GREETING_S):
-                    interval_s = await self._greet(stream)
+                    self._interval_s = await self._greet(stream)
                 self._stub = stub
                 self._log.info("session began", controller=controller)
                 async with asyncio.TaskGroup() as group:
-                    silence_s = max(_SILENCE_S, 2 * interval_s + 0.5)
-                    group.create_task(self._write(stream, interval_s), name="fleet-write")
-                    await self._read(stream, silence_s)
+                    group.create_task(self._write(stream), name="fleet-write")
+                    await self._read(stream)
             finally:
                 self._stub = None
                 stream.cancel()
@@ -225,10 +226,11 @@ class FleetSession:
             raise PeerError(f"not welcomed: {await stream.details() or 'the stream ended'}")
         if message.WhichOneof("message") != "welcome" or message.welcome.protocol != PROTOCOL:
             raise PeerError(f"expected Welcome of protocol {PROTOCOL}: controller and agent are of different versions")
-        return max(message.welcome.heartbeat_interval_s, 0.05)
+        return max(message.welcome.heartbeat_interval_s, _INTERVAL_MIN_S)
 
-    async def _read(self, stream: _Stream, silence_s: float) -> None:
+    async def _read(self, stream: _Stream) -> None:
         while True:
+            silence_s = max(_SILENCE_S, 2 * self._interval_s + 0.5)
             try:
                 async with asyncio.timeout(silence_s):
                     message = await stream.read()
@@ -241,6 +243,8 @@ class FleetSession:
     async def _take(self, message: fleet_pb2.ControllerMessage) -> None:
         match message.WhichOneof("message"):
             case "heartbeat":
+                if message.heartbeat.interval_s > 0:
+                    self._interval_s = max(message.heartbeat.interval_s, _INTERVAL_MIN_S)
                 if message.heartbeat.sequence == _PROBE_SEQUENCE:
                     self._probed = True
                     self._wake.set()
@@ -253,9 +257,9 @@ class FleetSession:
             case kind:
                 raise InputError(f"the controller sent {kind or 'an unknown message'}: it may be of a newer version")
 
-    async def _write(self, stream: _Stream, interval_s: float) -> None:
+    async def _write(self, stream: _Stream) -> None:
         """One writer: what is pending as soon as it is, a heartbeat when one is due."""
-        beat_at_s = monotonic_s() + interval_s
+        beat_at_s = monotonic_s() + self._interval_s
         for sequence in itertools.count(1):
             while monotonic_s() < beat_at_s and not self._probed:
                 with contextlib.suppress(TimeoutError):
@@ -266,7 +270,7 @@ class FleetSession:
                 for message in pending.messages():
                     await _send(stream, message)
             self._probed = False
-            beat_at_s = monotonic_s() + interval_s
+            beat_at_s = monotonic_s() + self._interval_s
             await _send(stream, fleet_pb2.AgentMessage(heartbeat=fleet_pb2.Heartbeat(sequence=sequence)))
 
 

@@ -8,7 +8,7 @@ import ipaddress
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeVar
 
-from controller.core import mesh_intent, sealed
+from controller.core import mesh_intent, pace, sealed
 from controller.core.events import (
     AgentApplied,
     AgentConnected,
@@ -43,7 +43,7 @@ _Message = TypeVar("_Message")
 
 
 class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
-    def __init__(self, parts: Parts, *, heartbeat_interval_s: float) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__(log=Log("fleet"), refused=parts.refused)
         self._cluster = parts.cluster
         self._engine = parts.engine
@@ -52,7 +52,6 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         self._sessions = parts.sessions
         self._tunnels = parts.tunnels
         self._refusals = parts.refusals
-        self._heartbeat_interval_s = heartbeat_interval_s
 
     def authorize(self, context: Context, method: str, request: Any) -> None:
         self._node(context)
@@ -146,7 +145,7 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
 
     def _welcome(self) -> fleet_pb2.ControllerMessage:
         welcome = fleet_pb2.Welcome(
-            cluster=self._cluster, heartbeat_interval_s=self._heartbeat_interval_s, protocol=PROTOCOL
+            cluster=self._cluster, heartbeat_interval_s=pace.heartbeat_interval_s(self._engine.state), protocol=PROTOCOL
         )
         return fleet_pb2.ControllerMessage(welcome=welcome)
 
@@ -173,7 +172,9 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         match message.WhichOneof("message"):
             case "heartbeat":
                 if self._engine.acts:  # else the agent looks for the leader
-                    session.send(fleet_pb2.ControllerMessage(heartbeat=message.heartbeat))
+                    interval_s = pace.heartbeat_interval_s(self._engine.state)
+                    echo = fleet_pb2.Heartbeat(sequence=message.heartbeat.sequence, interval_s=interval_s)
+                    session.send(fleet_pb2.ControllerMessage(heartbeat=echo))
                 self._engine.heartbeat(HeartbeatReceived(session=at, node=node))
             case "reports":
                 reports = _reports(message.reports.reports)

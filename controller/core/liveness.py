@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from controller.core import absence, drains, notices, retry
+from controller.core import absence, drains, notices, pace, retry
 from controller.core.absence import GRACE
 from controller.core.commands import CloseSession, ProbeNode
 from controller.core.events import AgentConnected, AgentDisconnected, HeartbeatReceived, LastWillSeen
@@ -115,7 +115,8 @@ def last_will(state: State, event: LastWillSeen) -> None:
 
 def scan(state: State, now_s: float, due_s: float) -> None:
     """Who fell silent? A scan that comes late says that the controller slept: then heartbeats wait behind it."""
-    silence_s = state.policy.suspect_after_s
+    pace.take(state)
+    silence_s = pace.silence_s(state)
     if now_s - due_s > silence_s / 2:
         state.live.timers.set((SCAN, 0), now_s + silence_s / 2)
         return
@@ -194,7 +195,7 @@ def _become_ready(state: State, ref: int, now_s: float) -> None:
     link = state.live.links[ref]
     state.live.heartbeat_s[ref] = now_s
     state.live.timers.cancel((GRACE, ref))
-    state.live.timers.set_earlier((SCAN, 0), now_s + state.policy.suspect_after_s)
+    state.live.timers.set_earlier((SCAN, 0), now_s + pace.silence_s(state))
     state.live.downing.pop(ref, None)
     link.away_s = np.inf
     if link.status is not NodeStatus.READY:
@@ -229,7 +230,7 @@ def _set(state: State, ref: int, status: NodeStatus, reason: str, now_s: float) 
 def _plan_scan(state: State) -> None:
     earliest = float(state.live.heartbeat_s[: len(state.nodes)].min(initial=np.inf))
     if earliest < np.inf:
-        state.live.timers.set((SCAN, 0), earliest + state.policy.suspect_after_s)
+        state.live.timers.set((SCAN, 0), earliest + pace.silence_s(state))
 
 
 def _close(state: State, link: NodeLink, ref: int, reason: str) -> None:

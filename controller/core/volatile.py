@@ -117,6 +117,8 @@ class Volatile:
     timers: Timers = field(default_factory=Timers)
     links: list[NodeLink] = field(default_factory=list)  # by node reference
     heartbeat_s: Times = field(default_factory=lambda: np.full(64, np.inf))  # of ready nodes; else inf
+    heartbeat_interval_s: float = 0.0  # both: `pace`
+    silence_s: float = 0.0
     braked: str = ""  # why
     reports: dict[int, AllocReport] = field(default_factory=dict)
     pulling: dict[int, Pulling] = field(default_factory=dict)  # of those that ever waited

@@ -58,6 +58,12 @@ class Fleet:
         assert found is not None
         return found
 
+    async def settled(self) -> None:
+        """Consul is whole, and every controller leads or follows."""
+        await until(self.consul.ready, "Consul is whole again", WAIT_S)
+        for controller in self.controllers:
+            await until(functools.partial(self.knows, controller, set()), "each controller answers", WAIT_S)
+
     async def submit(self, job: Job) -> bool:
         """Whether some controller acknowledged it; each is asked in turn until one does, or none does in time."""
         request = operator_pb2.SubmitJobRequest(job=codec.to_wire(job, job_pb2.Job))
@@ -137,7 +143,7 @@ async def test_a_follower_tells_an_agent_who_leads(fleet: Fleet) -> None:
         stream = fleet_pb2_grpc.FleetServiceStub(connection).Session()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream.read()
-    told = dict(caught.value.trailing_metadata())
+    told = dict(caught.value.trailing_metadata())  # type: ignore[call-overload,var-annotated]  # pairs, at run time
     assert told["outrider-leader"] == leader.configuration["listen"]
     assert told["outrider-code"] == "not-leader"
 

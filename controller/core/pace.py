@@ -1,0 +1,30 @@
+"""How often agents say that they are there, and how long silence is no sign. Owns both numbers; never judges a node.
+
+Heartbeats stretch with the fleet, so that one core can take them: up to about a thousand nodes the fastest there is, at
+5,000 every 1.5 s. Silence is worth noticing after the same number of heartbeats, however large the fleet.
+"""
+
+import numpy as np
+
+from controller.core.state import State
+
+_SHRINK = 0.9  # of the silence, with each look: agents learn of a faster pace with their next heartbeat
+
+
+def silence_s(state: State) -> float:
+    """How long nothing is heard of a node before it is suspect."""
+    return max(state.live.silence_s, state.policy.suspect_after_s)
+
+
+def heartbeat_interval_s(state: State) -> float:
+    """What agents are told, with each answer to a heartbeat."""
+    return max(state.live.heartbeat_interval_s, state.policy.heartbeat_interval_s)
+
+
+def take(state: State) -> None:
+    """The pace that fits as many nodes as are ready now."""
+    live, policy = state.live, state.policy
+    ready = int(np.isfinite(live.heartbeat_s[: len(state.nodes)]).sum())
+    live.heartbeat_interval_s = max(policy.heartbeat_interval_s, ready / policy.heartbeats_per_s_max)
+    wanted_s = live.heartbeat_interval_s * policy.suspect_after_s / policy.heartbeat_interval_s
+    live.silence_s = max(wanted_s, live.silence_s * _SHRINK)
