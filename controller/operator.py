@@ -19,6 +19,8 @@ from controller.core.events import (
     JobStopRequested,
     JobSubmitted,
 )
+from controller.core.preview import preview, twin_of
+from controller.core.why import explanation
 from controller.parts import Parts
 from controller.people import done
 from controller.permissions import allocation_namespace
@@ -61,6 +63,7 @@ class OperatorService(Steering):
         self._sessions = parts.sessions
         self._tunnels = parts.tunnels
         self._refusals = parts.refusals
+        self._planning = asyncio.Semaphore(1)  # one at a time: each copies the state
 
     @unary
     async def GetFleet(self, request: operator_pb2.GetFleetRequest, context: Context) -> operator_pb2.GetFleetResponse:
@@ -80,17 +83,21 @@ class OperatorService(Steering):
     async def SubmitJob(
         self, request: operator_pb2.SubmitJobRequest, context: Context
     ) -> operator_pb2.SubmitJobResponse:
-        job = codec.from_wire(request.job, Job)
-        found = problems(job)
-        if found:
-            shown = "; ".join(f"{problem.where}: {problem.message}" for problem in found[:PROBLEMS_SHOWN_MAX])
-            raise InputError(f"job {job.name[:80]!r}: {shown}")
+        job = _submission(request)
         entry = self.state.jobs.get(job.name)
         before = entry.job if entry is not None and not entry.stopped else None
         reply = done(await self._engine.request(lambda request: JobSubmitted(request=request, job=job)))
         if reply.changed:
             self.call.changes = (f"version {reply.version}", *job_changes(before, job))
         return _submitted(reply)
+
+    @unary
+    async def PlanJob(self, request: operator_pb2.SubmitJobRequest, context: Context) -> operator_pb2.JobPlan:
+        job = _submission(request)
+        twin, policy = twin_of(self.state), self.state.policy
+        async with self._planning:
+            plan = await asyncio.to_thread(preview, twin, policy, job)
+        return codec.to_wire(plan, operator_pb2.JobPlan)
 
     @unary
     async def StopJob(self, request: operator_pb2.StopJobRequest, context: Context) -> operator_pb2.StopJobResponse:
@@ -207,6 +214,14 @@ class OperatorService(Steering):
         self, request: operator_pb2.GetAllocationRequest, context: Context
     ) -> allocation_pb2.Allocation:
         return codec.to_wire(find_allocation(self._engine.state, request.alloc), allocation_pb2.Allocation)
+
+    @unary
+    async def ExplainAllocation(
+        self, request: operator_pb2.GetAllocationRequest, context: Context
+    ) -> operator_pb2.Explanation:
+        found = explanation(self.state, find_allocation(self.state, request.alloc).id)
+        assert found is not None, "it was just found"
+        return codec.to_wire(found, operator_pb2.Explanation)
 
     @stream(write_timeout_s=DATA_WRITE_TIMEOUT_S)
     async def Logs(
@@ -327,6 +342,16 @@ class OperatorService(Steering):
             reason = allocation.reason or "it waits for a node"
             raise RefusedError("not-placed", f"allocation {allocation.id} runs nowhere: {reason}")
         return allocation, allocation.node
+
+
+def _submission(request: operator_pb2.SubmitJobRequest) -> Job:
+    """Raises InputError with all that is wrong with it."""
+    job = codec.from_wire(request.job, Job)
+    found = problems(job)
+    if found:
+        shown = "; ".join(f"{problem.where}: {problem.message}" for problem in found[:PROBLEMS_SHOWN_MAX])
+        raise InputError(f"job {job.name[:80]!r}: {shown}")
+    return job
 
 
 def _submitted(reply: Reply) -> operator_pb2.SubmitJobResponse:

@@ -40,6 +40,7 @@ RULES: Mapping[str, Rule] = {
     # OperatorService
     "GetFleet": Rule(_READ, Where.SOMEWHERE),
     "SubmitJob": Rule(_SUBMIT, Where.SUBMITTED, changing=True),
+    "PlanJob": Rule(_SUBMIT, Where.SUBMITTED),
     "StopJob": Rule(_SUBMIT, Where.JOB, changing=True),
     "DispatchJob": Rule(_SUBMIT, Where.JOB, changing=True),
     "RevertJob": Rule(_SUBMIT, Where.JOB, changing=True),
@@ -56,6 +57,7 @@ RULES: Mapping[str, Rule] = {
     "GetNode": Rule(_READ, Where.SOMEWHERE),
     "ListAllocations": Rule(_READ, Where.SOMEWHERE),
     "GetAllocation": Rule(_READ, Where.ALLOCATION),
+    "ExplainAllocation": Rule(_READ, Where.ALLOCATION),
     "Logs": Rule(_READ, Where.ALLOCATION),
     "Exec": Rule(Capability.EXEC, Where.SOMEWHERE, changing=True),
     "WatchEvents": Rule(_READ, Where.SOMEWHERE),

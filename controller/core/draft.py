@@ -12,6 +12,7 @@ import numpy as np
 from controller.core import retry, volumes
 from controller.core import table as columns
 from controller.core.groups import GroupEntry, VolumeKey
+from controller.core.near import neighbours
 from controller.core.preempt import make_room
 from controller.core.records import LatePlacement, Plan, Run, Stop, Update
 from controller.core.schedule import Placement, held_back, place, place_on
@@ -83,7 +84,7 @@ class Draft:
         group, unplaced = self._state.groups[key], self._state.live.unplaced
         if not len(pending) and not len(missing):
             return
-        near = self._near(group, spread)
+        near = neighbours(self._state, group, spread, self._given.get(group.job, ()))
         indices = np.concatenate([self._state.table.index[pending].astype(np.int64), missing])
         if group.type is JobType.SYSTEM:
             found = self._place_each(group, indices, near)
@@ -125,24 +126,6 @@ class Draft:
             updates=tuple(self._updates),
             settled=b"".join(serials.tobytes() for serials in self._settled),
         )
-
-    def _near(self, group: GroupEntry, spread: Ints) -> Near:
-        size = self._nodes().size
-        there = self._state.table.node[spread]
-        of_group = np.bincount(there[there >= 0], minlength=size)
-        if not any(distinct.whole_job for distinct in group.distinct):
-            return Near(of_group)
-        of_job = of_group.copy()
-        for other in self._state.current_groups(group.job):
-            if (family := self._state.groups[other].family) != group.family:
-                rows = self._state.family_rows(family)
-                table = self._state.table
-                running = (table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)
-                nodes = table.node[rows[running]]
-                of_job += np.bincount(nodes[nodes >= 0], minlength=size)
-        for nodes_given in self._given.get(group.job, ()):
-            of_job += np.bincount(nodes_given, minlength=size)
-        return Near(of_group, of_job)
 
     def _place_apart(
         self, group: GroupEntry, indices: Ints, near: Near, avoid: Mapping[int, tuple[int, ...]]

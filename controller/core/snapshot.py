@@ -34,6 +34,7 @@ class Snapshot:
         self.cpu_total: Times = np.maximum(nodes.cpu_total[:size], 1).astype(np.float64)
         self.memory_total: Times = np.maximum(nodes.memory_total[:size], 1).astype(np.float64)
         self.holds = holds
+        self._returned: set[tuple[int, int]] = set()
         self._given: dict[int, set[int]] = {}  # ports, by node, in this snapshot
 
     def device_free(self, name: str) -> Ints:
@@ -44,7 +45,7 @@ class Snapshot:
 
     def port_free(self, port: int) -> Bools:
         free = np.ones(self.size, np.bool_)
-        free[list(self.nodes.holders.get(port, ()))] = False
+        free[[ref for ref in self.nodes.holders.get(port, ()) if (ref, port) not in self._returned]] = False
         free[[ref for ref, given in self._given.items() if port in given]] = False
         return free
 
@@ -106,6 +107,12 @@ class Snapshot:
                 self._given.setdefault(ref, set()).update(group.static_ports)
                 ports.extend(self._next_port(ref) for _ in range(width))
         return ports
+
+    def give_back(self, ref: int, group: GroupEntry, ports: tuple[int, ...]) -> None:
+        """As if an allocation of the group, with these ports of the node's range, were not there."""
+        for free, wanted in self.counted(group):
+            free[ref] += wanted
+        self._returned.update((ref, port) for port in (*ports, *group.static_ports))
 
     def _next_port(self, ref: int) -> int:
         found = self.nodes.nodes[ref].fingerprint

@@ -7,6 +7,7 @@ from controller.core.commands import Reply
 from controller.core.entries import JobEntry
 from controller.core.events import JobRestartRequested, JobStopRequested, JobSubmitted
 from controller.core.records import JobStopped, JobVersionAdded, JobVersionsDropped, Record, VirtualAddressAssigned
+from controller.core.remedies import hopeless_wishes
 from controller.core.state import State
 from outrider.ids import JobName, ServiceName
 from outrider.model.dependencies import circle, waits
@@ -95,15 +96,16 @@ def names_of_stop(state: State, job: JobName) -> frozenset[str]:
 
 
 def job_warnings(state: State, job: Job) -> tuple[str, ...]:
-    """Upstreams that nobody provides, this job included."""
+    """Upstreams that nobody provides, this job included; and wishes that no node fulfils."""
     own = {service.name for group in job.groups for service in group.services if service.port is not None}
-    return tuple(
+    upstreams = tuple(
         f"group {group.name}: service {service.name}: nobody provides its upstream {upstream.service!r} yet"
         for group in job.groups
         for service in group.services
         for upstream in service.upstreams
         if upstream.service not in state.providers and upstream.service not in own
     )
+    return (*upstreams, *hopeless_wishes(state, job))
 
 
 def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from controller.core import retry
 from controller.core import table as columns
 from controller.core.groups import FamilyKey
+from controller.core.remedies import would_fit
 from controller.core.state import State
 from controller.core.submit import job_warnings
 from controller.core.table import ENDED_STATUSES, OBSERVED, Ints
@@ -58,7 +59,9 @@ def job_status(state: State, job: JobName) -> JobStatus | None:
     return JobStatus(
         job=JobVersion(job=added.job, version=entry.latest, submitted_at_s=added.submitted_at_s, stopped=entry.stopped),
         allocations=allocations(state, job=job, terminal=True),
-        warnings=() if entry.stopped else (*job_warnings(state, added.job), *_held_back(state, job)),
+        warnings=()
+        if entry.stopped
+        else (*job_warnings(state, added.job), *_held_back(state, job), *_would_fit(state, job)),
         rollout=_rollout(state, job),
         rollout_reason=entry.rollout_reason,
         state=_job_state(state, job),
@@ -272,6 +275,17 @@ def _rollout(state: State, job: JobName) -> RolloutState:
     if entry.rollout is RolloutState.RUNNING and job in state.live.proven:
         return RolloutState.PROVEN
     return entry.rollout
+
+
+def _would_fit(state: State, job: JobName) -> tuple[str, ...]:
+    """For groups that wait for a node: what would make them fit."""
+    groups = (state.groups[key] for key in state.current_groups(job))
+    return tuple(
+        f"group {group.group.name} would fit {remedy}"
+        for group in groups
+        if group.family in state.live.unplaced
+        for remedy in would_fit(state, group)[:2]
+    )
 
 
 def _node_state(state: State, ref: int) -> NodeState:

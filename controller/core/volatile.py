@@ -27,6 +27,11 @@ class Timers:
         self._due: dict[TimerKey, float] = {}
         self._heap: list[tuple[float, TimerKey]] = []
 
+    def copied(self) -> "Timers":
+        twin = Timers()
+        twin._due, twin._heap = dict(self._due), list(self._heap)
+        return twin
+
     def set(self, key: TimerKey, at_s: float) -> None:
         if self._due.get(key) != at_s:
             self._due[key] = at_s

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from outrider.cli import planning
 from outrider.cli.exits import RemoteExit
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def exec_(
 
 
 app.command("exec")(exec_)
+app.command("why")(planning.why)
 
 
 def print_allocations(allocations: "Iterable[Allocation]") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outrider.cli import launches, versions
+from outrider.cli import launches, planning, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -159,6 +159,7 @@ def stop(
     print(f"job {job}: {'stopping' if detach else 'stopped'}")
 
 
+app.command("plan")(planning.plan)
 app.command("dispatch")(launches.dispatch)
 app.command("history")(versions.history)
 app.command("diff")(versions.diff_)

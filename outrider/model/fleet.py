@@ -1,10 +1,11 @@
 """The fleet as its operators see it: summaries, statuses, events."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 
-from outrider.ids import DEFAULT_NAMESPACE, JobName, Namespace
+from outrider.ids import DEFAULT_NAMESPACE, GroupName, JobName, Namespace, NodeId
 from outrider.model.allocation import Allocation, Generation
-from outrider.model.job import JobType, JobVersion, Value
+from outrider.model.job import Job, JobType, JobVersion, Value
 from outrider.model.node import Drain, Node, NodeStatus
 
 
@@ -84,6 +85,61 @@ class NodeState(Value, frozen=True, kw_only=True):
     acknowledged: Generation = Generation()
     eligible: bool = True  # for new work
     drain: Drain | None = None
+
+
+class FilteredNodes(Value, frozen=True, kw_only=True):
+    reason: str
+    nodes: int
+
+
+class NodeScore(Value, frozen=True, kw_only=True):
+    node: NodeId
+    score: float
+    parts: Mapping[str, float] = {}  # what it is the sum of
+
+
+class Explanation(Value, frozen=True, kw_only=True):
+    """Why an allocation is where it is, or is nowhere, as the scheduler would judge now."""
+
+    allocation: Allocation
+    nodes: int
+    filtered: tuple[FilteredNodes, ...] = ()  # each node counted once, by the first that it fails
+    best: tuple[NodeScore, ...] = ()
+    remedies: tuple[str, ...] = ()  # single changes that would make it fit
+
+
+class PlannedAction(StrEnum):
+    PLACE = "place"
+    REPLACE = "replace"  # a new copy instead of an old one, on the same node or another
+    STOP = "stop"
+    PREEMPT = "preempt"  # makes room for one of higher priority
+    WAIT = "wait"  # wanted, and fits nowhere
+
+
+class PlannedStep(Value, frozen=True, kw_only=True):
+    action: PlannedAction
+    job: JobName
+    group: GroupName
+    index: int
+    node_before: NodeId | None = None
+    node_after: NodeId | None = None
+    reason: str = ""
+
+
+class JobPlan(Value, frozen=True, kw_only=True):
+    """What a submission would lead to."""
+
+    job: JobName
+    version: int  # that it would become
+    changed: bool = False
+    current: Job | None = None  # what the fleet has now; None: nothing that runs
+    refusal: str = ""  # why it would not be taken
+    steps: tuple[PlannedStep, ...] = ()  # the first of them
+    counts: Mapping[str, int] = {}  # of all, by action
+    kept: int = 0  # copies that stay as they are
+    warnings: tuple[str, ...] = ()
+    rollout: RolloutState = RolloutState.RUNNING  # as it would end; running: it waits for a person
+    rollout_reason: str = ""
 
 
 class FleetEvent(Value, frozen=True, kw_only=True):

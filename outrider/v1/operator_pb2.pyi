@@ -95,6 +95,29 @@ ROLLOUT_ACTION_PAUSE: RolloutAction.ValueType  # 3
 ROLLOUT_ACTION_RESUME: RolloutAction.ValueType  # 4
 Global___RolloutAction: _TypeAlias = RolloutAction  # noqa: Y015
 
+class _PlannedAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PlannedActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PlannedAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLANNED_ACTION_UNSPECIFIED: _PlannedAction.ValueType  # 0
+    PLANNED_ACTION_PLACE: _PlannedAction.ValueType  # 1
+    PLANNED_ACTION_REPLACE: _PlannedAction.ValueType  # 2
+    PLANNED_ACTION_STOP: _PlannedAction.ValueType  # 3
+    PLANNED_ACTION_PREEMPT: _PlannedAction.ValueType  # 4
+    PLANNED_ACTION_WAIT: _PlannedAction.ValueType  # 5
+
+class PlannedAction(_PlannedAction, metaclass=_PlannedActionEnumTypeWrapper): ...
+
+PLANNED_ACTION_UNSPECIFIED: PlannedAction.ValueType  # 0
+PLANNED_ACTION_PLACE: PlannedAction.ValueType  # 1
+PLANNED_ACTION_REPLACE: PlannedAction.ValueType  # 2
+PLANNED_ACTION_STOP: PlannedAction.ValueType  # 3
+PLANNED_ACTION_PREEMPT: PlannedAction.ValueType  # 4
+PLANNED_ACTION_WAIT: PlannedAction.ValueType  # 5
+Global___PlannedAction: _TypeAlias = PlannedAction  # noqa: Y015
+
 @_typing.final
 class GetFleetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -939,6 +962,226 @@ class GetAllocationRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetAllocationRequest: _TypeAlias = GetAllocationRequest  # noqa: Y015
+
+@_typing.final
+class FilteredNodes(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    nodes: _builtins.int
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        nodes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilteredNodes: _TypeAlias = FilteredNodes  # noqa: Y015
+
+@_typing.final
+class NodeScore(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PartsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    score: _builtins.float
+    @_builtins.property
+    def parts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        score: _builtins.float = ...,
+        parts: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "parts", b"parts", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeScore: _TypeAlias = NodeScore  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOCATION_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    FILTERED_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
+    REMEDIES_FIELD_NUMBER: _builtins.int
+    nodes: _builtins.int
+    @_builtins.property
+    def allocation(self) -> _allocation_pb2.Allocation: ...
+    @_builtins.property
+    def filtered(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilteredNodes]: ...
+    @_builtins.property
+    def best(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeScore]: ...
+    @_builtins.property
+    def remedies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        allocation: _allocation_pb2.Allocation | None = ...,
+        nodes: _builtins.int = ...,
+        filtered: _abc.Iterable[Global___FilteredNodes] | None = ...,
+        best: _abc.Iterable[Global___NodeScore] | None = ...,
+        remedies: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation", "best", b"best", "filtered", b"filtered", "nodes", b"nodes", "remedies", b"remedies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class PlannedStep(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    NODE_BEFORE_FIELD_NUMBER: _builtins.int
+    NODE_AFTER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    action: Global___PlannedAction.ValueType
+    job: _builtins.str
+    group: _builtins.str
+    index: _builtins.int
+    node_before: _builtins.str
+    node_after: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        action: Global___PlannedAction.ValueType = ...,
+        job: _builtins.str = ...,
+        group: _builtins.str = ...,
+        index: _builtins.int = ...,
+        node_before: _builtins.str | None = ...,
+        node_after: _builtins.str | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_node_after", b"_node_after", "_node_before", b"_node_before", "node_after", b"node_after", "node_before", b"node_before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_node_after", b"_node_after", "_node_before", b"_node_before", "action", b"action", "group", b"group", "index", b"index", "job", b"job", "node_after", b"node_after", "node_before", b"node_before", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__node_after: _TypeAlias = _typing.Literal["node_after"]  # noqa: Y015
+    _WhichOneofArgType__node_after: _TypeAlias = _typing.Literal["_node_after", b"_node_after"]  # noqa: Y015
+    _WhichOneofReturnType__node_before: _TypeAlias = _typing.Literal["node_before"]  # noqa: Y015
+    _WhichOneofArgType__node_before: _TypeAlias = _typing.Literal["_node_before", b"_node_before"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node_after) -> _WhichOneofReturnType__node_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node_before) -> _WhichOneofReturnType__node_before | None: ...
+
+Global___PlannedStep: _TypeAlias = PlannedStep  # noqa: Y015
+
+@_typing.final
+class JobPlan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CountsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    JOB_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    ROLLOUT_REASON_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    version: _builtins.int
+    changed: _builtins.bool
+    refusal: _builtins.str
+    kept: _builtins.int
+    rollout: Global___RolloutState.ValueType
+    rollout_reason: _builtins.str
+    @_builtins.property
+    def current(self) -> _job_pb2.Job: ...
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedStep]: ...
+    @_builtins.property
+    def counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        version: _builtins.int = ...,
+        changed: _builtins.bool = ...,
+        current: _job_pb2.Job | None = ...,
+        refusal: _builtins.str = ...,
+        steps: _abc.Iterable[Global___PlannedStep] | None = ...,
+        counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        kept: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        rollout: Global___RolloutState.ValueType = ...,
+        rollout_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "counts", b"counts", "current", b"current", "job", b"job", "kept", b"kept", "refusal", b"refusal", "rollout", b"rollout", "rollout_reason", b"rollout_reason", "steps", b"steps", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobPlan: _TypeAlias = JobPlan  # noqa: Y015
 
 @_typing.final
 class ExecFrame(_message.Message):

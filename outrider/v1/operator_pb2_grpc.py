@@ -50,6 +50,11 @@ class OperatorServiceStub:
                 request_serializer=outrider_dot_v1_dot_operator__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.FromString,
                 _registered_method=True)
+        self.PlanJob = channel.unary_unary(
+                '/outrider.v1.OperatorService/PlanJob',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.JobPlan.FromString,
+                _registered_method=True)
         self.StopJob = channel.unary_unary(
                 '/outrider.v1.OperatorService/StopJob',
                 request_serializer=outrider_dot_v1_dot_operator__pb2.StopJobRequest.SerializeToString,
@@ -130,6 +135,11 @@ class OperatorServiceStub:
                 request_serializer=outrider_dot_v1_dot_operator__pb2.GetAllocationRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_allocation__pb2.Allocation.FromString,
                 _registered_method=True)
+        self.ExplainAllocation = channel.unary_unary(
+                '/outrider.v1.OperatorService/ExplainAllocation',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.GetAllocationRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.Explanation.FromString,
+                _registered_method=True)
         self.Logs = channel.unary_stream(
                 '/outrider.v1.OperatorService/Logs',
                 request_serializer=outrider_dot_v1_dot_fleet__pb2.LogsRequest.SerializeToString,
@@ -181,6 +191,13 @@ class OperatorServiceServicer:
 
     def SubmitJob(self, request, context):
         """Answers once the journal has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanJob(self, request, context):
+        """What SubmitJob would lead to; changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,6 +305,12 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainAllocation(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Logs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -344,6 +367,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.SubmitJob,
                     request_deserializer=outrider_dot_v1_dot_operator__pb2.SubmitJobRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.SerializeToString,
+            ),
+            'PlanJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanJob,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.SubmitJobRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.JobPlan.SerializeToString,
             ),
             'StopJob': grpc.unary_unary_rpc_method_handler(
                     servicer.StopJob,
@@ -424,6 +452,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.GetAllocation,
                     request_deserializer=outrider_dot_v1_dot_operator__pb2.GetAllocationRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_allocation__pb2.Allocation.SerializeToString,
+            ),
+            'ExplainAllocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainAllocation,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.GetAllocationRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.Explanation.SerializeToString,
             ),
             'Logs': grpc.unary_stream_rpc_method_handler(
                     servicer.Logs,
@@ -518,6 +551,33 @@ class OperatorService:
             '/outrider.v1.OperatorService/SubmitJob',
             outrider_dot_v1_dot_operator__pb2.SubmitJobRequest.SerializeToString,
             outrider_dot_v1_dot_operator__pb2.SubmitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/PlanJob',
+            outrider_dot_v1_dot_operator__pb2.SubmitJobRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.JobPlan.FromString,
             options,
             channel_credentials,
             insecure,
@@ -950,6 +1010,33 @@ class OperatorService:
             '/outrider.v1.OperatorService/GetAllocation',
             outrider_dot_v1_dot_operator__pb2.GetAllocationRequest.SerializeToString,
             outrider_dot_v1_dot_allocation__pb2.Allocation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainAllocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/ExplainAllocation',
+            outrider_dot_v1_dot_operator__pb2.GetAllocationRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

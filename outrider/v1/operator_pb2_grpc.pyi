@@ -42,6 +42,8 @@ class OperatorServiceStub:
     GetFleet: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetFleetRequest, _operator_pb2.GetFleetResponse]
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SubmitJobRequest, _operator_pb2.SubmitJobResponse]
     """Answers once the journal has it."""
+    PlanJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SubmitJobRequest, _operator_pb2.JobPlan]
+    """What SubmitJob would lead to; changes nothing."""
     StopJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.StopJobRequest, _operator_pb2.StopJobResponse]
     DispatchJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DispatchJobRequest, _operator_pb2.DispatchJobResponse]
     """Launches a job from one with parameters, or now from one with a schedule."""
@@ -64,6 +66,7 @@ class OperatorServiceStub:
     ListAllocations: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ListAllocationsRequest, _operator_pb2.ListAllocationsResponse]
     GetAllocation: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetAllocationRequest, _allocation_pb2.Allocation]
     """By id, or by a prefix of it that is unambiguous."""
+    ExplainAllocation: _grpc.UnaryUnaryMultiCallable[_operator_pb2.GetAllocationRequest, _operator_pb2.Explanation]
     Logs: _grpc.UnaryStreamMultiCallable[_fleet_pb2.LogsRequest, _fleet_pb2.TunnelFrame]
     Exec: _grpc.StreamStreamMultiCallable[_operator_pb2.ExecFrame, _fleet_pb2.TunnelFrame]
     """The first frame up is `start`; then stdin, resize. Down: stdout, stderr, end."""
@@ -85,6 +88,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     GetFleet: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetFleetRequest, _operator_pb2.GetFleetResponse]  # type: ignore[assignment]
     SubmitJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.SubmitJobRequest, _operator_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """Answers once the journal has it."""
+    PlanJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.SubmitJobRequest, _operator_pb2.JobPlan]  # type: ignore[assignment]
+    """What SubmitJob would lead to; changes nothing."""
     StopJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.StopJobRequest, _operator_pb2.StopJobResponse]  # type: ignore[assignment]
     DispatchJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.DispatchJobRequest, _operator_pb2.DispatchJobResponse]  # type: ignore[assignment]
     """Launches a job from one with parameters, or now from one with a schedule."""
@@ -107,6 +112,7 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ListAllocations: _aio.UnaryUnaryMultiCallable[_operator_pb2.ListAllocationsRequest, _operator_pb2.ListAllocationsResponse]  # type: ignore[assignment]
     GetAllocation: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetAllocationRequest, _allocation_pb2.Allocation]  # type: ignore[assignment]
     """By id, or by a prefix of it that is unambiguous."""
+    ExplainAllocation: _aio.UnaryUnaryMultiCallable[_operator_pb2.GetAllocationRequest, _operator_pb2.Explanation]  # type: ignore[assignment]
     Logs: _aio.UnaryStreamMultiCallable[_fleet_pb2.LogsRequest, _fleet_pb2.TunnelFrame]  # type: ignore[assignment]
     Exec: _aio.StreamStreamMultiCallable[_operator_pb2.ExecFrame, _fleet_pb2.TunnelFrame]  # type: ignore[assignment]
     """The first frame up is `start`; then stdin, resize. Down: stdout, stderr, end."""
@@ -137,6 +143,14 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.SubmitJobResponse, _abc.Awaitable[_operator_pb2.SubmitJobResponse]]:
         """Answers once the journal has it."""
+
+    @_abc_1.abstractmethod
+    def PlanJob(
+        self,
+        request: _operator_pb2.SubmitJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.JobPlan, _abc.Awaitable[_operator_pb2.JobPlan]]:
+        """What SubmitJob would lead to; changes nothing."""
 
     @_abc_1.abstractmethod
     def StopJob(
@@ -255,6 +269,13 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_allocation_pb2.Allocation, _abc.Awaitable[_allocation_pb2.Allocation]]:
         """By id, or by a prefix of it that is unambiguous."""
+
+    @_abc_1.abstractmethod
+    def ExplainAllocation(
+        self,
+        request: _operator_pb2.GetAllocationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.Explanation, _abc.Awaitable[_operator_pb2.Explanation]]: ...
 
     @_abc_1.abstractmethod
     def Logs(
