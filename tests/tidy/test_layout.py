@@ -17,7 +17,7 @@ FILES = sorted(
 )
 # What a pure core may use: data and computation, nothing that reads the world.
 PURE_STDLIB = {
-    "__future__", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "heapq",
+    "__future__", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "hashlib", "heapq",
     "ipaddress", "itertools", "math", "operator", "random", "re", "string", "textwrap", "typing", "types", "array",
     "urllib.parse",
 }  # fmt: skip
