@@ -1,7 +1,7 @@
 """The agent's only wiring: configuration -> join -> claims -> parts -> what runs already -> run until SIGTERM.
 
-Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `kvm`, `mqtt`, and what these start, in one
-TaskGroup: when one fails, the agent ends with its error. The allocations run on in every case.
+Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `load`, `kvm`, `mqtt`, and what these start, in
+one TaskGroup: when one fails, the agent ends with its error. The allocations run on in every case.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from agent.held import SIDECAR
 from agent.images import Images
 from agent.join import join
 from agent.leaves import Leaves
+from agent.load import Load
 from agent.mesh_relay import MeshRelay
 from agent.metrics import NodeFigures, Workload, http_listener
 from agent.names import Names
@@ -224,6 +225,13 @@ class Agent:
             operations=self._operations(),
             volumes=self._volumes,
         )
+        self._load = Load(
+            held=self._executor.held,
+            group=self._engine.group,
+            cpu_s=lambda alloc, task: host.runtime.usage(sandbox_id(alloc, task)).cpu_s,
+            sidecar=sidecars.stats,
+            tell=self._fleet.measured,
+        )
         self._tunnels = Tunnels(sources=self._sources, dial=self._fleet.open_tunnel, log=log)
 
     async def begin(self, stack: contextlib.AsyncExitStack) -> None:
@@ -248,6 +256,7 @@ class Agent:
             "names": self._names.run(),
             "logs": self._host.runtime.rotate_logs(),
             "refusals": self._forward_refusals(),
+            "load": self._load.run(),
         }
         if self._broker is not None:
             works["mqtt"] = self._broker.run()

@@ -12,7 +12,9 @@ from agent.core.events import Event, Tick
 from agent.core.state import State, next_deadline_s
 from agent.core.step import all_reports, step
 from outrider.clock import monotonic_s
+from outrider.ids import AllocId
 from outrider.model.allocation import AllocReport, Generation
+from outrider.model.job import Group
 
 EVENTS_MAX = 4096
 
@@ -26,6 +28,11 @@ class Engine:
     @property
     def acknowledged(self) -> Generation:
         return self._state.acknowledged
+
+    def group(self, alloc: AllocId) -> Group | None:
+        """As it is wanted now; None of one that is not known."""
+        known = self._state.allocs.get(alloc)
+        return known.assignment.group if known is not None else None
 
     def reports(self) -> tuple[AllocReport, ...]:
         return all_reports(self._state)

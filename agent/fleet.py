@@ -2,8 +2,8 @@
 
 Owns the conversation alone: what is wanted goes to `FleetListener`, what is true comes from it. Tasks: `run`,
 which reads, and one for each session that writes. Nothing queues up: what is not yet sent is one newest
-report for each allocation, the newest of each acknowledgement, and at most REFUSALS_MAX refusals. A new session's
-Hello says it all anew.
+report and figure for each allocation, the newest of each acknowledgement, and at most REFUSALS_MAX refusals. A new
+session's Hello says it all anew.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from outrider.clock import monotonic_s
 from outrider.errors import InputError, OutriderError, PeerError
 from outrider.ids import AllocId, SecretName, ServiceName
 from outrider.log import Log
-from outrider.model.allocation import AllocReport, Assignment, Generation
+from outrider.model.allocation import AllocFigures, AllocReport, Assignment, Generation
 from outrider.model.job import Value
 from outrider.model.mesh import Leaf, MeshUpdate, ObservedRefusal
 from outrider.model.node import Fingerprint, Node
@@ -83,6 +83,7 @@ class _Outbox:
         self.applied: Generation | None = None
         self.mesh_applied: int | None = None
         self.fingerprint: Fingerprint | None = None
+        self.figures: dict[AllocId, AllocFigures] = {}
         self.refusals: deque[ObservedRefusal] = deque(maxlen=REFUSALS_MAX)
 
     def messages(self) -> Iterator[fleet_pb2.AgentMessage]:
@@ -98,6 +99,9 @@ class _Outbox:
             yield fleet_pb2.AgentMessage(applied=fleet_pb2.Applied(generation=generation))
         if self.mesh_applied is not None:
             yield fleet_pb2.AgentMessage(mesh_applied=fleet_pb2.MeshApplied(version=self.mesh_applied))
+        if self.figures:
+            figures = [codec.to_wire(each, allocation_pb2.AllocFigures) for each in self.figures.values()]
+            yield fleet_pb2.AgentMessage(figures=fleet_pb2.Figures(figures=figures))
         if self.refusals:
             refusals = [codec.to_wire(refusal, mesh_pb2.ObservedRefusal) for refusal in self.refusals]
             yield fleet_pb2.AgentMessage(refusals=fleet_pb2.Refusals(refusals=refusals))
@@ -157,6 +161,11 @@ class FleetSession:
 
     def fingerprint_changed(self, fingerprint: Fingerprint) -> None:
         self._outbox.fingerprint = fingerprint
+        self._wake.set()
+
+    def measured(self, figures: Iterable[AllocFigures]) -> None:
+        """Older ones of the same allocations, not sent yet, are left out."""
+        self._outbox.figures.update({each.alloc: each for each in figures})
         self._wake.set()
 
     def refused(self, refusal: ObservedRefusal) -> None:

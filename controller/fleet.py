@@ -14,6 +14,7 @@ from controller.core.events import (
     AgentConnected,
     AgentDisconnected,
     AgentReported,
+    FiguresReported,
     FingerprintChanged,
     HeartbeatReceived,
 )
@@ -27,7 +28,7 @@ from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.keys import peer_key_sha256
 from outrider.log import Log
-from outrider.model.allocation import AllocReport, Generation
+from outrider.model.allocation import AllocFigures, AllocReport, Generation
 from outrider.model.mesh import ObservedRefusal
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import IdentityKind, peer_identity
@@ -187,6 +188,9 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
             case "fingerprint_changed":
                 fingerprint = codec.from_wire(message.fingerprint_changed.fingerprint, Fingerprint)
                 await self._engine.tell(FingerprintChanged(session=at, node=node, fingerprint=fingerprint))
+            case "figures":
+                figures = tuple(codec.from_wire(each, AllocFigures) for each in message.figures.figures)
+                await self._engine.tell(FiguresReported(session=at, node=node, figures=figures))
             case "refusals":
                 observed = tuple(codec.from_wire(each, ObservedRefusal) for each in message.refusals.refusals)
                 self._refusals.add(node, observed)

@@ -20,7 +20,7 @@ LATENCY_BUCKETS_MS = (1, 5, 10, 25, 50, 100, 250, 500, 1000, 5000)
 _STATS = (
     r"cluster\.outbound\.[^.]+\.[^.]+\.upstream_rq_([1-5]xx|time|rx_reset)",
     r"cluster\.outbound\.[^.]+\.[^.]+\.upstream_cx_(total|active|connect_fail|none_healthy|[rt]x_bytes_total)",
-    r"http\.inbound\.[^.]+\.downstream_(rq_[1-5]xx|rq_time|cx_total|cx_active|cx_[rt]x_bytes_total)",
+    r"http\.inbound\.[^.]+\.downstream_(rq_[1-5]xx|rq_time|rq_active|cx_total|cx_active|cx_[rt]x_bytes_total)",
     r"tcp\.inbound\.[^.]+\.downstream_(cx_total|cx_active|cx_[rt]x_bytes_total)",
     r"(http\.)?inbound\.[^.]+\.rbac\.denied",
     r"listener_manager\.(workers_started|total_listeners_(active|warming))",

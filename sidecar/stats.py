@@ -68,5 +68,6 @@ def _stats(source: str, destination: str, pair: _Pair, *, sent: str, received: s
         bytes_received=int(values[f"cx_{received}_bytes"]),
         connections=int(values["cx"]),
         connections_active=int(values["cx_active"]),
+        requests_active=int(values["rq_active"]),
         refused=int(values["refused"]),
     )

@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from controller.core import amend, launch, quota, steering, store_calls, submit, versions
+from controller.core import amend, launch, quota, scaling, steering, store_calls, submit, versions
 from controller.core.commands import Reply
 from controller.core.events import (
     AccessCall,
@@ -18,7 +18,9 @@ from controller.core.events import (
     LaunchDue,
     NodeJoinRequested,
     NodeSteerRequested,
+    OwnCall,
     RolloutSteerRequested,
+    ScaleDue,
     SteerCall,
     StoreCall,
 )
@@ -86,8 +88,10 @@ def _answer(
     match call:
         case JobSubmitted() | JobStopRequested() | JobRevertRequested() | JobScaleRequested():
             return _change_job(state, call, now_s, addresses)
-        case JobRestartRequested() | JobDispatchRequested() | LaunchDue():
+        case JobRestartRequested() | JobDispatchRequested():
             return _begin_again(state, call, now_s)
+        case LaunchDue() | ScaleDue():
+            return _due(state, call, now_s), None
         case AccessChangeRequested() | NodeJoinRequested():
             return amend.answer(state, call, now_s)
         case _:
@@ -113,17 +117,23 @@ def _change_job(
             assert_never(call)
 
 
-def _begin_again(
-    state: State, call: JobRestartRequested | JobDispatchRequested | LaunchDue, now_s: float
-) -> tuple[tuple[Record, ...], Reply | None]:
+def _begin_again(state: State, call: JobRestartRequested | JobDispatchRequested, now_s: float) -> submit.Answer:
     """What is there already begins anew."""
     match call:
         case JobRestartRequested():
             return submit.restart(state, call, now_s)
         case JobDispatchRequested():
             return launch.by_hand(state, call, now_s)
+        case _:
+            assert_never(call)
+
+
+def _due(state: State, call: OwnCall, now_s: float) -> tuple[Record, ...]:
+    match call:
         case LaunchDue():
-            return launch.by_schedule(state, call, now_s), None
+            return launch.by_schedule(state, call, now_s)
+        case ScaleDue():
+            return scaling.change(state, call)
         case _:
             assert_never(call)
 

@@ -5,7 +5,7 @@ from typing import NewType
 
 from controller.core.access_records import AccessRecord
 from outrider.ids import AllocId, GroupName, JobName, Namespace, NodeId, SecretName, VolumeName
-from outrider.model.allocation import AllocAction, AllocReport, Generation
+from outrider.model.allocation import AllocAction, AllocFigures, AllocReport, Generation
 from outrider.model.belongings import Volume
 from outrider.model.fleet import RolloutAction
 from outrider.model.job import Job, Value
@@ -173,6 +173,24 @@ class LaunchPlanned(Value, frozen=True, kw_only=True):
     next: Launch | None = None  # None: the schedule never fires again
 
 
+class ScaleDue(Value, frozen=True, kw_only=True):
+    """From the core to itself: a group that the fleet scales should have another count."""
+
+    job: JobName
+    group: GroupName
+    was: int
+    count: int
+    reason: str
+
+
+class FiguresReported(Value, frozen=True, kw_only=True):
+    """What copies of scaled groups have to do."""
+
+    session: SessionId
+    node: NodeId
+    figures: tuple[AllocFigures, ...]
+
+
 class LaunchDue(Value, frozen=True, kw_only=True):
     """From the core to itself: a schedule fired, and waits its turn among the operators' calls."""
 
@@ -247,8 +265,9 @@ OperatorJobCall = (
 )
 AccessCall = AccessChangeRequested | NodeJoinRequested
 OperatorCall = OperatorJobCall | SteerCall | StoreCalls | AccessCall  # each is answered by a Reply
-JobCall = OperatorJobCall | LaunchDue
-Call = OperatorCall | LaunchDue  # what waits for the journal to be free
+OwnCall = LaunchDue | ScaleDue  # the core's
+JobCall = OperatorJobCall | OwnCall
+Call = OperatorCall | OwnCall  # what waits for the journal to be free
 Event = (
     AgentConnected
     | AgentDisconnected
@@ -260,6 +279,7 @@ Event = (
     | EndpointsWithdrawn
     | OperatorCall
     | LaunchPlanned
+    | FiguresReported
     | Appended
     | Tick
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from controller.core import drains, launch, liveness, notices, reconcile, retry, sealed
+from controller.core import drains, launch, liveness, notices, reconcile, retry, scaling, sealed
 from controller.core import table as columns
 from controller.core.access_records import NodeRevoked
 from controller.core.kinds import Kind
@@ -77,16 +77,19 @@ def _job_applied(state: State, record: Record, now_s: float) -> None:
             _job_changed(state, record.job.name)
             launch.forget_plan(state, record.job.name)
             launch.plan_next(state, record.job.name)
+            scaling.watch(state, record.job.name, now_s)
         case JobStopped():
             notices.of_job(state, Kind.JOB_STOPPED, record.job)
             _job_changed(state, record.job)
             launch.forget_plan(state, record.job)
+            scaling.watch(state, record.job, now_s)
             state.live.perhaps_over[record.job] = None
         case JobLaunched():
             launch.tell(state, record)
         case GroupScaled():
             notices.of_job(state, Kind.JOB_SCALED, record.job, f"group {record.group}: {record.reason}")
             state.live.dirty_jobs[record.job] = None
+            scaling.changed(state, record, now_s)
         case RolloutEnded():
             state.live.perhaps_over[record.job] = None
             notices.of_job(state, _ROLLOUTS[record.state], record.job, record.reason)

@@ -137,7 +137,6 @@ def _told(group: Group, constraints: tuple[Constraint, ...]) -> Group:
         update=UpdatePolicy(),
         reschedule=ReschedulePolicy(),
         disconnect=DisconnectPolicy(),
-        scaling=None,
         depends_on=(),
         constraints=constraints,
         affinities=(),
@@ -150,6 +149,7 @@ def _spec(told: Group) -> Group:
     task = Task(name=TaskName(""))
     return msgspec.structs.replace(
         told,
+        scaling=None,
         restart=RestartPolicy(),
         services=tuple(msgspec.structs.replace(service, check=None) for service in told.services),
         tasks=tuple(

@@ -16,6 +16,9 @@ class Policy(Value, frozen=True, kw_only=True):
     replacements_burst: float = 2000.0  # so many at once
     ended_kept: int = 5  # ended allocations of each group that stay visible
     versions_kept: int = 20  # of each job
+    scaling_interval_s: float = 3.0  # between two looks at a group that the fleet scales
+    scaling_window_s: float = 10.0  # whose mean counts
+    scaling_samples_max: int = 8  # of a copy that are remembered
     children_kept: int = 20  # that are over, of each job that others are launched from
     plan_placements_max: int = 50_000  # in one plan: bounds a step, and what one fsync carries
     operator_calls_max: int = 4096  # waiting for the journal; more are told to come back

@@ -9,7 +9,7 @@ from typing import assert_never
 
 import msgspec
 
-from controller.core import absence, commit, deploy, drains, launch, liveness, reconcile
+from controller.core import absence, commit, deploy, drains, launch, liveness, reconcile, scaling
 from controller.core.commands import Command, Reply
 from controller.core.events import (
     AgentApplied,
@@ -19,6 +19,7 @@ from controller.core.events import (
     Appended,
     EndpointsWithdrawn,
     Event,
+    FiguresReported,
     FingerprintChanged,
     HeartbeatReceived,
     LastWillSeen,
@@ -38,6 +39,7 @@ def step(state: State, event: Event, now_s: float, rng: random.Random) -> tuple[
         liveness.begin(state, now_s)
         live.now_s = now_s
         launch.begin(state)
+        scaling.begin(state)
     live.now_s = now_s
     _take(state, event, now_s)
     if live.in_flight is None:
@@ -54,7 +56,7 @@ def _take(state: State, event: Event, now_s: float) -> None:
     match event:
         case HeartbeatReceived():
             liveness.heartbeat(state, event, now_s)
-        case AgentReported() | AgentApplied() | FingerprintChanged():
+        case AgentReported() | AgentApplied() | FingerprintChanged() | FiguresReported():
             _listen(state, event, now_s)
         case Appended():
             commit.appended(state, event, now_s)
@@ -75,7 +77,9 @@ def _take(state: State, event: Event, now_s: float) -> None:
             assert_never(event)
 
 
-def _listen(state: State, event: AgentReported | AgentApplied | FingerprintChanged, now_s: float) -> None:
+def _listen(
+    state: State, event: AgentReported | AgentApplied | FingerprintChanged | FiguresReported, now_s: float
+) -> None:
     """To what an agent says on its present session; what comes from an older one is void."""
     ref = state.nodes.reference.get(event.node)
     if ref is None or state.live.links[ref].session != event.session:
@@ -85,6 +89,8 @@ def _listen(state: State, event: AgentReported | AgentApplied | FingerprintChang
             take_reports(state, ref, event.reports, now_s)
         case AgentApplied():
             state.live.links[ref].acknowledged = event.generation
+        case FiguresReported():
+            scaling.take_figures(state, ref, event.figures, now_s)
         case FingerprintChanged():
             node = state.nodes.nodes[ref]
             if node.fingerprint != event.fingerprint:
@@ -135,5 +141,7 @@ def _tick(state: State, now_s: float) -> None:
                 state.live.dirty_jobs[JobName(job)] = None
             case (launch.LAUNCH, str(job)):
                 launch.fired(state, JobName(job))
+            case (scaling.SCALE, str(job)):
+                scaling.fired(state, JobName(job), now_s)
             case _:
                 raise AssertionError(f"a timer for nobody: {key}")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from controller.core import retry
+from controller.core import retry, scaling
 from controller.core import table as columns
 from controller.core.groups import FamilyKey
 from controller.core.remedies import would_fit
@@ -66,6 +66,7 @@ def job_status(state: State, job: JobName) -> JobStatus | None:
         rollout_reason=entry.rollout_reason,
         state=_job_state(state, job),
         next_launch_s=_next_launch_s(state, job),
+        scaling=scaling.statuses(state, job),
         children=tuple(_job_summary(state, child) for child in entry.children),
     )
 

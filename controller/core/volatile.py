@@ -116,6 +116,17 @@ class Pulling:
 
 
 @dataclass(slots=True)
+class Scaler:
+    """What is remembered of a group that the fleet scales."""
+
+    began_s: float  # figures are looked at since then
+    changed_s: float  # no change before this and the cooldown
+    wishes: deque[tuple[float, int]] = field(default_factory=deque)  # of the last cooldown: when, and how many copies
+    measured: float | None = None  # the mean of the copies, the last time
+    note: str = ""  # why there is no change
+
+
+@dataclass(slots=True)
 class Volatile:
     started_at_s: float | None = None
     now_s: float = 0.0  # of the newest step, for views
@@ -141,6 +152,9 @@ class Volatile:
     # For jobs that others are launched from.
     launches: dict[JobName, Launch] = field(default_factory=dict)  # when each schedule fires next
     children_over: dict[JobName, dict[JobName, None]] = field(default_factory=dict)  # by parent, oldest first
+    # For groups that the fleet scales.
+    loads: dict[int, deque[tuple[float, float]]] = field(default_factory=dict)  # by serial: when, and how much
+    scalers: dict[FamilyKey, Scaler] = field(default_factory=dict)
     perhaps_over: dict[JobName, None] = field(default_factory=dict)  # something of them ended
     # For the scheduler.
     dirty_jobs: dict[JobName, None] = field(default_factory=dict)
@@ -166,6 +180,7 @@ class Volatile:
 
     def forget_report(self, serial: int) -> AllocReport | None:
         self.pulling.pop(serial, None)
+        self.loads.pop(serial, None)
         return self.reports.pop(serial, None)
 
     def to(self, ref: int) -> Outgoing:

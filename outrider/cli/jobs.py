@@ -124,6 +124,11 @@ def status(job: str, json: Json = False) -> None:
             ("reason", answer.rollout_reason),
         )
     )
+    for one in answer.scaling:
+        measured = f"{one.measured:.3g}" if one.measured is not None else "unknown"
+        bounds = f"{one.count} copies of {one.policy.count_min} to {one.policy.count_max}"
+        target = f"{one.policy.metric} {measured} each, wanted {one.policy.target:g}"
+        print(f"scaling: group {one.group}: {bounds}; {target}{one.note and '; ' + one.note}")
     for warning in answer.warnings:
         print(f"warning: {warning}")
     print()

@@ -89,6 +89,13 @@ class AllocAction(StrEnum):
     STOP = "stop"  # another takes its place
 
 
+class AllocFigures(Value, frozen=True, kw_only=True):
+    """What a copy of a group that the fleet scales has to do, over the time since the figures before."""
+
+    alloc: AllocId
+    load: float  # in the unit of the group's metric: requests a second, requests under way, percent of its reservation
+
+
 class Assignment(Value, frozen=True, kw_only=True):
     """All that an agent needs to run one allocation."""
 

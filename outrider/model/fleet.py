@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from outrider.ids import DEFAULT_NAMESPACE, GroupName, JobName, Namespace, NodeId
 from outrider.model.allocation import Allocation, Generation
-from outrider.model.job import Job, JobType, JobVersion, Value
+from outrider.model.job import Job, JobType, JobVersion, ScalingPolicy, Value
 from outrider.model.node import Drain, Node, NodeStatus
 
 
@@ -55,6 +55,16 @@ class JobSummary(Value, frozen=True, kw_only=True):
     namespace: Namespace = DEFAULT_NAMESPACE
 
 
+class ScalingStatus(Value, frozen=True, kw_only=True):
+    """How a group that the fleet scales stands."""
+
+    group: GroupName
+    count: int
+    policy: ScalingPolicy
+    measured: float | None = None  # the mean of its copies, in the unit of the metric; None: not known
+    note: str = ""  # why nothing changes
+
+
 class JobStatus(Value, frozen=True, kw_only=True):
     job: JobVersion
     allocations: tuple[Allocation, ...] = ()
@@ -63,6 +73,7 @@ class JobStatus(Value, frozen=True, kw_only=True):
     rollout_reason: str = ""
     state: JobState = JobState.PENDING
     next_launch_s: float | None = None  # of one with a schedule
+    scaling: tuple[ScalingStatus, ...] = ()
     children: tuple[JobSummary, ...] = ()  # the jobs launched from it, the newest last
 
 

@@ -274,6 +274,29 @@ class AllocReport(_message.Message):
 Global___AllocReport: _TypeAlias = AllocReport  # noqa: Y015
 
 @_typing.final
+class AllocFigures(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOC_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    alloc: _builtins.str
+    load: _builtins.float
+    """in the unit of the group's scaling metric"""
+    def __init__(
+        self,
+        *,
+        alloc: _builtins.str = ...,
+        load: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "load", b"load"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocFigures: _TypeAlias = AllocFigures  # noqa: Y015
+
+@_typing.final
 class Assignment(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

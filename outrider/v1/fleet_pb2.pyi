@@ -161,6 +161,7 @@ class AgentMessage(_message.Message):
     MESH_APPLIED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_CHANGED_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -175,6 +176,8 @@ class AgentMessage(_message.Message):
     def fingerprint_changed(self) -> Global___FingerprintChanged: ...
     @_builtins.property
     def refusals(self) -> Global___Refusals: ...
+    @_builtins.property
+    def figures(self) -> Global___Figures: ...
     def __init__(
         self,
         *,
@@ -185,12 +188,13 @@ class AgentMessage(_message.Message):
         mesh_applied: Global___MeshApplied | None = ...,
         fingerprint_changed: Global___FingerprintChanged | None = ...,
         refusals: Global___Refusals | None = ...,
+        figures: Global___Figures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "figures", b"figures", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "figures", b"figures", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "reports", "applied", "mesh_applied", "fingerprint_changed", "refusals"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "reports", "applied", "mesh_applied", "fingerprint_changed", "refusals", "figures"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -417,6 +421,28 @@ class Refusals(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Refusals: _TypeAlias = Refusals  # noqa: Y015
+
+@_typing.final
+class Figures(_message.Message):
+    """Of copies of groups that the fleet scales; the newest of each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIGURES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def figures(self) -> _containers.RepeatedCompositeFieldContainer[_allocation_pb2.AllocFigures]: ...
+    def __init__(
+        self,
+        *,
+        figures: _abc.Iterable[_allocation_pb2.AllocFigures] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Figures: _TypeAlias = Figures  # noqa: Y015
 
 @_typing.final
 class Assignments(_message.Message):

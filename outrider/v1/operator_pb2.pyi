@@ -721,6 +721,42 @@ class SteerNodeResponse(_message.Message):
 Global___SteerNodeResponse: _TypeAlias = SteerNodeResponse  # noqa: Y015
 
 @_typing.final
+class ScalingStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    count: _builtins.int
+    measured: _builtins.float
+    """the mean of its copies, in the unit of the metric"""
+    note: _builtins.str
+    """why nothing changes"""
+    @_builtins.property
+    def policy(self) -> _job_pb2.ScalingPolicy: ...
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        count: _builtins.int = ...,
+        policy: _job_pb2.ScalingPolicy | None = ...,
+        measured: _builtins.float | None = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_measured", b"_measured", "measured", b"measured", "policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_measured", b"_measured", "count", b"count", "group", b"group", "measured", b"measured", "note", b"note", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__measured: _TypeAlias = _typing.Literal["measured"]  # noqa: Y015
+    _WhichOneofArgType__measured: _TypeAlias = _typing.Literal["_measured", b"_measured"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured) -> _WhichOneofReturnType__measured | None: ...
+
+Global___ScalingStatus: _TypeAlias = ScalingStatus  # noqa: Y015
+
+@_typing.final
 class JobStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -732,6 +768,7 @@ class JobStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     NEXT_LAUNCH_S_FIELD_NUMBER: _builtins.int
     CHILDREN_FIELD_NUMBER: _builtins.int
+    SCALING_FIELD_NUMBER: _builtins.int
     rollout: Global___RolloutState.ValueType
     """of the newest version"""
     rollout_reason: _builtins.str
@@ -747,6 +784,8 @@ class JobStatus(_message.Message):
 
     @_builtins.property
     def children(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobSummary]: ...
+    @_builtins.property
+    def scaling(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScalingStatus]: ...
     def __init__(
         self,
         *,
@@ -758,10 +797,11 @@ class JobStatus(_message.Message):
         state: Global___JobState.ValueType = ...,
         next_launch_s: _builtins.float | None = ...,
         children: _abc.Iterable[Global___JobSummary] | None = ...,
+        scaling: _abc.Iterable[Global___ScalingStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_next_launch_s", b"_next_launch_s", "job", b"job", "next_launch_s", b"next_launch_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_launch_s", b"_next_launch_s", "allocations", b"allocations", "children", b"children", "job", b"job", "next_launch_s", b"next_launch_s", "rollout", b"rollout", "rollout_reason", b"rollout_reason", "state", b"state", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_launch_s", b"_next_launch_s", "allocations", b"allocations", "children", b"children", "job", b"job", "next_launch_s", b"next_launch_s", "rollout", b"rollout", "rollout_reason", b"rollout_reason", "scaling", b"scaling", "state", b"state", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__next_launch_s: _TypeAlias = _typing.Literal["next_launch_s"]  # noqa: Y015
     _WhichOneofArgType__next_launch_s: _TypeAlias = _typing.Literal["_next_launch_s", b"_next_launch_s"]  # noqa: Y015

@@ -49,6 +49,7 @@ class PairStats(Value, frozen=True, kw_only=True):
     bytes_received: int = 0
     connections: int = 0
     connections_active: int = 0
+    requests_active: int = 0
     refused: int = 0  # inbound: by an intention
 
 

@@ -32,6 +32,8 @@ from outrider.model.job import (
     Operator,
     Parameters,
     Protocol,
+    ScalingMetric,
+    ScalingPolicy,
     Schedule,
     UpdatePolicy,
 )
@@ -157,6 +159,7 @@ class Stage:
             "dispatch": lambda names, options: world.dispatch(names[0], **options) and None,
             "revert": lambda words, _: world.revert(words[0], int(words[1]) if len(words) > 1 else 0) and None,
             "scale": lambda words, _: world.scale(words[0], int(words[-1]), (*words[1:-1], None)[0]) and None,
+            "load": lambda words, _: world.loads.__setitem__(words[0], float(words[1])),
             "history": lambda names, _: self._history(names[0]),
             "show": lambda names, _: self._show(names[0]),
         }
@@ -164,7 +167,8 @@ class Stage:
     def _submit(self, words: list[str], options: dict[str, str]) -> None:
         """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T max_parallel=N ...
 
-        `schedule=*/5_*_*_*_*`, `overlap=allow`, `required=NAME`, `optional=NAME`, `depends_on=NAME`: see docs/JOBS.md.
+        `schedule=*/5_*_*_*_*`, `overlap=allow`, `required=NAME`, `optional=NAME`, `depends_on=NAME`,
+        `min=N`, `max=N`, `cpu=PERCENT`, `cooldown=S`: see docs/JOBS.md.
         """
         name, group_name = words[0].split(".")
         services = []
@@ -184,6 +188,15 @@ class Stage:
                 auto_revert=options.get("auto_revert") == "true",
             ),
         )
+        if "max" in options:
+            scaling = ScalingPolicy(
+                count_min=int(options.get("min", "1")),
+                count_max=int(options["max"]),
+                metric=ScalingMetric.CPU,
+                target=float(options["cpu"]),
+                cooldown_s=float(options.get("cooldown", "60")),
+            )
+            wanted = msgspec.structs.replace(wanted, scaling=scaling)
         if "depends_on" in options:
             wanted = msgspec.structs.replace(wanted, depends_on=(ServiceName(options["depends_on"]),))
         if "rack" in options:
@@ -240,6 +253,9 @@ class Stage:
         if status.job.job.is_template:
             self.world.trace.append(f"  {status.state}, next launch at {self._at(status.next_launch_s)}")
             self.world.trace.extend(f"  {one.name} {one.state}" for one in status.children)
+        for one in status.scaling:
+            measured = f"{one.measured:.4g}" if one.measured is not None else "unknown"
+            self.world.trace.append(f"  group {one.group} of {one.count}, {measured} each: {one.note or 'as wanted'}")
         self.world.trace.extend(f"  warning: {warning}" for warning in status.warnings)
         self.world.trace.extend(f"  {self._line(one)}" for one in status.allocations)
 

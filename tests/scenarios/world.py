@@ -5,7 +5,7 @@ journal or an agent to be slow switches `journal_works` or the agent's `obedient
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ from controller.core.events import (
     Appended,
     EndpointsWithdrawn,
     Event,
+    FiguresReported,
     HeartbeatReceived,
     JobDispatchRequested,
     JobRevertRequested,
@@ -47,6 +48,7 @@ from controller.launches import planned
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
 from outrider.model.allocation import (
     TERMINAL,
+    AllocFigures,
     AllocReport,
     AllocStatus,
     Assignment,
@@ -180,6 +182,7 @@ class World:
         self.replies: dict[RequestId, Reply] = {}
         self.events: list[FleetEvent] = []
         self.withdraw_acknowledged = True
+        self.loads: dict[str, float] = {}  # of each job: what its copies share
         self._queue: deque[Event] = deque()
         self._sessions = 0
         self._requests = 0
@@ -317,6 +320,17 @@ class World:
         wanted = GroupName(group_name) if group_name is not None else None
         return self.replies[self.call(JobScaleRequested, job=JobName(name), group=wanted, count=count)]
 
+    def _measure(self, agent: Agent) -> None:
+        """The load of each job is shared by its copies, wherever they run."""
+        copies = Counter(one.job for each in self.agents.values() for one in each.running.values())
+        figures = tuple(
+            AllocFigures(alloc=one.alloc, load=self.loads[one.job] / copies[one.job])
+            for one in agent.running.values()
+            if one.job in self.loads and one.group.scaling is not None
+        )
+        if figures and agent.session is not None:
+            self.send(FiguresReported(session=agent.session, node=agent.node.id, figures=figures))
+
     def call(self, kind: Callable[..., Event], **values: object) -> RequestId:
         """An operator's; the reply comes when the journal works."""
         request = RequestId(self._requests)
@@ -357,6 +371,7 @@ class World:
                 for agent in self.agents.values():
                     if agent.session is not None and not agent.silent:
                         self.send(HeartbeatReceived(session=agent.session, node=agent.node.id))
+                        self._measure(agent)
             if deadline_s is not None and deadline_s <= next_s:
                 self.send(Tick())
             if next_s >= end_s:
