@@ -24,6 +24,7 @@ from outrider.errors import InputError, OutriderError, PeerError
 from outrider.ids import AllocId, SecretName, ServiceName
 from outrider.log import Log
 from outrider.model.allocation import AllocFigures, AllocReport, Assignment, Generation
+from outrider.model.fleet import answer_interval_s
 from outrider.model.job import Value
 from outrider.model.mesh import Leaf, MeshUpdate, ObservedRefusal
 from outrider.model.node import Fingerprint, Node
@@ -33,7 +34,7 @@ from outrider.v1 import allocation_pb2, fleet_pb2, fleet_pb2_grpc, mesh_pb2, nod
 PROTOCOL = 1
 REFUSALS_MAX = 64
 _GREETING_S = 5.0  # to connect and be welcomed
-_SILENCE_S = 2.0  # the controller answers heartbeats; without any message for so long it is away
+_SILENCE_S = 2.0  # the controller answers heartbeats now and then; without any message for so long it is away
 _WRITE_S = 5.0
 _INTERVAL_MIN_S = 0.05
 _SECRETS_S = 10.0
@@ -239,7 +240,7 @@ class FleetSession:
 
     async def _read(self, stream: _Stream) -> None:
         while True:
-            silence_s = max(_SILENCE_S, 2 * self._interval_s + 0.5)
+            silence_s = max(_SILENCE_S, 2 * answer_interval_s(self._interval_s) + 0.2)
             try:
                 async with asyncio.timeout(silence_s):
                     message = await stream.read()

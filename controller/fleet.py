@@ -23,12 +23,14 @@ from controller.rpc import Context, Edge, duplex, unary, within, write
 from controller.sessions import AgentSession
 from controller.tunnels import Tunnel
 from outrider import codec
+from outrider.clock import monotonic_s
 from outrider.config import host_port
 from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.keys import peer_key_sha256
 from outrider.log import Log
 from outrider.model.allocation import AllocFigures, AllocReport, Generation
+from outrider.model.fleet import answer_interval_s
 from outrider.model.mesh import ObservedRefusal
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import IdentityKind, peer_identity
@@ -172,10 +174,7 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         node, at = session.node, session.id
         match message.WhichOneof("message"):
             case "heartbeat":
-                if self._engine.acts:  # else the agent looks for the leader
-                    interval_s = pace.heartbeat_interval_s(self._engine.state)
-                    echo = fleet_pb2.Heartbeat(sequence=message.heartbeat.sequence, interval_s=interval_s)
-                    session.send(fleet_pb2.ControllerMessage(heartbeat=echo))
+                self._answer(session, message.heartbeat.sequence)
                 self._engine.heartbeat(HeartbeatReceived(session=at, node=node))
             case "reports":
                 reports = _reports(message.reports.reports)
@@ -196,6 +195,15 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
                 self._refusals.add(node, observed)
             case kind:
                 raise InputError(f"node {node}: a session's message cannot be {kind or 'empty'}")
+
+    def _answer(self, session: AgentSession, sequence: int) -> None:
+        """A sign of life, now and then. None where another controller may lead: the agent looks for that one."""
+        interval_s, now_s = pace.heartbeat_interval_s(self._engine.state), monotonic_s()
+        # Half a heartbeat early: else every other answer would wait for the next.
+        if self._engine.acts and now_s >= session.answered_s + answer_interval_s(interval_s) - interval_s / 2:
+            session.answered_s = now_s
+            echo = fleet_pb2.Heartbeat(sequence=sequence, interval_s=interval_s)
+            session.send(fleet_pb2.ControllerMessage(heartbeat=echo))
 
 
 async def _write(session: AgentSession, context: Context) -> None:

@@ -25,6 +25,7 @@ class AgentSession:
     def __init__(self, session: SessionId, node: NodeId) -> None:
         self.id = session
         self.node = node
+        self.answered_s = float("-inf")  # when its last heartbeat was answered
         self.ended = asyncio.Event()
         self.reason = ""
         self.error: OutriderError | None = None

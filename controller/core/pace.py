@@ -1,13 +1,14 @@
 """How often agents say that they are there, and how long silence is no sign. Owns both numbers; never judges a node.
 
-Heartbeats stretch with the fleet, so that one core can take them: up to about a thousand nodes the fastest there is, at
-5,000 every 1.5 s. Silence is worth noticing after the same number of heartbeats, however large the fleet.
+Heartbeats stretch with the fleet, slower than it grows, so that one core can take them: up to 500 nodes the fastest
+there is, at 1,000 every 0.5 s, at 5,000 every 1.5 s. Silence is worth noticing after the same number of heartbeats.
 """
 
 import numpy as np
 
 from controller.core.state import State
 
+_STRETCH = 0.7
 _SHRINK = 0.9  # of the silence, with each look: agents learn of a faster pace with their next heartbeat
 
 
@@ -25,6 +26,6 @@ def take(state: State) -> None:
     """The pace that fits as many nodes as are ready now."""
     live, policy = state.live, state.policy
     ready = int(np.isfinite(live.heartbeat_s[: len(state.nodes)]).sum())
-    live.heartbeat_interval_s = max(policy.heartbeat_interval_s, ready / policy.heartbeats_per_s_max)
+    live.heartbeat_interval_s = policy.heartbeat_interval_s * max(1.0, ready / policy.fastest_nodes_max) ** _STRETCH
     wanted_s = live.heartbeat_interval_s * policy.suspect_after_s / policy.heartbeat_interval_s
     live.silence_s = max(wanted_s, live.silence_s * _SHRINK)

@@ -163,3 +163,8 @@ class FleetEvent(Value, frozen=True, kw_only=True):
     job: str = ""
     alloc: str = ""
     message: str = ""
+
+
+def answer_interval_s(heartbeat_interval_s: float) -> float:
+    """How often a controller answers an agent's heartbeats: writing costs more than reading."""
+    return max(1.0, 2 * heartbeat_interval_s)

@@ -299,7 +299,7 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """The controller answers each with the same sequence, and with how often it wants to hear from now on."""
+    """The controller answers now and then, with the same sequence and with how often it wants to hear from now on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,0 +1,47 @@
+"""How often agents beat, and how long silence is no sign: in proportion to each other, slower in a large fleet."""
+
+import pytest
+
+from controller.core import pace
+from controller.core.policy import Policy
+from outrider.model.node import NodeStatus
+from tests.scenarios.world import World, node
+
+
+def grown(size: int) -> World:
+    world = World(Policy(fastest_nodes_max=5))
+    world.join(*(node(f"n{number}") for number in range(size)))
+    world.wait(2.0)
+    return world
+
+
+def test_a_small_fleet_beats_fastest() -> None:
+    world = grown(5)
+    assert pace.heartbeat_interval_s(world.state) == world.policy.heartbeat_interval_s
+    assert pace.silence_s(world.state) == world.policy.suspect_after_s
+
+
+def test_a_large_fleet_beats_slower_and_is_given_longer() -> None:
+    world = grown(50)
+    interval_s = pace.heartbeat_interval_s(world.state)
+    assert interval_s == pytest.approx(0.3 * 10**0.7)
+    assert pace.silence_s(world.state) == pytest.approx(interval_s * 0.8 / 0.3)
+
+
+def test_at_five_thousand_nodes_silence_is_seen_within_four_seconds() -> None:
+    policy = Policy()
+    interval_s = policy.heartbeat_interval_s * (5000 / policy.fastest_nodes_max) ** 0.7
+    assert interval_s * policy.suspect_after_s / policy.heartbeat_interval_s <= 4.01
+
+
+def test_a_fleet_that_shrinks_does_not_suspect_those_who_still_beat_slowly() -> None:
+    world = grown(50)
+    before_s = pace.silence_s(world.state)
+    for number in range(10, 50):
+        world.leave(f"n{number}")
+    pace.take(world.state)
+    assert pace.silence_s(world.state) == pytest.approx(before_s * 0.9)
+    world.wait(20.0)
+    assert pace.silence_s(world.state) < before_s
+    here = [world.state.live.links[world.state.nodes.reference[node(f"n{n}").id]] for n in range(10)]
+    assert all(link.status is NodeStatus.READY for link in here)
