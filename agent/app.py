@@ -1,7 +1,7 @@
 """The agent's only wiring: configuration -> join -> claims -> parts -> what runs already -> run until SIGTERM.
 
-Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `load`, `kvm`, `mqtt`, and what these start, in
-one TaskGroup: when one fails, the agent ends with its error. The allocations run on in every case.
+Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `belongings`, `load`, `kvm`, `mqtt`, and what
+these start, in one TaskGroup: when one fails, the agent ends with its error. The allocations run on in every case.
 """
 
 import asyncio
@@ -257,6 +257,7 @@ class Agent:
             "logs": self._host.runtime.rotate_logs(),
             "refusals": self._forward_refusals(),
             "load": self._load.run(),
+            "belongings": self._belongings.run(),
         }
         if self._broker is not None:
             works["mqtt"] = self._broker.run()
@@ -333,6 +334,7 @@ class Agent:
     def _show(self, view: MeshView) -> None:
         self._sidecars.set_view(view)
         self._names.set_view(view)
+        self._belongings.set_view(view)
         self._leaves.set_roots(view.roots)
 
     async def _take_over(self) -> None:
@@ -359,16 +361,20 @@ class Agent:
         async def signal_task(alloc: AllocId, task: TaskName, number: int) -> None:
             await self._host.runtime.signal(sandbox_id(alloc, task), number)
 
-        return Belongings(
+        self._belongings = Belongings(
+            node=self._config.node_id,
             run_directory=self._config.run,
             ask=self._fleet.secrets,
             signal=signal_task,
-            restart=self._engine.tell,
+            tell=self._engine.tell,
             volumes=self._volumes,
             artifacts=self._artifacts,
             mounted=self._mounted,
+            tasks=self._tasks,
+            rng=random.Random(),  # noqa: S311 - splay
             log=self._log,
         )
+        return self._belongings
 
     def _make_broker(self) -> Broker | None:
         config = self._config

@@ -121,6 +121,7 @@ class Executor:
                 self._watch(alloc, command.task.name, self._run_task(command))
             case c.AdoptTask():
                 alloc = self._hold(command.assignment).assignment.alloc
+                self._belongings.adopted(command.assignment)
                 self._watch(alloc, command.task, self._watch_task(alloc, command.task))
             case c.StartSidecar():
                 held = self._hold(command.assignment)

@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from outrider.ids import is_name
-from outrider.model.belongings import OnChange, SecretUse
+from outrider.model.belongings import OnChange, SecretUse, Template
 from outrider.model.job import Driver, Task
 
 LIST_MAX = 64
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+TEMPLATES_CHARS_MAX = 1024 * 1024
+_SPLAY_S_MAX = 3600.0
 _PATH_CHARS_MAX = 255
 _SOURCES = ("https://", "http://", "file:/", "oci:")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_TAKEN = ("/proc", "/sys", "/dev", "/secrets", "/artifacts", "/task", "/.init")
+_TAKEN = ("/proc", "/sys", "/dev", "/secrets", "/artifacts", "/templates", "/task", "/.init")
 _ROOTS = frozenset({PurePosixPath("/"), PurePosixPath("/usr"), PurePosixPath("/etc")})
 
 Path = tuple[str | int, ...]
@@ -30,6 +32,7 @@ def wrong_belongings(task: Task) -> Iterator[Wrong]:
     yield from _secrets(task)
     yield from _volumes(task)
     yield from _artifacts(task)
+    yield from _templates(task)
 
 
 def is_inner_path(text: str) -> bool:
@@ -95,6 +98,29 @@ def _artifacts(task: Task) -> Iterator[Wrong]:
             yield (*at, "source"), f"{artifact.source[:80]!r} is no source; expected one of {', '.join(_SOURCES)}..."
         if not _SHA256.match(artifact.sha256):
             yield (*at, "sha256"), "expected 64 hexadecimal digits in lower case: sha256sum prints them"
+
+
+def _templates(task: Task) -> Iterator[Wrong]:
+    if task.templates and task.driver is Driver.VM:
+        yield ("templates",), "a vm has no memory that the node can put a file into; leave templates out"
+    if len(task.templates) > LIST_MAX:
+        yield ("templates",), f"{len(task.templates)} of them; at most {LIST_MAX}"
+    size = sum(len(template.content) for template in task.templates)
+    if size > TEMPLATES_CHARS_MAX:
+        yield ("templates",), f"{size} characters in all; at most {TEMPLATES_CHARS_MAX}"
+    for template in task.templates:
+        for at, text in _template(template):
+            yield ("templates", template.path, *at), text
+
+
+def _template(template: Template) -> Iterator[Wrong]:
+    if not is_inner_path(template.path) or len(template.path) > _PATH_CHARS_MAX:
+        yield (), f"expected a path below /templates, without .., of at most {_PATH_CHARS_MAX} characters"
+    if template.on_change is OnChange.ROLL:
+        yield ("on_change",), "what a template says changes on each node by itself; choose restart, signal or none"
+    if not 0 <= template.splay_s <= _SPLAY_S_MAX:
+        yield ("splay",), f"{template.splay_s:g} s is not within 0 and {_SPLAY_S_MAX:g} s"
+    yield from wrong_signal(template.signal)
 
 
 def _secret(use: SecretUse) -> Iterator[Wrong]:

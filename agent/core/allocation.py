@@ -18,6 +18,7 @@ from agent.core.commands import (
 )
 from agent.core.events import (
     AllocEvent,
+    BelongingsTold,
     CheckRan,
     Cleaned,
     ImagesFailed,
@@ -64,7 +65,7 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
             _cleaned(alloc, turn)
         case SidecarReady() | SidecarExited() | SidecarDrained() | SidecarStopped():
             _sidecar_event(alloc, event, turn)
-        case TaskStarted() | TaskStartFailed() | TaskExited() | RestartWanted():
+        case TaskStarted() | TaskStartFailed() | TaskExited() | RestartWanted() | BelongingsTold():
             _task_event(alloc, event, turn)
         case CheckRan():
             probe = alloc.probes.get(event.service)
@@ -94,7 +95,7 @@ def _sidecar_event(
 
 
 def _task_event(
-    alloc: AllocState, event: TaskStarted | TaskStartFailed | TaskExited | RestartWanted, turn: Turn
+    alloc: AllocState, event: TaskStarted | TaskStartFailed | TaskExited | RestartWanted | BelongingsTold, turn: Turn
 ) -> None:
     match event:
         case TaskStarted():
@@ -105,6 +106,9 @@ def _task_event(
             _task_exited(alloc, alloc.tasks[event.task], event.exit, turn)
         case RestartWanted():
             restart_task(alloc, alloc.tasks[event.task], event.reason, turn)
+        case BelongingsTold():
+            if alloc.tasks[event.task].status is TaskStatus.RUNNING:
+                alloc.tasks[event.task].message = event.message
         case _:
             assert_never(event)
 

@@ -153,6 +153,14 @@ class RestartWanted(Value, frozen=True, kw_only=True):
     reason: str
 
 
+class BelongingsTold(Value, frozen=True, kw_only=True):
+    """What is wrong with what a running task was given; "" where nothing is any more."""
+
+    alloc: AllocId
+    task: TaskName
+    message: str = ""
+
+
 class SidecarDrained(Value, frozen=True, kw_only=True):
     alloc: AllocId
 
@@ -189,6 +197,7 @@ AllocEvent = (
     | TaskStartFailed
     | TaskExited
     | RestartWanted
+    | BelongingsTold
     | SidecarDrained
     | SidecarStopped
     | Cleaned

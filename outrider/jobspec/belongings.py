@@ -1,11 +1,16 @@
-"""What a task brings along, in a job file: `secrets:`, `volumes:`, `artifacts:` -> values."""
+"""What a task brings along, in a job file: `secrets:`, `volumes:`, `artifacts:`, `templates:` -> values."""
+
+from collections.abc import Callable
 
 from outrider.ids import SecretName, VolumeName
 from outrider.jobspec.document import Scalar
 from outrider.jobspec.fields import Faults, Fields, named
-from outrider.model.belongings import Artifact, OnChange, SecretUse, VolumeUse
+from outrider.jobspec.units import duration_s
+from outrider.model.belongings import Artifact, OnChange, SecretUse, Template, VolumeUse
+from outrider.model.job import File
 
 _ARTIFACT_KEYS = ("source", "sha256", "unpack", "executable")
+_TEMPLATE_KEYS = ("source", "content", "on_change", "signal", "splay")
 _VOLUME_KEYS = ("volume", "read_only")
 _SECRET_KEYS = ("env", "file", "on_change", "signal", "version")
 
@@ -70,6 +75,36 @@ def read_artifacts(task: Fields, faults: Faults) -> tuple[Artifact, ...]:
                 sha256=fields.text("sha256", ""),
                 unpack=fields.flag("unpack", default=False),
                 mode=0o755 if fields.flag("executable", default=False) else 0o644,
+            )
+        )
+    return tuple(found)
+
+
+def read_templates(task: Fields, faults: Faults, read: Callable[[str, str], File]) -> tuple[Template, ...]:
+    """By the path below /templates. `read` has what a file beside the job file holds; it raises ValueError."""
+    node = task.node("templates")
+    path = (*task.path, "templates")
+    found = []
+    for inside, value in named(node, path, faults) if node is not None else ():
+        fields = Fields(value, (*path, inside), faults, _TEMPLATE_KEYS)
+        content = fields.text("content", "")
+        if ("content" in fields) == ("source" in fields):
+            faults.add((*path, inside), "give either source, a file beside the job file, or content")
+        elif "source" in fields:
+            try:
+                content = read(inside, fields.text("source", "")).content.decode()
+            except UnicodeDecodeError:
+                fields.fault("source", "is no text")
+            except ValueError as error:
+                fields.fault("source", str(error))
+        default = Template(path=inside, content=content)
+        found.append(
+            Template(
+                path=inside,
+                content=content,
+                on_change=fields.choice("on_change", OnChange, default.on_change),
+                signal=fields.text("signal", default.signal),
+                splay_s=fields.quantity("splay", duration_s, default.splay_s),
             )
         )
     return tuple(found)

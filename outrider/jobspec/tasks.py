@@ -4,7 +4,7 @@ import stat
 from pathlib import Path as FilePath
 
 from outrider.ids import TaskName
-from outrider.jobspec.belongings import read_artifacts, read_secrets, read_volumes
+from outrider.jobspec.belongings import read_artifacts, read_secrets, read_templates, read_volumes
 from outrider.jobspec.document import Mapping, Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
@@ -14,7 +14,7 @@ FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
-    "role", "secrets", "volumes", "artifacts",
+    "role", "secrets", "volumes", "artifacts", "templates",
 )  # fmt: skip
 _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
@@ -73,6 +73,7 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
         secrets=read_secrets(fields, faults),
         volumes=read_volumes(fields, faults),
         artifacts=read_artifacts(fields, faults),
+        templates=read_templates(fields, faults, budget.read),
         resources=_resources(fields, faults),
         kill_signal=fields.text("kill_signal", default.kill_signal),
         kill_timeout_s=fields.quantity("kill_timeout", duration_s, default.kill_timeout_s),

@@ -103,3 +103,13 @@ class Artifact(Belonging, frozen=True, kw_only=True):
     sha256: str
     unpack: bool = False  # a tar, plain or compressed, or a zip
     mode: int = 0o644  # of a file
+
+
+class Template(Belonging, frozen=True, kw_only=True):
+    """A file that the node renders for a task, and renders again when what it speaks of changes."""
+
+    path: str  # below /templates
+    content: str
+    on_change: OnChange = OnChange.RESTART
+    signal: str = "SIGHUP"
+    splay_s: float = 5.0  # the most by which copies are kept apart, beside the group's `update`

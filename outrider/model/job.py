@@ -19,7 +19,7 @@ from outrider.ids import (
     ServiceName,
     TaskName,
 )
-from outrider.model.belongings import Artifact, SecretUse, VolumeUse
+from outrider.model.belongings import Artifact, SecretUse, Template, VolumeUse
 
 MIB = 1024 * 1024
 
@@ -234,6 +234,7 @@ class Task(Value, frozen=True, kw_only=True):
     secrets: tuple[SecretUse, ...] = ()
     volumes: tuple[VolumeUse, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
+    templates: tuple[Template, ...] = ()
     workdir: str = ""  # "": the image's; the task's directory where there is no image
     role: TaskRole = TaskRole.MAIN
 

@@ -713,6 +713,7 @@ class Task(_message.Message):
     SECRETS_FIELD_NUMBER: _builtins.int
     VOLUMES_FIELD_NUMBER: _builtins.int
     ARTIFACTS_FIELD_NUMBER: _builtins.int
+    TEMPLATES_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
@@ -739,6 +740,8 @@ class Task(_message.Message):
     def volumes(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.VolumeUse]: ...
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.Artifact]: ...
+    @_builtins.property
+    def templates(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.Template]: ...
     def __init__(
         self,
         *,
@@ -757,11 +760,12 @@ class Task(_message.Message):
         secrets: _abc.Iterable[_belongings_pb2.SecretUse] | None = ...,
         volumes: _abc.Iterable[_belongings_pb2.VolumeUse] | None = ...,
         artifacts: _abc.Iterable[_belongings_pb2.Artifact] | None = ...,
+        templates: _abc.Iterable[_belongings_pb2.Template] | None = ...,
         role: Global___TaskRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015

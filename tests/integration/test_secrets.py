@@ -212,3 +212,73 @@ def test_a_secrets_value_is_never_an_argument(fleet: DevFleet) -> None:
     done = fleet.outrider("secret", "put", "db-password", "hunter2")
     assert done.returncode == 64
     assert "hunter2" not in fleet.outrider("secret", "ls").stdout
+
+
+PROVIDER = """
+job: {name}-api
+groups:
+  main:
+    count: {count}
+    update: {{min_healthy: 0s}}
+    network: {{ports: {{http: {{}}}}}}
+    services: [{{name: {name}-api, port: http}}]
+    tasks: {{main: {{command: [sleep, infinity]}}}}
+"""
+READER = """
+job: {name}
+groups:
+  main:
+    update: {{min_healthy: 0s}}
+    services: [{{name: {name}, upstreams: [{name}-api]}}]
+    tasks:
+      main:
+        command: [sh, -c, "trap 'echo told >> /task/told' HUP; while :; do sleep 0.1; done"]
+        secrets: {{{name}-key: {{on_change: none}}}}
+        templates:
+          app.conf: {{source: ./app.conf, on_change: signal, splay: 0s}}
+"""
+TEMPLATE = """key={{ secret("NAME-key") }} on {{ node.id }}
+{% if secret("NAME-key") == "bad" %}{{ nothing }}{% endif %}
+{% for each in service("NAME-api") %}
+{{ each.address }}
+{% endfor %}
+"""
+
+
+def test_a_template_says_what_is_true_now_and_tells_the_task(fleet: DevFleet, tmp_path: Path) -> None:
+    name = f"t{secrets.token_hex(3)}"
+
+    def run(text: str, count: int = 1) -> None:
+        (tmp_path / "job.yaml").write_text(text.format(name=name, count=count))
+        done = fleet.outrider("job", "run", str(tmp_path / "job.yaml"))
+        assert done.returncode == 0, done.stderr
+
+    def sh(command: str) -> str:
+        (alloc,) = fleet.json("alloc", "ls", "--job", name)
+        return fleet.outrider("exec", "--no-tty", alloc["id"], "--", "sh", "-c", command).stdout
+
+    def said() -> list[str]:
+        return sh("cat /templates/app.conf").split()
+
+    (tmp_path / "app.conf").write_text(TEMPLATE.replace("NAME", name))
+    put(fleet, f"{name}-key", "one")
+    try:
+        run(PROVIDER)
+        run(READER)
+        until(lambda: len(said()) == 4, "its instance")
+        assert said()[0] == "key=one"
+
+        run(PROVIDER, count=2)
+        until(lambda: len(said()) == 5, "both instances")
+        until(lambda: "told" in sh("cat /task/told"), "the signal")
+
+        put(fleet, f"{name}-key", "bad")
+        until(lambda: "is as it was: " in fleet.outrider("alloc", "ls", "--job", name, "--json").stdout, "the error")
+        assert said()[0] == "key=one"
+
+        put(fleet, f"{name}-key", "two")
+        until(lambda: said()[0] == "key=two", "the new secret")
+        assert "is as it was: " not in fleet.outrider("alloc", "ls", "--job", name, "--json").stdout
+    finally:
+        fleet.outrider("job", "stop", name)
+        fleet.outrider("job", "stop", f"{name}-api")

@@ -43,6 +43,11 @@ def test_a_volume_is_named_alone_or_with_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("templates: {a: {}}", "give either source, a file beside the job file, or content"),
+        ("templates: {a: {source: absent.tmpl}}", "absent.tmpl: cannot be read"),
+        ("templates: {../a: {content: x}}", "expected a path below /templates"),
+        ("templates: {a: {content: x, on_change: roll}}", "choose restart, signal or none"),
+        ("templates: {a: {content: x, splay: 2h}}", "is not within 0 and 3600 s"),
         ("artifacts: {t: {source: 'ftp://x'}}", "'ftp://x' is no source; expected one of https://"),
         ("artifacts: {t: {source: 'https://x/t'}}", "sha256: missing; for example `sha256: as sha256sum prints it`"),
         (f"artifacts: {{../t: {{source: 'https://x/t', sha256: {'0' * 64}}}}}", "expected a path below /artifacts"),
