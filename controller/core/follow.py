@@ -92,6 +92,8 @@ def _job_applied(state: State, record: Record, now_s: float) -> None:
             scaling.changed(state, record, now_s)
         case RolloutEnded():
             state.live.perhaps_over[record.job] = None
+            if record.state is RolloutState.FAILED:
+                state.live.dirty_jobs[record.job] = None  # canaries go, and what is pending of it
             notices.of_job(state, _ROLLOUTS[record.state], record.job, record.reason)
         case RolloutSteered():
             _follow_steered(state, record, now_s)

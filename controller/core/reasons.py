@@ -21,6 +21,7 @@ def filters(snapshot: Snapshot, group: GroupEntry, near: Near, left: Bools) -> I
 
     `left`: the nodes that passed so far, kept by the caller; of them alone a shortage tells its figures.
     """
+    yield "not eligible, or drained", ~snapshot.nodes.closed[: snapshot.size]
     yield "not ready", snapshot.ready
     yield from snapshot.nodes.judged(group.demand)
     for distinct in group.distinct:

@@ -97,7 +97,8 @@ def _observe(state: State, row: int, status: AllocStatus, *, healthy: bool, now_
         notices.of_alloc(state, Kind.ALLOC_HEALTHY if healthy else Kind.ALLOC_UNHEALTHY, row)
     group = state.group_of(row)
     # A batch job's rollout is judged by how its work ended.
-    if group.type is not JobType.BATCH and state.jobs[group.job].rollout is not RolloutState.SUCCESSFUL:
+    settled = state.jobs[group.job].rollout is RolloutState.SUCCESSFUL and group.job not in state.live.moving
+    if group.type is not JobType.BATCH and not settled:
         state.live.dirty_jobs[group.job] = None
 
 

@@ -97,7 +97,9 @@ def _decide_ordinary(turn: Turn, key: int, guard: int | None, rows: Ints) -> Non
     waiting = successors[table.node[successors] < 0]
     progress.moving |= bool(len(successors))
     draft.place(home_key, np.sort(table.index[leaving]), waiting, rows, role=columns.SUCCESSOR, now_s=turn.now_s)
-    calm = not len(rows) if newest.type is JobType.BATCH else bool(well[fresh].all())
+    calm = bool(well[fresh].all())
+    if newest.type is JobType.BATCH:
+        calm = not len(rows) and not len(_failed_for_good(state, newest))
     progress.done &= not len(missing) and not len(stale) and calm
 
 
@@ -188,10 +190,8 @@ def _note_failure(turn: Turn, group: GroupEntry, sick: Ints, missing: Ints) -> N
     entry, update = state.jobs[group.job], group.group.update
     if entry.rollout is not RolloutState.RUNNING or entry.paused:
         return
-    failed = copies.ended(state, group, (columns.FAILED,))
-    patient = update.progress_deadline_s is not None or group.type is JobType.BATCH
-    if patient and len(failed) and retry.attempts_of(retry.policy_of(state, group), group) != 0:
-        failed = failed[np.isin(state.table.index[failed], list(retry.given_up(state, group)))]
+    failed = _failed_for_good(state, group)
+    patient = update.progress_deadline_s is not None
     if len(failed):
         serial = int(state.table.serial[failed[-1]])
         why = state.reasons.get(serial, "")
@@ -206,6 +206,15 @@ def _note_failure(turn: Turn, group: GroupEntry, sick: Ints, missing: Ints) -> N
             progress.fail(_sick_text(state, group, int(sick[first])), auto_revert=update.auto_revert)
     if update.progress_deadline_s is not None and group.type is not JobType.BATCH and (len(sick) or len(missing)):
         _note_standstill(turn, group, sick)
+
+
+def _failed_for_good(state: State, group: GroupEntry) -> Ints:
+    """Copies whose failure is the rollout's: any, or, where others may be tried in their place, those given up."""
+    failed = copies.ended(state, group, (columns.FAILED,))
+    patient = group.group.update.progress_deadline_s is not None or group.type is JobType.BATCH
+    if patient and len(failed) and retry.attempts_of(retry.policy_of(state, group), group) != 0:
+        failed = failed[np.isin(state.table.index[failed], list(retry.given_up(state, group)))]
+    return failed
 
 
 def _note_standstill(turn: Turn, group: GroupEntry, sick: Ints) -> None:

@@ -23,7 +23,7 @@ from controller.core.commands import (
 from controller.core.events import LastWillSeen
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.job_diff import diff
-from outrider.model.allocation import Allocation, AllocStatus
+from outrider.model.allocation import Allocation, AllocStatus, CopyRole
 from outrider.model.job import (
     Constraint,
     Group,
@@ -35,8 +35,8 @@ from outrider.model.job import (
     ScalingMetric,
     ScalingPolicy,
     Schedule,
-    UpdatePolicy,
 )
+from tests.scenarios.steering import steering_verbs, with_policies
 from tests.scenarios.world import START_S, World, group, job, node, service
 
 HERE = Path(__file__).parent
@@ -162,10 +162,11 @@ class Stage:
             "load": lambda words, _: world.loads.__setitem__(words[0], float(words[1])),
             "history": lambda names, _: self._history(names[0]),
             "show": lambda names, _: self._show(names[0]),
+            **steering_verbs(world, self._alloc),
         }
 
     def _submit(self, words: list[str], options: dict[str, str]) -> None:
-        """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T max_parallel=N ...
+        """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T, and `with_policies` ...
 
         `schedule=*/5_*_*_*_*`, `overlap=allow`, `required=NAME`, `optional=NAME`, `depends_on=NAME`,
         `min=N`, `max=N`, `cpu=PERCENT`, `cooldown=S`: see docs/JOBS.md.
@@ -182,12 +183,8 @@ class Stage:
             services=services,
             memory_mib=int(options.get("memory", "64")),
             command=options.get("command", "serve"),
-            update=UpdatePolicy(
-                max_parallel=int(options.get("max_parallel", "1")),
-                healthy_deadline_s=float(options.get("healthy_deadline", "120")),
-                auto_revert=options.get("auto_revert") == "true",
-            ),
         )
+        wanted = with_policies(wanted, options)
         if "max" in options:
             scaling = ScalingPolicy(
                 count_min=int(options.get("min", "1")),
@@ -265,4 +262,7 @@ class Stage:
     def _line(self, one: Allocation) -> str:
         health = " healthy" if one.healthy else " not healthy" if one.status is AllocStatus.RUNNING else ""
         where = f" on {one.node}" if one.node else ""
-        return f"{self.world.name(one.id)} {one.status}{health}{where}" + (f": {one.reason}" if one.reason else "")
+        role = "" if one.role is CopyRole.ORDINARY else f" {one.role}"
+        return f"{self.world.name(one.id)}{role} {one.status}{health}{where}" + (
+            f": {one.reason}" if one.reason else ""
+        )
