@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from controller.core import retry, volumes
+from controller.core import dependencies, retry, volumes
 from controller.core import table as columns
 from controller.core.groups import GroupEntry, VolumeKey
 from controller.core.near import neighbours
@@ -86,7 +86,10 @@ class Draft:
             return
         near = neighbours(self._state, group, spread, self._given.get(group.job, ()))
         indices = np.concatenate([self._state.table.index[pending].astype(np.int64), missing])
-        if group.type is JobType.SYSTEM:
+        waits = dependencies.unmet(self._state, group)
+        if waits:
+            found = _nowhere(group, len(indices), waits)
+        elif group.type is JobType.SYSTEM:
             found = self._place_each(group, indices, near)
         elif avoid := retry.nodes_to_avoid(self._state, group, indices, now_s):
             found = self._place_apart(group, indices, near, avoid)
@@ -97,7 +100,7 @@ class Draft:
         if group.distinct:
             self._given.setdefault(group.job, []).append(nodes[nodes >= 0].astype(np.int64))
         reason = found.reason
-        if reason and self._state.policy.preempts:
+        if reason and not waits and self._state.policy.preempts:
             serials = self._state.table.serial[pending].tolist()
             serials.extend(range(self._next_serial, self._next_serial + len(missing)))
             waiting = dict.fromkeys(serials[at] for at in np.flatnonzero(nodes < 0).tolist())
@@ -278,3 +281,7 @@ def _both(one: Bools | None, other: Bools | None) -> Bools | None:
         return other if one is None else one
     both: Bools = one & other
     return both
+
+
+def _nowhere(group: GroupEntry, count: int, reason: str) -> Placement:
+    return Placement(nodes=[-1] * count, ports=[0] * (count * group.ports_width), reason=reason)

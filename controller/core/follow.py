@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from controller.core import drains, launch, liveness, notices, reconcile, retry, scaling, sealed
+from controller.core import dependencies, drains, launch, liveness, notices, reconcile, retry, scaling, sealed
 from controller.core import table as columns
 from controller.core.access_records import NodeRevoked
 from controller.core.kinds import Kind
@@ -104,6 +104,8 @@ def _job_applied(state: State, record: Record, now_s: float) -> None:
 def _job_changed(state: State, job: JobName) -> None:
     state.live.dirty_jobs[job] = None
     state.live.mesh_intentions = True
+    for key in state.current_groups(job):
+        dependencies.health_changed(state, state.groups[key])  # what it offers is there, or is not any more
 
 
 def _start_anew(state: State, job: JobName) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from controller.core import notices
+from controller.core import dependencies, notices
 from controller.core import table as columns
 from controller.core.kinds import Kind
 from controller.core.state import State
@@ -95,6 +95,7 @@ def _observe(state: State, row: int, status: AllocStatus, *, healthy: bool, now_
         table.healthy[row] = healthy
         table.healthy_since_s[row] = now_s if healthy else math.inf
         notices.of_alloc(state, Kind.ALLOC_HEALTHY if healthy else Kind.ALLOC_UNHEALTHY, row)
+        dependencies.health_changed(state, state.group_of(row))
     group = state.group_of(row)
     # A batch job's rollout is judged by how its work ended.
     settled = state.jobs[group.job].rollout is RolloutState.SUCCESSFUL and group.job not in state.live.moving

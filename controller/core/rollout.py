@@ -6,7 +6,7 @@ purpose, be it for a new version or for a drained node. Nothing is touched twice
 
 import numpy as np
 
-from controller.core import canaries, copies, moving, retry
+from controller.core import canaries, copies, dependencies, moving, retry
 from controller.core import table as columns
 from controller.core.copies import made_like
 from controller.core.groups import GroupEntry
@@ -82,7 +82,8 @@ def _decide_ordinary(turn: Turn, key: int, guard: int | None, rows: Ints) -> Non
         _note_failure(turn, newest, rows[fresh & ~well], missing)
     budget = newest.group.update.max_parallel - int((out & fresh).sum()) - len(missing)
     stale = rows[~fresh & ~is_successor]
-    if guard is None and entry.rollout is RolloutState.RUNNING and not entry.paused and not progress.failure:
+    rolls = guard is None and entry.rollout is RolloutState.RUNNING and not entry.paused and not progress.failure
+    if rolls and not dependencies.unmet(state, newest):
         replaced = _next_to_roll(state, newest, stale, budget, view)
         ready = np.union1d(ready, table.index[replaced])
         budget -= len(replaced)
@@ -204,7 +205,8 @@ def _note_failure(turn: Turn, group: GroupEntry, sick: Ints, missing: Ints) -> N
             progress.wake(float(deadlines[first]))
         elif not patient:
             progress.fail(_sick_text(state, group, int(sick[first])), auto_revert=update.auto_revert)
-    if update.progress_deadline_s is not None and group.type is not JobType.BATCH and (len(sick) or len(missing)):
+    judged = update.progress_deadline_s is not None and group.type is not JobType.BATCH and (len(sick) or len(missing))
+    if judged and not dependencies.unmet(state, group):
         _note_standstill(turn, group, sick)
 
 
@@ -246,6 +248,8 @@ def _started_s(state: State, group: GroupEntry) -> float:
 
 def _deadlines(state: State, group: GroupEntry, sick: Ints) -> Times:
     since_s = np.maximum(state.table.changed_s[sick], _started_s(state, group))
+    placed = state.table.node[sick] >= 0
+    since_s = np.where(placed, since_s, np.maximum(since_s, dependencies.met_s(state, group)))
     deadlines: Times = since_s + group.group.update.healthy_deadline_s + _pulled_s(state, sick)
     return deadlines
 

@@ -96,7 +96,7 @@ def names_of_stop(state: State, job: JobName) -> frozenset[str]:
 
 
 def job_warnings(state: State, job: Job) -> tuple[str, ...]:
-    """Upstreams that nobody provides, this job included; and wishes that no node fulfils."""
+    """Services that it calls or depends on and nobody provides, this job included; and wishes that no node fulfils."""
     own = {service.name for group in job.groups for service in group.services if service.port is not None}
     upstreams = tuple(
         f"group {group.name}: service {service.name}: nobody provides its upstream {upstream.service!r} yet"
@@ -105,7 +105,13 @@ def job_warnings(state: State, job: Job) -> tuple[str, ...]:
         for upstream in service.upstreams
         if upstream.service not in state.providers and upstream.service not in own
     )
-    return (*upstreams, *hopeless_wishes(state, job))
+    needed = tuple(
+        f"group {group.name}: nobody provides service {service!r} yet, which it depends on"
+        for group in job.groups
+        for service in group.depends_on
+        if service not in state.providers and service not in own
+    )
+    return (*upstreams, *needed, *hopeless_wishes(state, job))
 
 
 def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:

@@ -234,10 +234,15 @@ class Stage:
         self.world.agents[NodeId(name)].silent = False
 
     def _agents(self, words: list[str], _options: dict[str, str]) -> None:
-        """agents sick|well|slow|quick: whether what they start becomes healthy, and whether they start it at all."""
+        """agents sick|well|slow|quick: whether what they start becomes healthy, and whether they start it at all.
+
+        `ill` and `recovered` are said of what runs already too.
+        """
         for agent in self.world.agents.values():
-            agent.healthy = words[0] != "sick"
+            agent.healthy = words[0] not in {"sick", "ill"}
             agent.obedient = words[0] != "slow"
+            if words[0] in {"ill", "recovered"}:
+                self.world.report(agent, *agent.reports())
 
     def _alloc(self, name: str) -> AllocId:
         return next(alloc for alloc, known in self.world.names.items() if known == name)
