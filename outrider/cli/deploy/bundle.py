@@ -1,0 +1,200 @@
+"""The bundle: Outrider and all it needs as wheels in one file, made from what runs here. No registry is asked.
+
+A wheel is a distribution's files by its RECORD (https://packaging.python.org/specifications/recording-installed-packages/).
+Owns the bundle's form, and the cache of bundles; never touches a host.
+"""
+
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+from outrider import __version__
+from outrider.errors import HostError, InputError
+from outrider.model.job import Value
+
+OWN = "outrider"
+OWN_PACKAGES = ("outrider", "agent", "controller", "sidecar")
+MANIFEST = "manifest.json"
+_ID_CHARS = 12
+_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^]]*\])?[^;]*(;(?P<marker>.*))?$")
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file: the same content makes the same bundle
+_SKIPPED = {"INSTALLER", "REQUESTED", "direct_url.json", "RECORD"}
+
+
+class Bundle(Value, frozen=True, kw_only=True):
+    """One file, for hosts with this Python and this machine."""
+
+    path: Path
+    id: str  # VERSION-HASH: what it holds, by content
+    version: str
+    python: str  # "3.11"
+    machine: str  # "x86_64"
+
+
+def make_bundle(cache: Path, *, source: Path | None = None) -> Bundle:
+    """The bundle of what runs here, from `cache` where it is there. `source`: a checkout whose Outrider it is.
+
+    Raises HostError where a file is missing or cannot be written, InputError where `source` is none.
+    """
+    root, version = _own_source(source)
+    try:
+        own, others = _own_files(root, version), _closure()
+        digest = hashlib.sha256(json.dumps([_content(own), *map(_recorded, others)]).encode()).hexdigest()
+        bundle = Bundle(
+            path=cache / f"{OWN}-{version}-{digest[:_ID_CHARS]}.tar",
+            id=f"{version}-{digest[:_ID_CHARS]}",
+            version=version,
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+            machine=platform.machine(),
+        )
+        if not bundle.path.exists():
+            wheels = {f"{OWN}-{version}-py3-none-any.whl": _zip(own, {}, f"{OWN}-{version}.dist-info")}
+            wheels.update(_wheel(found) for found in others)
+            _write(bundle, {name: hashlib.sha256(wheels[name]).hexdigest() for name in sorted(wheels)}, wheels)
+    except OSError as error:
+        raise HostError("bundle", step=f"read what is installed here: {error}") from error
+    return bundle
+
+
+def _content(files: dict[str, bytes]) -> list[tuple[str, str]]:
+    return [(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())]
+
+
+def _recorded(dist: Distribution) -> str:
+    """A distribution's content by the list of hashes that it came with."""
+    return hashlib.sha256((dist.read_text("RECORD") or f"{dist.metadata['Name']} {dist.version}").encode()).hexdigest()
+
+
+def _write(bundle: Bundle, hashes: dict[str, str], wheels: dict[str, bytes]) -> None:
+    manifest = {"id": bundle.id, "version": bundle.version, "python": bundle.python, "machine": bundle.machine}
+    partial = bundle.path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        bundle.path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(partial, "w") as tar:
+            _add(tar, MANIFEST, json.dumps({**manifest, "wheels": hashes}).encode())
+            for name in hashes:
+                _add(tar, name, wheels[name])
+        partial.replace(bundle.path)
+    except OSError as error:
+        raise HostError(str(bundle.path), step=f"write the bundle: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(content), 0o644
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _own_source(source: Path | None) -> tuple[Path, str]:
+    """Where the own packages are, and their version."""
+    if source is None:
+        return Path(__file__).parents[3], __version__
+    text = source / OWN / "__init__.py"
+    match = re.search(r'__version__ = "([^"]+)"', text.read_text() if text.exists() else "")
+    if match is None:
+        raise InputError(f"--source: {source} is no checkout of Outrider")
+    return source, match[1]
+
+
+def _own_files(root: Path, version: str) -> dict[str, bytes]:
+    files = {
+        str(path.relative_to(root)): path.read_bytes()
+        for package in OWN_PACKAGES
+        for path in sorted((root / package).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    }
+    info = f"{OWN}-{version}.dist-info"
+    requirements = "".join(f"Requires-Dist: {name}\n" for name in _requirements(distribution(OWN)))
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {OWN}\nVersion: {version}\n{requirements}".encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: outrider\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/entry_points.txt"] = b"[console_scripts]\noutrider = outrider.cli.main:main\n"
+    return files
+
+
+def _closure() -> list[Distribution]:
+    """All that Outrider needs, itself left out, by name."""
+    found: dict[str, Distribution] = {}
+    waiting = list(_requirements(distribution(OWN)))
+    while waiting:
+        name = _normal(waiting.pop())
+        if name in found:
+            continue
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError as error:
+            raise HostError(
+                "bundle", step=f"find {name}, which Outrider needs", hint="install Outrider anew"
+            ) from error
+        waiting.extend(_requirements(found[name]))
+    return [found[name] for name in sorted(found)]
+
+
+def _requirements(dist: Distribution) -> Iterator[str]:
+    """Names that are needed here: neither an extra's nor another platform's."""
+    for text in dist.requires or ():
+        match = _REQUIREMENT.match(text)
+        if match is not None and _applies(match["marker"] or ""):
+            yield match["name"]
+
+
+def _applies(marker: str) -> bool:
+    """As far as is needed: an extra's never, others where what they need is installed here."""
+    if "extra" in marker:
+        return False
+    if not marker:
+        return True
+    from packaging.markers import Marker
+
+    return Marker(marker).evaluate()
+
+
+def _wheel(dist: Distribution) -> tuple[str, bytes]:
+    """The distribution as a wheel again: its name and content."""
+    name, version = dist.metadata["Name"].replace("-", "_"), dist.version
+    tags = [
+        line.removeprefix("Tag:").strip() for line in (dist.read_text("WHEEL") or "").splitlines() if "Tag:" in line
+    ]
+    files: dict[str, bytes] = {}
+    modes: dict[str, int] = {}
+    for entry in dist.files or ():
+        if entry.parts[0] == ".." or "__pycache__" in entry.parts or entry.name in _SKIPPED:
+            continue  # scripts beside the library, what the interpreter made, and what the installer did
+        path = Path(str(entry.locate()))
+        files[str(entry)] = path.read_bytes()
+        modes[str(entry)] = path.stat().st_mode & 0o755
+    info = next(part for part in (entry.split("/")[0] for entry in files) if part.endswith(".dist-info"))
+    return f"{name}-{version}-{tags[0] if tags else 'py3-none-any'}.whl", _zip(files, modes, info)
+
+
+def _zip(files: dict[str, bytes], modes: dict[str, int], info: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        record = "".join(f"{name},sha256={_hash(data)},{len(data)}\n" for name, data in sorted(files.items()))
+        everything = {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}
+        for name, data in sorted(everything.items()):
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.external_attr = modes.get(name, 0o644) << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    return content.getvalue()
+
+
+def _hash(data: bytes) -> str:
+    from base64 import urlsafe_b64encode
+
+    return urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

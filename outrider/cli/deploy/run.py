@@ -1,0 +1,228 @@
+"""Carries plans out: hosts in parallel, controllers first, each on its own; an upgrade a few at a time.
+
+Tasks: one for each host that is worked on, `parallel` at most. One host's failure stops no other, but an upgrade begins
+no further host after the first that is sick.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+
+from outrider.cli.deploy.bundle import Bundle
+from outrider.cli.deploy.fleet import Direct, FleetAccess, on_controller, wait_ready
+from outrider.cli.deploy.inventory import Host, Inventory
+from outrider.cli.deploy.plan import Facts, Plan, Step, check, facts_from, make_plan, packages_of
+from outrider.cli.deploy.remote import Remote, connect, ssh_of
+from outrider.cli.deploy.units import (
+    AGENT_CONFIG,
+    CONTROLLER_CONFIG,
+    JOIN_TOKEN,
+    agent_files,
+    controller_files,
+)
+from outrider.errors import HostError, OutriderError, PeerError, RefusedError
+from outrider.model.job import Value
+
+READY_S = 60.0
+INSTALL_S = 600.0
+CONTROLLER_READY_S = 60.0
+_POLL_S = 0.25
+
+Tell = Callable[[str, str], None]  # host, and what happens there
+
+
+class Outcome(Value, frozen=True, kw_only=True):
+    host: str
+    done: str = ""  # what was done; "" where it failed
+    error: str = ""
+
+
+class Deployment:
+    """One run over an inventory. `tell` is called for every step of every host."""
+
+    def __init__(self, inventory: Inventory, bundle: Bundle, *, parallel: int, dry_run: bool, tell: Tell) -> None:
+        self._inventory, self._bundle = inventory, bundle
+        self._parallel = parallel
+        self._gate = asyncio.Semaphore(parallel)
+        self._dry_run = dry_run
+        self._tell = tell
+        self._fleet: FleetAccess = Direct()
+        self._stack = contextlib.AsyncExitStack()
+
+    async def deploy(self) -> tuple[Outcome, ...]:
+        """Controllers, then all others at once."""
+        async with self._stack:
+            first = await self._each(self._inventory.controller_hosts, self._whole)
+            if any(outcome.error for outcome in first):
+                rest = [host for host in self._inventory.hosts if "controller" not in host.roles]
+                left = tuple(Outcome(host=host.host, error="not begun: a controller failed") for host in rest)
+                return (*first, *left)
+            others = [host for host in self._inventory.hosts if "controller" not in host.roles]
+            return (*first, *await self._each(others, self._whole))
+
+    async def upgrade(self) -> tuple[Outcome, ...]:
+        """Controllers one by one, then agents; after the first sick host no other is begun."""
+        async with self._stack:
+            outcomes: list[Outcome] = []
+            controllers = self._inventory.controller_hosts
+            agents = [host for host in self._inventory.hosts if "controller" not in host.roles]
+            for host in controllers:
+                outcomes += await self._each([host], self._whole)
+                if outcomes[-1].error:
+                    break
+            waiting = list(agents)
+            sick = any(outcome.error for outcome in outcomes)
+            while waiting and not sick:
+                batch, waiting = waiting[: self._parallel], waiting[self._parallel :]
+                outcomes += await self._each(batch, self._whole)
+                sick = any(outcome.error for outcome in outcomes)
+            begun = {outcome.host for outcome in outcomes}
+            left = [host for host in self._inventory.hosts if host.host not in begun]
+            outcomes += [Outcome(host=host.host, error="not begun: an earlier host is sick") for host in left]
+            return tuple(outcomes)
+
+    async def remove(self, *, data: bool) -> tuple[Outcome, ...]:
+        """Agents first: what runs there ends; then controllers."""
+
+        async def one(host: Host, remote: Remote) -> str:
+            if self._dry_run:
+                return "would be removed" + (", its data too" if data else "")
+            for role in host.roles:
+                self._tell(host.host, f"stop the {role}")
+                await remote.ask("service", role=role, verb="stop")
+            if "agent" in host.roles:
+                self._tell(host.host, "end what runs there")
+                await remote.ask("purge", 330.0)
+            await remote.ask("remove", data=data)
+            return "removed"
+
+        agents = [host for host in self._inventory.hosts if "controller" not in host.roles]
+        async with self._stack:
+            return (*await self._each(agents, one), *await self._each(self._inventory.controller_hosts, one))
+
+    async def _each(self, hosts: Iterable[Host], work: Callable[[Host, Remote], Awaitable[str]]) -> list[Outcome]:
+        async def one(host: Host) -> Outcome:
+            async with self._gate:
+                try:
+                    remote = await self._stack.enter_async_context(connect(host, ssh_of(self._inventory.ssh, host.ssh)))
+                    done = await work(host, remote)
+                except OutriderError as error:
+                    text = str(error).removeprefix(f"{host.host}: ")
+                    self._tell(host.host, f"failed: {text}")
+                    return Outcome(host=host.host, error=text)
+                self._tell(host.host, done)
+                return Outcome(host=host.host, done=done)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(host), name=f"deploy-{host.host}") for host in hosts]
+        return [task.result() for task in tasks]
+
+    async def _whole(self, host: Host, remote: Remote) -> str:
+        """All that the host lacks."""
+        began_s = time.time()
+        remote_bundle = f"/var/tmp/outrider-{self._bundle.id}.tar"  # noqa: S108 - root's file, moved into place whole
+        answer = await remote.ask("probe", packages=list(packages_of(host)), bundle=remote_bundle)
+        facts = facts_from(answer)
+        check(host, facts, self._bundle, now_s=began_s, took_s=time.time() - began_s)
+        wanted = self._files(host)
+        plan = make_plan(host, facts, self._bundle, _digests(wanted))
+        if self._dry_run:
+            return plan.told
+        before = await self._running(host, facts)
+        await self._prepare(host, remote, plan, wanted, remote_bundle)
+        if "controller" in host.roles:
+            await self._controller(host, remote, facts, plan)
+        if "agent" in host.roles:
+            await self._agent(host, remote, facts, plan)
+            lost = before - await self._running(host, facts)
+            if lost:
+                raise HostError(host.host, step=f"allocations ended meanwhile: {', '.join(sorted(lost)[:5])}")
+        return f"healthy, {plan.told}"
+
+    async def _prepare(
+        self, host: Host, remote: Remote, plan: Plan, wanted: Mapping[str, tuple[str, str]], remote_bundle: str
+    ) -> None:
+        for step in plan.steps:
+            self._tell(host.host, str(step))
+            match step:
+                case Step.PACKAGES:
+                    await remote.ask("packages", 900.0, packages=list(plan.packages))
+                case Step.PUSH:
+                    await remote.push(self._bundle.path, remote_bundle)
+                case Step.INSTALL:
+                    await remote.ask("install", INSTALL_S, bundle=remote_bundle)
+                case Step.CONFIGURE:
+                    files = {path: {"content": text, "mode": mode} for path, (text, mode) in wanted.items()}
+                    await remote.ask("configure", files=files)
+                case Step.ACTIVATE:
+                    await remote.ask("activate", version=self._bundle.id)
+                case _:
+                    return  # the roles' own
+
+    async def _controller(self, host: Host, remote: Remote, facts: Facts, plan: Plan) -> None:
+        if Step.START in plan.steps or Step.RESTART in plan.steps:
+            verb = "restart" if facts.running.get("controller") else "start"
+            await remote.ask("service", role="controller", verb=verb)
+        fleet = await on_controller(remote, self._sockets())
+        told = ""
+        try:
+            async with asyncio.timeout(CONTROLLER_READY_S):
+                while True:
+                    try:
+                        await fleet.answers()
+                    except PeerError as error:
+                        told = str(error)
+                        await asyncio.sleep(_POLL_S)
+                    else:
+                        break
+        except TimeoutError as error:
+            text = (await remote.ask("logs", role="controller"))["text"]
+            raise HostError(host.host, step=f"the controller does not answer: {told}\n{_indented(text)}") from error
+        self._fleet = fleet
+
+    async def _agent(self, host: Host, remote: Remote, facts: Facts, plan: Plan) -> None:
+        if Step.JOIN in plan.steps:
+            self._tell(host.host, "join")
+            token = await self._fleet.join_token(host.node)
+            await remote.ask("configure", files={JOIN_TOKEN: {"content": token, "mode": "600"}})
+        if Step.START in plan.steps or Step.RESTART in plan.steps:
+            verb = "restart" if facts.running.get("agent") else "start"
+            self._tell(host.host, verb)
+            await remote.ask("service", role="agent", verb=verb)
+        told = await wait_ready(self._fleet, host.node, version=self._bundle.version, timeout_s=READY_S)
+        if told:
+            text = (await remote.ask("logs", role="agent"))["text"]
+            raise HostError(host.host, step=f"node {host.node} is not healthy: {told}\n{_indented(text)}")
+
+    async def _running(self, host: Host, facts: Facts) -> frozenset[str]:
+        """What runs on the node, where it is one already."""
+        if "agent" not in host.roles or not facts.joined.get("agent"):
+            return frozenset()
+        with contextlib.suppress(PeerError, RefusedError):
+            return (await self._fleet.node(host.node)).allocations
+        return frozenset()
+
+    def _sockets(self) -> Path:
+        """A directory for sockets, gone with the deployment; short, because sun_path is."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="outrider-")))
+
+    def _files(self, host: Host) -> dict[str, tuple[str, str]]:
+        files: dict[str, tuple[str, str]] = {}
+        if "controller" in host.roles:
+            files |= controller_files(self._inventory, host)
+        if "agent" in host.roles:
+            files |= agent_files(self._inventory, host)
+        return files
+
+
+def _digests(files: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    paths = {"agent": AGENT_CONFIG, "controller": CONTROLLER_CONFIG}
+    return {role: hashlib.sha256(files[path][0].encode()).hexdigest() for role, path in paths.items() if path in files}
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines()[-12:])

@@ -1,0 +1,110 @@
+"""`outrider deploy` on real sshd instances, each a host of its own: what it does, does again, and refuses."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.ssh_hosts import SshHosts
+
+pytestmark = pytest.mark.deep  # each host gets the whole bundle: minutes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[SshHosts]:
+    with SshHosts(3) as made:
+        yield made
+
+
+def inventory(hosts: SshHosts, **more: object) -> Path:
+    document = {
+        "cluster": "sshtest",
+        "ssh": {"user": "root", "identity": str(hosts.key), "known_hosts": str(hosts.known_hosts)},
+        "agent": {"host_image": True},
+        "hosts": [
+            {"host": address, "name": f"h{at}", "roles": ["controller", "agent"] if at == 0 else ["agent"]}
+            for at, address in enumerate(hosts.addresses)
+        ],
+        **more,
+    }
+    path = hosts.directory / "hosts.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def nodes(hosts: SshHosts) -> dict[str, str]:
+    done = on_controller(hosts, "node", "ls", "--json")
+    return {state["node"]["id"]: state["status"] for state in json.loads(done.stdout)}
+
+
+def on_controller(hosts: SshHosts, *words: str) -> subprocess.CompletedProcess[str]:
+    socket = "unix:/run/outrider/controller/operator.sock"
+    done = hosts.inside(hosts.addresses[0], "/opt/outrider/current/bin/outrider", "--address", socket, *words)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.timeout(600)
+def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts: SshHosts) -> None:
+    first, second, third = hosts.addresses
+    file = str(inventory(hosts))
+
+    looked = hosts.outrider("deploy", "-f", file, "--dry-run")
+    assert looked.returncode == 0, looked.stderr
+    assert looked.stderr.count("push the bundle, install, configure, switch to the version, join, start") == 3
+    assert not list(hosts.path(first, "/opt/outrider").iterdir()), "a dry run changes nothing"
+
+    # An earlier run that broke off: half a bundle, half a version.
+    hosts.path(second, "/opt/outrider/versions/.0.1.0-x.partial").mkdir(parents=True)
+    hosts.change_host_key(third)
+    done = hosts.outrider("deploy", "-f", file)
+    assert done.returncode == 1
+    assert f"1 of 3 hosts failed: {third}" in done.stderr
+    assert "its host key is not the known one" in done.stderr
+    assert not hosts.path(third, "/opt/outrider/versions").exists(), "nothing is half-joined"
+    assert nodes(hosts) == {"h0": "ready", "h1": "ready"}
+
+    hosts.trust(third)
+    again = hosts.outrider("deploy", "-f", file, "--json")
+    assert again.returncode == 0, again.stderr
+    told = {each["host"]: each["done"] for each in json.loads(again.stdout)["hosts"]}
+    assert told[first] == told[second] == "healthy, nothing to do"
+    assert nodes(hosts) == {"h0": "ready", "h1": "ready", "h2": "ready"}
+    tokens = json.loads(on_controller(hosts, "token", "ls", "--json").stdout)
+    assert tokens == [], "each join token was for one node, once"
+    secret = hosts.path(third, "/etc/outrider/join-token")
+    assert not secret.exists() or secret.stat().st_mode & 0o077 == 0
+
+    # Somebody changed a configuration, and an agent died for good: it is mended, and nothing else is touched.
+    hosts.path(second, "/etc/outrider/agent.yaml").write_text("cluster: sshtest\n")
+    mended = hosts.outrider("deploy", "-f", file, "--json")
+    assert mended.returncode == 0, mended.stderr
+    told = {each["host"]: each["done"] for each in json.loads(mended.stdout)["hosts"]}
+    assert told == {
+        first: "healthy, nothing to do", second: "healthy, configure, restart", third: "healthy, nothing to do",
+    }  # fmt: skip
+
+    removed = hosts.outrider("deploy", "-f", file, "--remove", "--data")
+    assert removed.returncode == 0, removed.stderr
+    for address in hosts.addresses:
+        for path in ("/opt/outrider", "/etc/outrider", "/var/lib/outrider"):
+            assert not list(hosts.path(address, path).iterdir())
+
+
+def test_who_is_not_let_in_is_told_so(hosts: SshHosts, tmp_path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True)
+    ssh = {"user": "root", "identity": str(tmp_path / "other"), "known_hosts": str(hosts.known_hosts)}
+    done = hosts.outrider("deploy", "-f", str(inventory(hosts, ssh=ssh)), "--only", hosts.addresses[1])
+    assert done.returncode == 1
+    assert "it does not let us in" in done.stderr
+    assert not list(hosts.path(hosts.addresses[1], "/opt/outrider").iterdir())
+
+
+def test_a_host_that_is_away_is_told_so(hosts: SshHosts) -> None:
+    ssh = {"user": "root", "identity": str(hosts.key), "known_hosts": str(hosts.known_hosts), "port": 2222}
+    done = hosts.outrider("deploy", "-f", str(inventory(hosts, ssh=ssh)), "--only", hosts.addresses[1])
+    assert done.returncode == 1
+    assert "no SSH connection" in done.stderr
