@@ -13,7 +13,7 @@ from controller.core.copies import key_in_version, made_like
 from controller.core.groups import GroupEntry
 from controller.core.progress import Turn
 from controller.core.state import State
-from controller.core.table import Bools, Ints
+from controller.core.table import Bools, Ints, among
 from outrider.model.fleet import RolloutState
 from outrider.model.job import Group
 
@@ -46,7 +46,7 @@ def withdraw(turn: Turn, newest: GroupEntry, rows: Ints, *, guarded: bool) -> In
     fresh = made_like(state, found, newest)
     if entry.promoted:
         promoted, found = found[fresh], found[~fresh]
-        twins = np.isin(table.index[others], table.index[promoted])
+        twins = among(table.index[others], table.index[promoted])
         draft.settle(promoted)
         draft.stop(others[twins], f"replaced by version {entry.latest}")
         kept = np.concatenate([others[~twins], promoted])

@@ -10,7 +10,7 @@ from controller.core import table as columns
 from controller.core.groups import GroupEntry
 from controller.core.schedule import suits
 from controller.core.state import State
-from controller.core.table import Bools, Ints
+from controller.core.table import Bools, Ints, among
 from outrider.model.job import JobType
 
 
@@ -33,7 +33,7 @@ def wanted(state: State, group: GroupEntry) -> Bools:
         over = over[table.desired[over] == columns.RUN]
         if retry.attempts_of(retry.policy_of(state, group), group) != 0:
             complete = table.status[over] == columns.COMPLETE
-            over = over[complete | np.isin(table.index[over], list(retry.given_up(state, group)))]
+            over = over[complete | among(table.index[over], list(retry.given_up(state, group)))]
         done = table.index[over]
         asked[done[done < len(asked)]] = False
     return asked
@@ -41,23 +41,25 @@ def wanted(state: State, group: GroupEntry) -> Bools:
 
 def made_like(state: State, rows: Ints, group: GroupEntry) -> Bools:
     """Whose content is that of `group`: a count or a manner of updating that changed restarts nothing."""
+    if not len(rows):
+        return np.zeros(0, np.bool_)
     same = [key for key in _keys(state, group) if state.groups[key].spec == group.spec]
-    made: Bools = np.isin(state.table.group[rows], same)
-    return made
+    return among(state.table.group[rows], same)
 
 
 def told_like(state: State, rows: Ints, group: GroupEntry) -> Bools:
     """Whose agent knows all of `group` that agents need to know."""
+    if not len(rows):
+        return np.zeros(0, np.bool_)
     same = [key for key in _keys(state, group) if state.groups[key].told == group.told]
-    told: Bools = np.isin(state.table.group[rows], same)
-    return told
+    return among(state.table.group[rows], same)
 
 
 def ended(state: State, group: GroupEntry, how: tuple[int, ...]) -> Ints:
     """Allocations of this content that ended so since the newest version was submitted."""
     table, entry = state.table, state.jobs[group.job]
     rows = state.family_rows(group.family)
-    rows = rows[np.isin(table.status[rows], how)]
+    rows = rows[among(table.status[rows], how)]
     rows = rows[table.changed_s[rows] >= entry.versions[entry.latest].submitted_at_s]
     found: Ints = rows[made_like(state, rows, group)]
     return found

@@ -19,7 +19,7 @@ from controller.core.schedule import Placement, held_back, place, place_on
 from controller.core.scores import Near
 from controller.core.snapshot import Hold, Snapshot
 from controller.core.state import State
-from controller.core.table import Bools, Codes, Ints, Shorts
+from controller.core.table import Bools, Codes, Ints, Shorts, among
 from outrider.ids import JobName
 from outrider.model.allocation import Generation
 from outrider.model.job import JobType
@@ -45,7 +45,7 @@ class Draft:
     def stop(self, rows: Ints, reason: str, by: JobName | None = None) -> None:
         """`by`: the job that takes their place. What this plan stops already is left out."""
         if len(rows) and self._stopped:
-            rows = rows[~np.isin(rows, np.concatenate(self._stopped))]
+            rows = rows[~among(rows, np.concatenate(self._stopped))]
         if len(rows):
             self._stopped.append(rows)
             self._stops.append(Stop(serials=self._state.table.serial[rows].tobytes(), reason=reason, by=by))
@@ -67,7 +67,7 @@ class Draft:
         table = self._state.table
         roles = table.role[rows]
         if self._settled:
-            roles[np.isin(table.serial[rows], np.concatenate(self._settled))] = columns.ORDINARY
+            roles[among(table.serial[rows], np.concatenate(self._settled))] = columns.ORDINARY
         return roles
 
     def place(  # noqa: PLR0917  what is missing, and where it may not go
@@ -136,7 +136,7 @@ class Draft:
         """As `_place_all`, and those with nodes to avoid one by one: elsewhere; if nothing else has room, where it is
         longest ago that they failed, and on the last one only if it is the only one.
         """
-        burdened = np.isin(indices, list(avoid))
+        burdened = among(indices, list(avoid))
         nodes = np.full(len(indices), -1)
         ports = np.zeros((len(indices), group.ports_width), np.int64)
         together = self._place_all(group, int((~burdened).sum()), near)

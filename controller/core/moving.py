@@ -10,7 +10,7 @@ from controller.core import retry
 from controller.core import table as columns
 from controller.core.groups import GroupEntry
 from controller.core.progress import Turn
-from controller.core.table import Bools, Ints, Shorts
+from controller.core.table import Bools, Ints, Shorts, among
 from outrider.model.job import JobType, Survivor
 
 DRAINED = "its node is drained"
@@ -89,7 +89,7 @@ def leaving(turn: Turn, newest: GroupEntry, rows: Ints) -> Ints:
     if not (drained.any() or silent.any()):
         return np.zeros(0, np.int64)
     turn.progress.moving = True
-    has_one = np.isin(table.index[rows], table.index[rows[turn.draft.roles(rows) == columns.SUCCESSOR]])
+    has_one = among(table.index[rows], table.index[rows[turn.draft.roles(rows) == columns.SUCCESSOR]])
     free = (turn.draft.roles(rows) == columns.ORDINARY) & ~has_one
     return np.concatenate([rows[free & silent], rows[free & drained & ~silent]])
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from controller.core.groups import GroupEntry, group_entry
+from controller.core.groups import GroupEntry
 from controller.core.near import neighbours, running
 from controller.core.reasons import Filter, amount, counted_out, filters, shortages
 from controller.core.scores import Near
@@ -84,16 +84,14 @@ def hopeless_wishes(state: State, job: Job) -> Iterator[str]:
         return
     columns = state.nodes.attributes
     told = set()
-    for position, wanted in enumerate(job.groups):
-        group = group_entry(job, 0, position)
-        for constraint in (*group.demand.constraints, *(one.prefer for one in group.affinities)):
-            met = bool(columns.passing(constraint).any())
-            if not met and constraint.operator is not Operator.IS_NOT_SET:
+    for wanted in job.groups:
+        affinities = (*job.affinities, *wanted.affinities)
+        for constraint in (*job.constraints, *wanted.constraints, *(one.prefer for one in affinities)):
+            if not columns.passing(constraint).any() and constraint.operator is not Operator.IS_NOT_SET:
                 told.add(f"group {wanted.name}: no node has `{describe(constraint)}`")
-        for distinct in group.distinct:
-            if not columns.column(distinct.attribute).values:
-                told.add(f"group {wanted.name}: no node has {distinct.attribute}, so it fits nowhere")
-        for spread in group.spread:
+            if constraint.operator is Operator.DISTINCT and not columns.column(constraint.attribute).values:
+                told.add(f"group {wanted.name}: no node has {constraint.attribute}, so it fits nowhere")
+        for spread in (*job.spread, *wanted.spread):
             values = columns.column(spread.attribute).values
             missing = [target.value for target in spread.targets if target.percent and target.value not in values]
             if not values:

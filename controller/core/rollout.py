@@ -13,7 +13,7 @@ from controller.core.groups import GroupEntry
 from controller.core.outlook import Outlook
 from controller.core.progress import Turn
 from controller.core.state import State
-from controller.core.table import Bools, Ints, Times
+from controller.core.table import Bools, Ints, Times, among
 from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType
 
@@ -85,12 +85,12 @@ def _decide_ordinary(turn: Turn, key: int, guard: int | None, rows: Ints) -> Non
     rolls = guard is None and entry.rollout is RolloutState.RUNNING and not entry.paused and not progress.failure
     if rolls and not dependencies.unmet(state, newest):
         replaced = _next_to_roll(state, newest, stale, budget, view)
-        ready = np.union1d(ready, table.index[replaced])
+        ready = np.union1d(ready, table.index[replaced]) if len(replaced) else ready
         budget -= len(replaced)
         replaced = np.concatenate([replaced, rows[~fresh & is_successor]])
         draft.stop(replaced, f"replaced by version {entry.latest}")
-        successors = successors[~np.isin(successors, replaced)]
-        rows = rows[~np.isin(rows, replaced)]
+        successors = successors[~among(successors, replaced)]
+        rows = rows[~among(rows, replaced)]
     draft.place(home_key, ready, ordinary[table.node[ordinary] < 0], rows, now_s=turn.now_s)
     leaving = moving.leaving(turn, newest, rows)
     if len(leaving):
@@ -146,7 +146,7 @@ def _not_held_back(turn: Turn, group: GroupEntry, missing: Ints) -> Ints:
     held, until_s = retry.held_back(state, group, missing, now_s)
     progress.wake(until_s)
     ready = missing[~held]
-    lost = np.isin(ready, list(state.live.lost.get(group.family, ())))
+    lost = among(ready, list(state.live.lost.get(group.family, ())))
     count = int(lost.sum())
     if count:
         admitted, until_s = retry.admit(state, count, now_s)
@@ -182,7 +182,7 @@ def _replace_sick(turn: Turn, newest: GroupEntry, rows: Ints) -> Ints:
     for row in late.tolist():
         retry.note_failure(state, row, now_s)
     turn.draft.stop(late, f"not healthy within {newest.group.update.healthy_deadline_s:g} s")
-    return rows[~np.isin(rows, late)]
+    return rows[~among(rows, late)]
 
 
 def _note_failure(turn: Turn, group: GroupEntry, sick: Ints, missing: Ints) -> None:
@@ -215,7 +215,7 @@ def _failed_for_good(state: State, group: GroupEntry) -> Ints:
     failed = copies.ended(state, group, (columns.FAILED,))
     patient = group.group.update.progress_deadline_s is not None or group.type is JobType.BATCH
     if patient and len(failed) and retry.attempts_of(retry.policy_of(state, group), group) != 0:
-        failed = failed[np.isin(state.table.index[failed], list(retry.given_up(state, group)))]
+        failed = failed[among(state.table.index[failed], list(retry.given_up(state, group)))]
     return failed
 
 

@@ -1,10 +1,10 @@
 """How good each node is for the next copy of a group. Owns the formula; chooses nothing.
 
-The score is a sum. With `placement: spread`: (room / 2 - copies) / count, where `copies` is how many of the group the
-node has already, and `room` what is left of its scarcer resource; so the fewest copies decide, then the load. With
-`placement: pack`: what is used of the scarcer resource. To either: weight / 100 of each affinity that holds, and for
-each spread weight / 100 * (1 - copies / share), of the copies on nodes of the same value and the share wished for them.
-Higher is better.
+The score is a sum. With `placement: spread`: (room / 2 - copies) / count / 4, where `copies` is how many of the group
+the node has already, and `room` what is left of its scarcer resource; so the fewest copies decide, then the load. With
+`placement: pack`: what is used of the scarcer resource, / 4. The quarter lets wishes outweigh habit. To either:
+weight / 100 of each affinity that holds, and for each spread weight / 100 * (1 - copies / share), of the copies on
+nodes of the same value and the share wished for them. Higher is better.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ class Scores:
         self._need = group.need
         self._have = near.group
         self.packs = (group.packing or snapshot.packing) is Packing.PACK
-        self.copies = max(1, group.group.count)
+        self._unit = 4 * max(1, group.group.count)
         self.eligible: Bools = snapshot.ready & snapshot.nodes.suited(group.demand)
         if allowed is not None:
             self.eligible = self.eligible & allowed
@@ -136,20 +136,20 @@ class Scores:
             float(snapshot.cpu_free[ref] - k * self._need.cpu_millis) / float(snapshot.cpu_total[ref]),
             float(snapshot.memory_free[ref] - k * self._need.memory_bytes) / float(snapshot.memory_total[ref]),
         )
-        score = 1 - left if self.packs else (0.5 * left - (int(self._have[ref]) + k - 1)) / self.copies
+        score = (1 - left) / 4 if self.packs else (0.5 * left - (int(self._have[ref]) + k - 1)) / self._unit
         return score if self.affinity is None else score + float(self.affinity[ref])
 
     def many(self, refs: Ints, k: Ints) -> Times:
         """`at` of many, where all fit."""
         left = self._left(refs, k)
-        scores: Times = 1 - left if self.packs else (0.5 * left - (self._have[refs] + k - 1)) / self.copies
+        scores: Times = (1 - left) / 4 if self.packs else (0.5 * left - (self._have[refs] + k - 1)) / self._unit
         return scores if self.affinity is None else scores + self.affinity[refs]
 
     def above(self, refs: Ints, threshold: float) -> Ints:
         """How many copies on each node score `threshold` or more, as if there were room for any number; spread only."""
         snapshot, need = self._snapshot, self._need
         fixed = 0.0 if self.affinity is None else self.affinity[refs]
-        spare = (fixed - threshold) * self.copies - self._have[refs] + 1
+        spare = (fixed - threshold) * self._unit - self._have[refs] + 1
         found = np.full(len(refs), np.inf)
         for free, wanted, total in (
             (snapshot.cpu_free, need.cpu_millis, snapshot.cpu_total),
@@ -163,8 +163,8 @@ class Scores:
     def parts(self) -> dict[str, Times]:
         """What the score of each node is made of, for people."""
         left = self._left(slice(None), 1)
-        found = {"full": 1 - left} if self.packs else {
-            "apart": -self._have / self.copies, "room": 0.5 * left / self.copies
+        found = {"full": (1 - left) / 4} if self.packs else {
+            "apart": -self._have / self._unit, "room": 0.5 * left / self._unit
         }  # fmt: skip
         if self.affinity is not None:
             found["affinity"] = self.affinity
@@ -175,10 +175,10 @@ class Scores:
     def _base(self, k: int) -> Times:
         left = self._left(slice(None), k)
         if self.packs:
-            return 1 - left
+            return (1 - left) / 4
         left *= 0.5
         left -= self._have + (k - 1)
-        left /= self.copies
+        left /= self._unit
         return left
 
     def _left(self, at: Ints | slice, k: Ints | int) -> Times:

@@ -4,6 +4,8 @@ Never decides anything. Rows move when forgotten ones are squeezed out: what out
 The first nine columns are durable; `observed`, `healthy` and `healthy_since_s` are what the agents said last.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +33,7 @@ OBSERVED_CODES = {status: code for code, status in enumerate(OBSERVED)}
 DURABLE = ("serial", "group", "index", "node", "desired", "status", "role", "created_s", "changed_s")
 _COLUMNS = (*DURABLE, "observed", "healthy", "healthy_since_s")
 _SQUEEZE_MIN = 4096
+_FEW = 8
 
 
 class AllocTable:
@@ -128,3 +131,15 @@ class AllocTable:
             grown = np.zeros(max(size, 2 * len(column)), column.dtype)
             grown[: self.size] = column[: self.size]
             setattr(self, name, grown)
+
+
+def among(values: npt.NDArray[np.generic], wanted: Sequence[int] | Ints) -> Bools:
+    """Which of `values` are `wanted`: np.isin, which costs 0.1 ms even where there is next to nothing to look for."""
+    if not len(values) or not len(wanted):
+        return np.zeros(len(values), np.bool_)
+    if len(wanted) > _FEW:
+        return np.isin(values, wanted)
+    found: Bools = values == wanted[0]
+    for one in wanted[1:]:
+        found |= values == one
+    return found

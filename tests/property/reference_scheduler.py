@@ -90,7 +90,7 @@ class Reference:
             (found.memory_bytes - kept.memory_bytes - place.memory - self.memory)
             / (found.memory_bytes - kept.memory_bytes),
         )
-        score = 1 - room if self.job.placement is Packing.PACK else (room / 2 - place.copies) / count
+        score = (1 - room) / 4 if self.job.placement is Packing.PACK else (room / 2 - place.copies) / count / 4
         for affinity in (*self.job.affinities, *self.group.affinities):
             if holds(affinity.prefer, place.attributes()):
                 score += affinity.weight / 100
