@@ -16,6 +16,7 @@ import msgspec
 from agent import kvm
 from agent.belongings.artifacts import Artifacts
 from agent.belongings.belongings import Belongings
+from agent.belongings.devices import Devices
 from agent.belongings.mounted import Mounted
 from agent.belongings.volumes import Volumes
 from agent.claims import UID_BLOCKS, UID_RANGES, Claim, Owner, claim, uid_first
@@ -369,6 +370,9 @@ class Agent:
             tell=self._engine.tell,
             volumes=self._volumes,
             artifacts=self._artifacts,
+            devices=Devices(
+                run=self._config.run, files=self._config.device_files, capabilities=self._config.capabilities
+            ),
             mounted=self._mounted,
             tasks=self._tasks,
             rng=random.Random(),  # noqa: S311 - splay

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from outrider.belongings import CAPABILITIES
 from outrider.config import host_port
 from outrider.ids import NAME_PATTERN, NodeId
 from outrider.model.job import MIB, Value
@@ -79,6 +80,8 @@ class Config(Value, frozen=True, kw_only=True):
     ports: PortRange = PortRange()
     images: ImagesConfig = ImagesConfig()
     artifact_cache_bytes: Annotated[int, msgspec.Meta(ge=1)] = 5 * 1024 * MIB  # of all; and at most so much of one
+    device_files: Mapping[Name, tuple[Path, ...]] = {}  # of `devices`: one file for each that it counts
+    capabilities: tuple[str, ...] = ()  # that a task may have where it asks
     volume_paths: tuple[Path, ...] = ()  # below these, a volume may be a directory of this node
     log: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -95,6 +98,14 @@ class Config(Value, frozen=True, kw_only=True):
             raise ValueError(f"pool: {ANY_POOL!r} is how a job names every pool; choose another name")
         if KVM in self.devices:
             raise ValueError(f"devices: {KVM} is found by a test of its own; leave it out")
+        for name, files in self.device_files.items():
+            if len(files) != self.devices.get(name, 0):
+                message = f"{len(files)} files for {self.devices.get(name, 0)} devices: one for each"
+                raise ValueError(f"device_files: {name}: {message}")
+        unknown = set(self.capabilities) - CAPABILITIES
+        if unknown:
+            known = ", ".join(sorted(CAPABILITIES))
+            raise ValueError(f"capabilities: {', '.join(sorted(unknown))}: no task can have that; known are {known}")
         least = min(self.reserved.cpu_millis, self.reserved.memory_bytes, self.reserved.disk_bytes)
         if least < 0 or not all(1 <= port <= 65535 for port in self.reserved.ports):
             raise ValueError("reserved: amounts are not negative, and ports are within 1 and 65535")

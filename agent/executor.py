@@ -238,6 +238,7 @@ class Executor:
                 for name, number in published_ports(assignment.group.network, assignment.dynamic_ports).items()
             ),
             egress=assignment.group.network.egress,
+            bandwidth_bytes=assignment.group.network.bandwidth_bytes,
             sidecar_uid=held.uids.sidecar + INNER_USER,
             workload_uids=held.uids.workload,
             dns_uid=self._uids.responder + INNER_USER,
@@ -296,7 +297,9 @@ class Executor:
         image = self._images.unpacked(assignment.alloc, task.image)
         user, group = identity(task, image)
         brought = await self._belongings.prepare(assignment, task, uid_first=uid_first, user=user, group=group)
-        place = msgspec.structs.replace(place, mounts=(*place.mounts, *brought.mounts), env=brought.env)
+        place = msgspec.structs.replace(
+            place, mounts=(*place.mounts, *brought.mounts), env=brought.env, devices=brought.devices
+        )
         spec = sandbox_spec(assignment, task, place, image)
         task_directory.prepare(
             directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=uid_first + spec.user

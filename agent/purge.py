@@ -25,6 +25,7 @@ async def purge(config: Config) -> None:
         memory.remove(config.run / "belongings")
         Mounted(config.run).remove_all()
         volumes.remove_mounts(config.run)
+        shutil.rmtree(config.run / "devices", ignore_errors=True)
         shutil.rmtree(config.data / "allocations", ignore_errors=True)
         for name in ("dns", "roots", "artifacts", "partial"):
             shutil.rmtree(config.data / name, ignore_errors=True)

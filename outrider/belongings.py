@@ -11,9 +11,26 @@ from pathlib import PurePosixPath
 
 from outrider.ids import is_name
 from outrider.model.belongings import OnChange, SecretUse, Template
-from outrider.model.job import Driver, Task
+from outrider.model.job import Driver, Resources, Task
 
 LIST_MAX = 64
+ULIMITS = frozenset({"core", "cpu", "fsize", "memlock", "msgqueue", "nofile", "nproc", "rttime", "sigpending", "stack"})
+# Those that mean something within a user namespace, and do not open the way to all others.
+CAPABILITIES = frozenset(
+    {
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "FOWNER",
+        "FSETID",
+        "KILL",
+        "NET_BIND_SERVICE",
+        "NET_RAW",
+        "SETGID",
+        "SETUID",
+        "SYS_CHROOT",
+    }
+)
+_NICE_MAX, _IO_WEIGHT_MAX = 19, 1000
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 TEMPLATES_CHARS_MAX = 1024 * 1024
 _SPLAY_S_MAX = 3600.0
@@ -33,6 +50,7 @@ def wrong_belongings(task: Task) -> Iterator[Wrong]:
     yield from _volumes(task)
     yield from _artifacts(task)
     yield from _templates(task)
+    yield from _limits(task)
 
 
 def is_inner_path(text: str) -> bool:
@@ -121,6 +139,36 @@ def _template(template: Template) -> Iterator[Wrong]:
     if not 0 <= template.splay_s <= _SPLAY_S_MAX:
         yield ("splay",), f"{template.splay_s:g} s is not within 0 and {_SPLAY_S_MAX:g} s"
     yield from wrong_signal(template.signal)
+
+
+def _guest_limits(task: Task) -> Iterator[Wrong]:
+    if task.driver is not Driver.VM:
+        return
+    for key, name in (("shm_bytes", "shm"), ("nice", "nice"), ("ulimits", "ulimits")):
+        if getattr(task.resources, key) != getattr(Resources(), key):
+            yield ("resources", name), "of processes; a vm's guest has its own"
+    if task.capabilities:
+        yield ("capabilities",), "of processes; a vm's guest has all of its own"
+
+
+def _limits(task: Task) -> Iterator[Wrong]:
+    resources = task.resources
+    default = Resources()
+    yield from _guest_limits(task)
+    if not 0 <= resources.nice <= _NICE_MAX:
+        yield ("resources", "nice"), f"{resources.nice} is not within 0 and {_NICE_MAX}: a task can only yield"
+    if not 0 <= resources.io_weight <= _IO_WEIGHT_MAX:
+        yield ("resources", "io_weight"), f"{resources.io_weight} is not within 1 and {_IO_WEIGHT_MAX}"
+    if not 0 < resources.shm_bytes <= max(resources.memory_bytes, default.shm_bytes):
+        yield ("resources", "shm"), f"{resources.shm_bytes} bytes; it has some, and no more than the task's memory"
+    for name, value in resources.ulimits.items():
+        if name not in ULIMITS:
+            yield ("resources", "ulimits", name), f"no such limit; known are {', '.join(sorted(ULIMITS))}"
+        if value < 0:
+            yield ("resources", "ulimits", name), f"{value} is no limit"
+    for at, name in enumerate(task.capabilities):
+        if name not in CAPABILITIES:
+            yield ("capabilities", at), f"{name[:40]!r} is none that a task can have: {', '.join(sorted(CAPABILITIES))}"
 
 
 def _secret(use: SecretUse) -> Iterator[Wrong]:

@@ -51,6 +51,7 @@ TASKS_MAX = 32
 SERVICES_MAX = 32
 FILES_BYTES_MAX = MIB
 DEVICES_MAX = 1000
+BANDWIDTH_MIN, BANDWIDTH_MAX = 10_000, 4_000_000_000  # bytes a second
 GUEST_MEMORY_MIN = 128 * MIB
 DURATION_S_MAX = 7 * 24 * 3600.0
 # Inside the allocation's namespace the sidecar listens here.
@@ -211,6 +212,9 @@ def _rollout_kind(job: Job, path: Path, group: Group) -> Iterator[Problem]:
 
 def _network(path: Path, network: Network) -> Iterator[Problem]:
     yield from _unique((*path, "ports"), (port.name for port in network.ports), "port")
+    if network.bandwidth_bytes and not BANDWIDTH_MIN <= network.bandwidth_bytes <= BANDWIDTH_MAX:
+        message = f"{network.bandwidth_bytes} bytes a second is not within {BANDWIDTH_MIN} and {BANDWIDTH_MAX}"
+        yield Problem(path=(*path, "bandwidth"), message=message)
     for port in network.ports:
         at: Path = (*path, "ports", port.name)
         yield from _name(at, port.name)

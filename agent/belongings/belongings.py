@@ -14,13 +14,14 @@ from pathlib import Path
 
 from agent.belongings import memory, templates
 from agent.belongings.artifacts import ARTIFACTS, Artifacts
+from agent.belongings.devices import Devices
 from agent.belongings.facts import Rendered
 from agent.belongings.memory import TaskMemory
 from agent.belongings.mounted import Mounted
 from agent.belongings.secrets import Ask, Secrets, SecretsInMemory
 from agent.belongings.volumes import Disk, Volumes
 from agent.core.events import BelongingsTold, RestartWanted
-from agent.sandbox.spec import Mount, StartError
+from agent.sandbox.spec import Device, Mount, StartError
 from outrider.errors import HostError
 from outrider.ids import AllocId, NodeId, TaskName
 from outrider.log import Log
@@ -41,6 +42,7 @@ class Brought(Value, frozen=True, kw_only=True):
 
     mounts: tuple[Mount, ...] = ()
     env: Mapping[str, str] = {}
+    devices: tuple[Device, ...] = ()
 
 
 class Belongings:
@@ -54,6 +56,7 @@ class Belongings:
         tell: Callable[[RestartWanted | BelongingsTold], Awaitable[None]],
         volumes: Volumes,
         artifacts: Artifacts,
+        devices: Devices,
         mounted: Mounted,
         tasks: asyncio.TaskGroup,
         rng: random.Random,
@@ -66,6 +69,7 @@ class Belongings:
         self._to_core = tell
         self._volumes = volumes
         self._artifacts = artifacts
+        self._devices = devices
         self._mounted = mounted
         self._tasks = tasks
         self._rng = rng
@@ -78,10 +82,11 @@ class Belongings:
 
     async def prepare(self, assignment: Assignment, task: Task, *, uid_first: int, user: int, group: int) -> Brought:
         """Before each start of a process. `user`: inside, as which it runs. Raises StartError and HostError."""
+        devices = self._devices.give(assignment.alloc, task)
         mounts = await self._volumes.mount(assignment, task, uid_first=uid_first, user=user, group=group)
         given = await self._give(assignment, task, uid_first + user)
         fetched = await self._show_artifacts(assignment, task, uid_first)
-        return Brought(mounts=(*mounts, *given.mounts, *fetched), env=given.env)
+        return Brought(mounts=(*mounts, *given.mounts, *fetched), env=given.env, devices=devices)
 
     async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
         """Before each start of a vm, whose emulator runs as the host's `owner`."""
@@ -138,6 +143,7 @@ class Belongings:
         self._newest.pop(alloc, None)
         self._running.pop(alloc, None)
         self._secrets.forget(alloc)
+        self._devices.release(alloc)
         await asyncio.to_thread(memory.remove, self._directory / alloc)
         await self._volumes.release(alloc)
 

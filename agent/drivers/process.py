@@ -11,6 +11,7 @@ from agent.belongings.volumes import Disk
 from agent.pull.image import UnpackedImage
 from agent.sandbox.spec import (
     INNER_USER,
+    Device,
     DirectoryRoot,
     HostRoot,
     ImageRoot,
@@ -45,6 +46,7 @@ class Place(Value, frozen=True, kw_only=True):
     task_directory: str  # as `task_directory.prepare` made it
     resolv_conf: str = ""  # a file that says where the mesh's names are answered; "" is none
     env: Mapping[str, str] = {}  # what the agent gives it beside what the job says
+    devices: tuple[Device, ...] = ()
     disks: tuple[Disk, ...] = ()  # a vm's, beside its own
     mounts: tuple[Mount, ...] = ()  # what else the agent provides, such as the namespace's own /sys
 
@@ -89,7 +91,13 @@ def sandbox_spec(assignment: Assignment, task: Task, place: Place, image: Unpack
             cpu_max_millis=resources.cpu_max_millis,
             memory_bytes=resources.memory_bytes,
             pids_max=resources.pids_max,
+            shm_bytes=resources.shm_bytes,
+            io_weight=resources.io_weight,
+            nice=resources.nice,
+            ulimits=resources.ulimits,
         ),
+        capabilities=task.capabilities,
+        devices=place.devices,
         directory=place.directory,
     )
 

@@ -121,6 +121,8 @@ class AllocationNetworks:
                 outside.add_address(outer, spec.host_side_address)
                 outside.set_up(outer)
                 outside.add_link_route(outer, spec.local_address)
+                if spec.bandwidth_bytes:
+                    outside.limit(outer, spec.bandwidth_bytes)
             self._add_elements(node, spec)
             self._unfinished_path(spec.alloc).replace(self._spec_path(spec.alloc))
         except (HostError, OSError):
@@ -148,6 +150,8 @@ class AllocationNetworks:
             inside.add_local_route("lo", VIRTUAL_NETWORK)
             inside.add_veth(INNER_LINK, peer=_outer_link(spec.alloc), peer_namespace=self._home)
             inside.add_address(INNER_LINK, spec.local_address)
+            if spec.bandwidth_bytes:
+                inside.limit(INNER_LINK, spec.bandwidth_bytes)
             inside.set_up(INNER_LINK)
             inside.add_link_route(INNER_LINK, spec.host_side_address)
             inside.add_default_route(INNER_LINK, spec.host_side_address)

@@ -31,6 +31,7 @@ class NetworkSpec(Value, frozen=True, kw_only=True):
     sidecar_uid: int
     workload_uids: tuple[int, int]  # the first, and how many
     dns_uid: int | None = None  # the responder's, where it has one of its own
+    bandwidth_bytes: int = 0  # a second, each way; 0 is no limit
     guest_uid: int | None = None  # the emulator's, where the workload is a virtual machine
 
 

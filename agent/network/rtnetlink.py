@@ -13,6 +13,9 @@ from outrider.errors import HostError
 
 _NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 24, 25
 _REQUEST, _ACK, _CREATE, _EXCLUSIVE = 0x1, 0x4, 0x400, 0x200
+_NEWQDISC, _QDISC_ROOT, _TCA_KIND, _TCA_OPTIONS = 36, 0xFFFFFFFF, 1, 2
+_TBF_PARMS, _TBF_BURST, _LINKLAYER_ETHERNET = 1, 6, 1
+_BURST_BYTES_MIN = 68_000  # one segment as the kernel hands it on, unsegmented
 _ERROR = 2  # the type of an acknowledgement, whose first word is 0 or -errno
 _IFF_UP = 1
 _ATTR_NESTED = 0x8000
@@ -82,6 +85,18 @@ class RouteSocket:
         """All of `network` is an address of this namespace (AnyIP)."""
         address, _, length = network.partition("/")
         self._route(name, address, int(length), scope=_SCOPE_HOST, kind=_LOCAL, table=_TABLE_LOCAL)
+
+    def limit(self, name: str, bytes_a_second: int) -> None:
+        """What leaves by `name` passes a token bucket (tbf): a burst of 20 ms, and 50 ms of it may wait."""
+        burst = max(_BURST_BYTES_MIN, bytes_a_second // 50)
+        queued = burst + bytes_a_second // 20
+        # struct tc_ratespec, twice, then limit, buffer and mtu: the kernel takes rate and burst from what follows.
+        rate = struct.pack("BBHhHI", 0, _LINKLAYER_ETHERNET, 0, 0, 0, min(bytes_a_second, 0xFFFFFFFF))
+        parameters = rate + bytes(12) + struct.pack("III", queued, 0, 0)
+        options = _attribute(_TBF_PARMS, parameters) + _attribute(_TBF_BURST, struct.pack("I", burst))
+        body = struct.pack("BxxxiIII", socket.AF_UNSPEC, socket.if_nametoindex(name), 0, _QDISC_ROOT, 0)
+        body += _text(_TCA_KIND, "tbf") + _attribute(_TCA_OPTIONS | _ATTR_NESTED, options)
+        self._do(_NEWQDISC, _CREATE | _EXCLUSIVE, body, step=f"limit {name} to {bytes_a_second} bytes a second")
 
     def _route(
         self,

@@ -58,6 +58,16 @@ class Cgroups:
             oom_kills=self.oom_kills(path),
         )
 
+    def set_io_weight(self, path: str, weight: int) -> bool:
+        """Whether the kernel has such weights. crun knows one of the files alone, and not the one that BFQ has."""
+        names = ("io.bfq.weight", "io.weight") if self._v2 else ("blkio.bfq.weight", "blkio.weight")
+        for name in names:
+            file = self._root / ("" if self._v2 else "blkio") / path / name
+            if file.exists():
+                file.write_text(f"{weight}\n")
+                return True
+        return False
+
     def oom_kills(self, path: str) -> int:
         """How many processes of the sandbox the kernel killed for want of memory."""
         if self._v2:

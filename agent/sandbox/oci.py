@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from agent.sandbox import seccomp
 from agent.sandbox.json_values import Json
 from agent.sandbox.spec import UID_RANGE, Device, HostRoot, ImageRoot, Limits, Mount, SandboxSpec, Tmpfs
-from outrider.model.job import MIB
 
 # What of the host's /etc a picked root shows live; `rootfs` copies or writes the rest of its /etc.
 HOST_DIRECTORIES = ("/usr", "/etc/alternatives", "/etc/ssl/certs")
@@ -19,7 +18,6 @@ INIT = "/.init"
 
 _DEV_BYTES = 65_536
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the target inside, a private one
-_SHM_BYTES = 64 * MIB
 _CPU_PERIOD_US = 100_000
 _CPU_QUOTA_US_MIN = 1_000  # the kernel's own
 _CPU_SHARES_MIN = 2
@@ -51,7 +49,10 @@ def config(
     mapping: Json = [{"containerID": 0, "hostID": spec.uid_first, "size": UID_RANGE}]
     return {
         "ociVersion": "1.0.2",
-        "process": process((INIT, "--", *spec.argv), spec.env, spec.cwd, spec.user, spec.group),
+        "process": {
+            **process((INIT, "--", *spec.argv), spec.env, spec.cwd, spec.user, spec.group),
+            **_privileges(spec),
+        },
         "root": {"path": "rootfs", "readonly": not isinstance(spec.root, ImageRoot)},
         "hostname": spec.hostname,
         "mounts": [*_mounts(spec, init), *(_device(device, devices) for device in spec.devices)],
@@ -89,6 +90,22 @@ def process(
     }
 
 
+def _privileges(spec: SandboxSpec) -> dict[str, Json]:
+    """What the workload has and an exec beside it has not."""
+    given: dict[str, Json] = {}
+    if spec.capabilities:
+        names = [f"CAP_{name}" for name in spec.capabilities]
+        # All five, or a user other than root would lose them at its first exec.
+        kinds = ("bounding", "effective", "inheritable", "permitted", "ambient")
+        given["capabilities"] = dict.fromkeys(kinds, names)
+    if spec.limits.ulimits:
+        given["rlimits"] = [
+            {"type": f"RLIMIT_{name.upper()}", "soft": value, "hard": value}
+            for name, value in sorted(spec.limits.ulimits.items())
+        ]
+    return given
+
+
 def _compiled(seccomp_filter: bytes | None) -> dict[str, Json]:
     if seccomp_filter is None:
         return {}
@@ -101,7 +118,7 @@ def _mounts(spec: SandboxSpec, init: str) -> list[Json]:
         _special("/proc", "proc", "proc"),
         _special("/dev", "tmpfs", "tmpfs", "noexec", "strictatime", "mode=755", f"size={_DEV_BYTES}"),
         _special("/dev/pts", "devpts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"),
-        _special(_SHARED_MEMORY, "tmpfs", "tmpfs", "noexec", "mode=1777", f"size={_SHM_BYTES}"),
+        _special(_SHARED_MEMORY, "tmpfs", "tmpfs", "noexec", "mode=1777", f"size={spec.limits.shm_bytes}"),
     ]
     if "/sys" not in targets:
         # crun would bind the host's own here: the namespace was not made inside this user namespace (DESIGN, 8).

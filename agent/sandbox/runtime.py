@@ -119,6 +119,12 @@ class SandboxRuntime:
         self._keep_seccomp_filter(spec.id)
         if not executable.find(pid, spec.argv[0], spec.env.get("PATH", ""), spec.cwd):
             raise StartError(_not_found(spec))
+        if spec.limits.io_weight and not self._cgroups.set_io_weight(
+            f"{self._parent}/{spec.id}", spec.limits.io_weight
+        ):
+            raise StartError("io_weight: this node's kernel has no I/O weights; leave it out, or use another node")
+        if spec.limits.nice:
+            os.setpriority(os.PRIO_PROCESS, pid, spec.limits.nice)  # what it starts has the same
         started_ticks = process.started_ticks_of(pid)
         started_at_s = time.time()
         done = await process.run([*self._crun, "start", spec.id], timeout_s=_CRUN_S_MAX)

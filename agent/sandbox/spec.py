@@ -65,6 +65,10 @@ class Limits(Value, frozen=True, kw_only=True):
     memory_bytes: int
     pids_max: int
     cpu_max_millis: int | None = None  # a quota
+    shm_bytes: int = 64 * MIB
+    io_weight: int = 0  # 1 to 1000; 0: the kernel's default
+    nice: int = 0
+    ulimits: Mapping[str, int] = {}  # "nofile" -> how many
 
 
 class SandboxSpec(Value, frozen=True, kw_only=True):
@@ -85,6 +89,7 @@ class SandboxSpec(Value, frozen=True, kw_only=True):
     user: int = INNER_USER  # inside; never 0
     group: int = INNER_USER
     hostname: str = "sandbox"
+    capabilities: tuple[str, ...] = ()  # "NET_BIND_SERVICE"; within its user namespace
     log_bytes_max: int = 10 * MIB  # both log files together
 
 

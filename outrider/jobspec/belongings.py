@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from outrider.ids import SecretName, VolumeName
-from outrider.jobspec.document import Scalar
+from outrider.jobspec.document import Mapping, Scalar
 from outrider.jobspec.fields import Faults, Fields, named
 from outrider.jobspec.units import duration_s
 from outrider.model.belongings import Artifact, OnChange, SecretUse, Template, VolumeUse
@@ -108,3 +108,12 @@ def read_templates(task: Fields, faults: Faults, read: Callable[[str, str], File
             )
         )
     return tuple(found)
+
+
+def read_ulimits(resources: Fields, faults: Faults) -> dict[str, int]:
+    node = resources.node("ulimits")
+    if node is None:
+        return {}
+    names = [key.text for key, _ in node.entries] if isinstance(node, Mapping) else []
+    limits = Fields(node, (*resources.path, "ulimits"), faults, names)
+    return {name: limits.integer(name, 0) for name in names}

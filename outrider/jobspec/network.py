@@ -3,6 +3,7 @@
 from outrider.ids import PortName
 from outrider.jobspec.document import Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named
+from outrider.jobspec.units import size_bytes
 from outrider.model.job import Network, Port
 
 _EVERYWHERE = ("0.0.0.0/0",)
@@ -12,7 +13,7 @@ def read_network(group: Fields, faults: Faults) -> Network:
     node = group.node("network")
     if node is None:
         return Network()
-    fields = Fields(node, (*group.path, "network"), faults, ("ports", "egress"))
+    fields = Fields(node, (*group.path, "network"), faults, ("ports", "egress", "bandwidth"))
     ports = fields.node("ports")
     path = (*fields.path, "ports")
     return Network(
@@ -20,6 +21,7 @@ def read_network(group: Fields, faults: Faults) -> Network:
         if ports is not None
         else (),
         egress=_egress(fields),
+        bandwidth_bytes=fields.quantity("bandwidth", size_bytes, 0),
     )
 
 

@@ -4,7 +4,7 @@ import stat
 from pathlib import Path as FilePath
 
 from outrider.ids import TaskName
-from outrider.jobspec.belongings import read_artifacts, read_secrets, read_templates, read_volumes
+from outrider.jobspec.belongings import read_artifacts, read_secrets, read_templates, read_ulimits, read_volumes
 from outrider.jobspec.document import Mapping, Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
@@ -15,12 +15,13 @@ FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
     "role", "secrets", "volumes", "artifacts", "templates",
+    "capabilities",
 )  # fmt: skip
 _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
     "dir:PATH or {disk: PATH, sha256: ...}"
 )
-_RESOURCE_KEYS = ("cpu", "cpu_max", "memory", "disk", "pids", "devices")
+_RESOURCE_KEYS = ("cpu", "cpu_max", "memory", "disk", "pids", "devices", "shm", "io_weight", "nice", "ulimits")
 _GUEST_FILES = ("kernel", "initrd", "disk")
 _GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline", "start_from")
 _ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR}
@@ -74,6 +75,7 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
         volumes=read_volumes(fields, faults),
         artifacts=read_artifacts(fields, faults),
         templates=read_templates(fields, faults, budget.read),
+        capabilities=fields.texts("capabilities"),
         resources=_resources(fields, faults),
         kill_signal=fields.text("kill_signal", default.kill_signal),
         kill_timeout_s=fields.quantity("kill_timeout", duration_s, default.kill_timeout_s),
@@ -169,6 +171,10 @@ def _resources(task: Fields, faults: Faults) -> Resources:
         disk_bytes=fields.quantity("disk", size_bytes, default.disk_bytes),
         pids_max=fields.integer("pids", default.pids_max),
         devices=_devices(fields, faults),
+        shm_bytes=fields.quantity("shm", size_bytes, default.shm_bytes),
+        io_weight=fields.integer("io_weight", default.io_weight),
+        nice=fields.integer("nice", default.nice),
+        ulimits=read_ulimits(fields, faults),
     )
 
 

@@ -156,6 +156,10 @@ class Resources(Value, frozen=True, kw_only=True):
     cpu_max_millis: int | None = None  # a quota, only where the job asks for one
     disk_bytes: int = 64 * MIB  # cap of the task's directory and of its /tmp, each
     pids_max: int = 256
+    shm_bytes: int = 64 * MIB  # of /dev/shm; counts as the task's memory
+    io_weight: int = 0  # 1 to 1000 against others on the same disk; 0: like everybody's
+    nice: int = 0  # 0 to 19: the higher, the more it yields
+    ulimits: Mapping[str, int] = {}  # "nofile" -> how many; soft and hard
     devices: Mapping[str, int] = {}  # name -> how many; "kvm" is there or not, and is never used up
 
 
@@ -168,6 +172,7 @@ class Port(Value, frozen=True, kw_only=True):
 
 class Network(Value, frozen=True, kw_only=True):
     ports: tuple[Port, ...] = ()
+    bandwidth_bytes: int = 0  # a second, each way, of all its traffic; 0 is no limit
     egress: tuple[str, ...] = ()  # networks the workload may reach beside the mesh; () is none
 
 
@@ -235,6 +240,7 @@ class Task(Value, frozen=True, kw_only=True):
     volumes: tuple[VolumeUse, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     templates: tuple[Template, ...] = ()
+    capabilities: tuple[str, ...] = ()  # beyond none, where the node lets it: "NET_BIND_SERVICE"
     workdir: str = ""  # "": the image's; the task's directory where there is no image
     role: TaskRole = TaskRole.MAIN
 

@@ -395,19 +395,48 @@ class Resources(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class UlimitsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CPU_MILLIS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_MAX_MILLIS_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     PIDS_MAX_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    SHM_BYTES_FIELD_NUMBER: _builtins.int
+    IO_WEIGHT_FIELD_NUMBER: _builtins.int
+    NICE_FIELD_NUMBER: _builtins.int
+    ULIMITS_FIELD_NUMBER: _builtins.int
     cpu_millis: _builtins.int
     memory_bytes: _builtins.int
     cpu_max_millis: _builtins.int
     disk_bytes: _builtins.int
     pids_max: _builtins.int
+    shm_bytes: _builtins.int
+    io_weight: _builtins.int
+    nice: _builtins.int
     @_builtins.property
     def devices(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def ulimits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -417,10 +446,14 @@ class Resources(_message.Message):
         disk_bytes: _builtins.int = ...,
         pids_max: _builtins.int = ...,
         devices: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        shm_bytes: _builtins.int = ...,
+        io_weight: _builtins.int = ...,
+        nice: _builtins.int = ...,
+        ulimits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes", "pids_max", b"pids_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "io_weight", b"io_weight", "memory_bytes", b"memory_bytes", "nice", b"nice", "pids_max", b"pids_max", "shm_bytes", b"shm_bytes", "ulimits", b"ulimits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_max_millis: _TypeAlias = _typing.Literal["cpu_max_millis"]  # noqa: Y015
     _WhichOneofArgType__cpu_max_millis: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis"]  # noqa: Y015
@@ -469,6 +502,8 @@ class Network(_message.Message):
 
     PORTS_FIELD_NUMBER: _builtins.int
     EGRESS_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_FIELD_NUMBER: _builtins.int
+    bandwidth_bytes: _builtins.int
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___Port]: ...
     @_builtins.property
@@ -478,10 +513,11 @@ class Network(_message.Message):
         *,
         ports: _abc.Iterable[Global___Port] | None = ...,
         egress: _abc.Iterable[_builtins.str] | None = ...,
+        bandwidth_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes", b"bandwidth_bytes", "egress", b"egress", "ports", b"ports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +750,7 @@ class Task(_message.Message):
     VOLUMES_FIELD_NUMBER: _builtins.int
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     TEMPLATES_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
@@ -742,6 +779,8 @@ class Task(_message.Message):
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.Artifact]: ...
     @_builtins.property
     def templates(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.Template]: ...
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -761,11 +800,12 @@ class Task(_message.Message):
         volumes: _abc.Iterable[_belongings_pb2.VolumeUse] | None = ...,
         artifacts: _abc.Iterable[_belongings_pb2.Artifact] | None = ...,
         templates: _abc.Iterable[_belongings_pb2.Template] | None = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
         role: Global___TaskRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "capabilities", b"capabilities", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015

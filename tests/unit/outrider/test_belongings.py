@@ -43,6 +43,11 @@ def test_a_volume_is_named_alone_or_with_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("resources: {nice: -1}", "-1 is not within 0 and 19: a task can only yield"),
+        ("resources: {io_weight: 1001}", "1001 is not within 1 and 1000"),
+        ("resources: {shm: 1Gi}", "it has some, and no more than the task's memory"),
+        ("resources: {ulimits: {files: 3}}", "no such limit; known are core, cpu"),
+        ("capabilities: [SYS_ADMIN]", "'SYS_ADMIN' is none that a task can have: CHOWN"),
         ("templates: {a: {}}", "give either source, a file beside the job file, or content"),
         ("templates: {a: {source: absent.tmpl}}", "absent.tmpl: cannot be read"),
         ("templates: {../a: {content: x}}", "expected a path below /templates"),
