@@ -4,7 +4,8 @@ import json
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def outrider(*words: str, text: str = "", **environment: str) -> "subprocess.Com
         check=False,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment},
     )
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Waits until it is so."""
+    deadline_s = time.monotonic() + COMMAND_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {COMMAND_S:g} s: {what}"
+        time.sleep(0.1)
 
 
 def unique_name() -> str:

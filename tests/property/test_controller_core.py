@@ -254,7 +254,7 @@ def test_every_promise_holds_after_every_step(happenings: list[tuple[object, ...
 
 
 @pytest.mark.deep
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @settings(max_examples=5000, deadline=None, suppress_health_check=slow)
 @given(histories, st.integers(0, 1000))
 def test_every_promise_holds_in_many_more_histories(happenings: list[tuple[object, ...]], seed: int) -> None:
@@ -268,7 +268,7 @@ def test_what_is_wanted_runs_once_the_world_is_well_again(happenings: list[tuple
 
 
 @pytest.mark.deep
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @settings(max_examples=3000, deadline=None, suppress_health_check=slow)
 @given(histories, st.integers(0, 1000))
 def test_what_is_wanted_runs_after_many_more_histories(happenings: list[tuple[object, ...]], seed: int) -> None:
