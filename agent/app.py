@@ -44,6 +44,7 @@ from agent.network.dns.resolver import resolv_conf
 from agent.network.namespaces import AllocationNetworks
 from agent.network.plan import BLOCKS
 from agent.pull.cache import Cache
+from agent.pull.gate import Gate
 from agent.pull.keeper import Keeper
 from agent.pull.puller import Puller, Registries
 from agent.record_writer import RecordWriter
@@ -350,7 +351,13 @@ class Agent:
         config = self._config.images
         self._cache = Cache(self._config.data / "roots", bytes_max=config.cache_bytes)
         registries = Registries(auth_file=config.auth_file, certificates=config.certificates)
-        puller = Puller(cache=self._cache, registries=registries, tasks=self._tasks, log=self._log)
+        puller = Puller(
+            cache=self._cache,
+            registries=registries,
+            gate=Gate(config.policy, self._log),
+            tasks=self._tasks,
+            log=self._log,
+        )
         self._artifacts = Artifacts(
             data=self._config.data, bytes_max=self._config.artifact_cache_bytes, puller=puller, log=self._log
         )

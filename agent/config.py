@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent.pull.gate import ImagePolicy
 from outrider.belongings import CAPABILITIES
 from outrider.config import host_port
 from outrider.ids import NAME_PATTERN, NodeId
@@ -48,6 +49,7 @@ class ImagesConfig(Value, frozen=True, kw_only=True):
 
     auth_file: Path | None = None
     certificates: Path | None = None
+    policy: ImagePolicy = ImagePolicy()
     cache_bytes: Annotated[int, msgspec.Meta(ge=1)] = 20 * 1024 * MIB  # of all; what runs may exceed it
 
 

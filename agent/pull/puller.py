@@ -18,6 +18,7 @@ from agent.pull import image as images
 from agent.pull import programs
 from agent.pull.cache import Cache
 from agent.pull.complaints import PullError, judged, not_unpacked
+from agent.pull.gate import Gate
 from agent.pull.image import Configuration, Index, Manifest, UnpackedImage
 from agent.sandbox.beneath import open_beneath
 from outrider.errors import HostError
@@ -53,9 +54,10 @@ class _Pull:
 
 
 class Puller:
-    def __init__(self, *, cache: Cache, registries: Registries, tasks: asyncio.TaskGroup, log: Log) -> None:
+    def __init__(self, *, cache: Cache, registries: Registries, gate: Gate, tasks: asyncio.TaskGroup, log: Log) -> None:
         self._cache = cache
         self._registries = registries
+        self._gate = gate
         self._tasks = tasks
         self._log = log
         self._under_way: dict[Image, _Pull] = {}
@@ -64,6 +66,12 @@ class Puller:
 
     async def fetch(self, image: Image, told: Told) -> UnpackedImage:
         """The image, unpacked on this node. `told` hears what is going on where that takes time. Raises PullError."""
+        self._gate.asked(image)
+        found = await self._found(image, told)
+        await self._gate.unpacked(image, found, told)
+        return found
+
+    async def _found(self, image: Image, told: Told) -> UnpackedImage:
         known = self._known(image)
         if known is not None:
             return known

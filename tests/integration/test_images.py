@@ -140,11 +140,14 @@ async def test_twenty_at_once_pull_once(fleet: AgentFleet, registry: Registry) -
     assert unfinished(fleet) == []
 
 
-async def test_an_agent_killed_while_it_pulls_leaves_nothing_half_done(fleet: AgentFleet, registry: Registry) -> None:
+@pytest.mark.parametrize("program", ["skopeo", "umoci"])
+async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_done(
+    fleet: AgentFleet, registry: Registry, program: str
+) -> None:
     filler = entry("filler", bytes(range(256)) * 4096 * 40)
     reference = await registry.push(layout(registry.directory / "a", shell_layer(filler)), "app:1")
     fleet.controller.assign(running(1, reference), full=True)
-    await until(lambda: any(report.pulling for report in fleet.controller.history), "it pulls")
+    await until(lambda: any(f" {program} " in f" {line} " for line in fleet.processes()), f"{program} works")
     fleet.kill()
     assert unpacked(fleet) == set()
     assert unfinished(fleet) != []
