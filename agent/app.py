@@ -48,6 +48,7 @@ from agent.pull.gate import Gate
 from agent.pull.keeper import Keeper
 from agent.pull.puller import Puller, Registries
 from agent.record_writer import RecordWriter
+from agent.renewal import Renewal
 from agent.sandbox.runtime import SandboxRuntime
 from agent.snapshots import Snapshots
 from agent.sources import Sources
@@ -64,7 +65,7 @@ from outrider.model.allocation import AllocReport, Assignment
 from outrider.model.job import inner_ports
 from outrider.model.mesh import PUBLIC_PORT, MeshUpdate, MeshView, workload_address
 from outrider.model.node import Fingerprint, Node
-from outrider.tls import ssl_context
+from outrider.tls import Identity, IdentityKind, ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
 from sidecar.sidecars import Sidecars
@@ -173,6 +174,10 @@ class Agent:
         )
         self._mounted = Mounted(config.run)
         self._volumes = Volumes(data=config.data, run=config.run, mounted=self._mounted, paths=config.volume_paths)
+        identity = Identity(kind=IdentityKind.NODE, name=config.node, cluster=config.cluster)
+        self._renewal = Renewal(
+            files=config.tls, identity=identity, renew=self._fleet.renew_certificate, log=log, rng=rng
+        )
         self._broker = self._make_broker()
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
@@ -258,6 +263,7 @@ class Agent:
             "names": self._names.run(),
             "logs": self._host.runtime.rotate_logs(),
             "refusals": self._forward_refusals(),
+            "renewal": self._renewal.run(),
             "load": self._load.run(),
             "belongings": self._belongings.run(),
         }
@@ -303,6 +309,7 @@ class Agent:
             broker_connected=self._broker is not None and self._broker.connected,
             broker_dropped=self._broker.dropped if self._broker is not None else 0,
             refusals_dropped=self._sidecars.refusals_dropped,
+            certificate_expires_at_s=self._renewal.expires_at_s,
             leaf_expiries={str(service): at_s for service, at_s in self._leaves.expiries().items()},
         )
 

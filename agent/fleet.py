@@ -198,6 +198,16 @@ class FleetSession:
             for secret in response.secrets
         }
 
+    async def renew_certificate(self, csr_pem: str) -> str:
+        """The node's certificate anew. Raises PeerError where the controller is away or says no."""
+        if self._stub is None:
+            raise PeerError("certificate: no controller is connected")
+        try:
+            request = fleet_pb2.RenewCertificateRequest(csr_pem=csr_pem)
+            return (await self._stub.RenewCertificate(request, timeout=_LEAF_S)).certificate_pem
+        except grpc.RpcError as error:
+            raise PeerError(f"certificate: {_reason(error)}") from error
+
     def open_tunnel(self) -> TunnelStream:
         """Raises PeerError where no controller is connected."""
         if self._stub is None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.config import Config, JoinConfig
 from agent.leaves import signing_request
+from outrider.clock import wall_s
 from outrider.errors import ConfigError, PeerError, RefusedError
 from outrider.log import Log
 from outrider.pinned import pinned_ca
@@ -32,7 +34,9 @@ async def join(config: Config, log: Log) -> None:
     """
     files = config.tls
     if files.certificate.exists() and files.ca.exists() and files.key.exists():
-        return
+        if certificate_life_s(files.certificate)[1] > wall_s() or config.join is None:
+            return
+        log.warning("certificate expired", path=str(files.certificate), then="joining again")
     if config.join is None:
         raise ConfigError(
             f"{files.certificate}: there is no certificate, and no `join` in the configuration to get one"
@@ -53,10 +57,10 @@ async def _join(config: Config, wanted: JoinConfig) -> None:
     files = config.tls
     token = _token(wanted)
     ca_pem = await asyncio.to_thread(pinned_ca, wanted.address, wanted.ca_sha256 or parse_token(token).ca_sha256)
-    _write(files.ca, ca_pem.encode(), 0o644)
+    write_secret(files.ca, ca_pem.encode(), 0o644)
     identity = Identity(kind=IdentityKind.NODE, name=config.node, cluster=config.cluster)
     request = fleet_pb2.JoinRequest(
-        token=token, node=config.node, csr_pem=signing_request(_key(files.key), identity.uri)
+        token=token, node=config.node, csr_pem=signing_request(node_key(files.key), identity.uri)
     )
     async with joining_channel(wanted.address, files.ca) as channel:
         stub = fleet_pb2_grpc.JoinServiceStub(channel)
@@ -69,7 +73,7 @@ async def _join(config: Config, wanted: JoinConfig) -> None:
     if response.cluster != config.cluster:
         text = f"{wanted.address} is fleet {response.cluster!r}, the configuration's `cluster` says {config.cluster!r}"
         raise RefusedError("join", text)
-    _write(files.certificate, response.certificate_pem.encode(), 0o600)  # last: its presence means joined
+    write_secret(files.certificate, response.certificate_pem.encode(), 0o600)  # last: its presence means joined
 
 
 def _token(wanted: JoinConfig) -> str:
@@ -81,7 +85,16 @@ def _token(wanted: JoinConfig) -> str:
         raise ConfigError(f"{wanted.token_file}: the join token cannot be read: {error.strerror}") from error
 
 
-def _key(path: Path) -> ec.EllipticCurvePrivateKey:
+def certificate_life_s(path: Path) -> tuple[float, float]:
+    """From and until when it is valid. Raises ConfigError where it cannot be read."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no certificate: {error}; remove it to join again") from error
+    return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+
+
+def node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The node's key, made once: a node that joins again with the same key is known."""
     if path.exists():
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
@@ -90,11 +103,11 @@ def _key(path: Path) -> ec.EllipticCurvePrivateKey:
         return key
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    _write(path, pem, 0o600)
+    write_secret(path, pem, 0o600)
     return key
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
+def write_secret(path: Path, content: bytes, mode: int) -> None:
     """Whole or not at all, and never readable by others for a moment."""
     unfinished = path.with_name(path.name + ".new")
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)

@@ -90,6 +90,7 @@ class NodeFigures(Value, frozen=True, kw_only=True):
     broker_dropped: int
     refusals_dropped: int
     leaf_expiries: Mapping[str, float]
+    certificate_expires_at_s: float = 0.0
 
 
 class Figures(Protocol):
@@ -146,6 +147,8 @@ def _node(figures: Figures) -> Iterator[Metric]:
         ("broker_connected", "1: the MQTT broker is connected", node.broker_connected),
     ):
         yield GaugeMetricFamily(prefix + name, text, value=value)
+    text = "When the node's own certificate ends"
+    yield GaugeMetricFamily(f"{prefix}certificate_expiry_timestamp_seconds", text, value=node.certificate_expires_at_s)
     yield CounterMetricFamily(f"{prefix}broker_dropped", "Events dropped while it was away", value=node.broker_dropped)
     yield CounterMetricFamily(f"{prefix}refusals_dropped", "Refusals not passed on", value=node.refusals_dropped)
     counts = dict.fromkeys(AllocStatus, 0)

@@ -192,7 +192,7 @@ class Controller:
         operator = OperatorService(parts, consul=self._consul_url, callers=callers, audit=self._audit)
         stores = StoreService(parts, callers=callers, audit=self._audit)
         access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca)
-        fleet = FleetService(parts)
+        fleet = FleetService(parts, ca=self._ca)
         join = JoinService(cluster=config.cluster, ca=self._ca, admit=admission(self._engine), refused=parts.refused)
 
         def register_people(server: grpc.aio.Server) -> None:

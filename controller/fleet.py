@@ -8,6 +8,7 @@ import ipaddress
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeVar
 
+from controller.ca import FleetCa, requested_key
 from controller.core import mesh_intent, pace, sealed
 from controller.core.events import (
     AgentApplied,
@@ -27,7 +28,7 @@ from outrider.clock import monotonic_s
 from outrider.config import host_port
 from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName
-from outrider.keys import peer_key_sha256
+from outrider.keys import key_sha256, peer_key_sha256
 from outrider.log import Log
 from outrider.model.allocation import AllocFigures, AllocReport, Generation
 from outrider.model.fleet import answer_interval_s
@@ -46,9 +47,10 @@ _Message = TypeVar("_Message")
 
 
 class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, ca: FleetCa) -> None:
         super().__init__(log=Log("fleet"), refused=parts.refused)
         self._cluster = parts.cluster
+        self._ca = ca
         self._engine = parts.engine
         self._mesh = parts.mesh
         self._keyring = parts.keyring
@@ -103,6 +105,18 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
             fleet_pb2.SecretValue(name=put.name, version=put.version, value=self._keyring.open(put)) for put in found
         ]
         return fleet_pb2.GetSecretsResponse(secrets=values)
+
+    @unary
+    async def RenewCertificate(
+        self, request: fleet_pb2.RenewCertificateRequest, context: Context
+    ) -> fleet_pb2.RenewCertificateResponse:
+        """For the caller's name and the caller's key alone: another key comes with another join."""
+        node, csr_pem = self._node(context), request.csr_pem.encode()
+        if key_sha256(requested_key(csr_pem)) != peer_key_sha256(context):
+            raise RefusedError("denied", f"node {node} asks for another key than it shows; join again with a token")
+        issued = await asyncio.to_thread(self._ca.issue_node, csr_pem, node)
+        self.log.info("certificate renewed", node=node, serial=issued.serial)
+        return fleet_pb2.RenewCertificateResponse(certificate_pem=issued.pem.decode())
 
     @duplex
     async def Tunnel(self, request_iterator: AsyncIterator[fleet_pb2.TunnelFrame], context: Context) -> None:

@@ -51,6 +51,11 @@ class FleetServiceStub:
                 request_serializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsResponse.FromString,
                 _registered_method=True)
+        self.RenewCertificate = channel.unary_unary(
+                '/outrider.v1.FleetService/RenewCertificate',
+                request_serializer=outrider_dot_v1_dot_fleet__pb2.RenewCertificateRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_fleet__pb2.RenewCertificateResponse.FromString,
+                _registered_method=True)
         self.Tunnel = channel.stream_stream(
                 '/outrider.v1.FleetService/Tunnel',
                 request_serializer=outrider_dot_v1_dot_fleet__pb2.TunnelFrame.SerializeToString,
@@ -84,6 +89,13 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewCertificate(self, request, context):
+        """The caller's own certificate anew, for the key that it joined with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tunnel(self, request_iterator, context):
         """Answers an OpenTunnel: bulk data (logs, exec) beside the session. The first frame carries the tunnel's id alone.
         """
@@ -108,6 +120,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.GetSecrets,
                     request_deserializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_fleet__pb2.GetSecretsResponse.SerializeToString,
+            ),
+            'RenewCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewCertificate,
+                    request_deserializer=outrider_dot_v1_dot_fleet__pb2.RenewCertificateRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_fleet__pb2.RenewCertificateResponse.SerializeToString,
             ),
             'Tunnel': grpc.stream_stream_rpc_method_handler(
                     servicer.Tunnel,
@@ -198,6 +215,33 @@ class FleetService:
             '/outrider.v1.FleetService/GetSecrets',
             outrider_dot_v1_dot_fleet__pb2.GetSecretsRequest.SerializeToString,
             outrider_dot_v1_dot_fleet__pb2.GetSecretsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.FleetService/RenewCertificate',
+            outrider_dot_v1_dot_fleet__pb2.RenewCertificateRequest.SerializeToString,
+            outrider_dot_v1_dot_fleet__pb2.RenewCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class FleetServiceStub:
     """A leaf for a service that is placed on the caller's node; else PERMISSION_DENIED."""
     GetSecrets: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetSecretsRequest, _fleet_pb2.GetSecretsResponse]
     """The values of what an allocation on the caller's node names; else PERMISSION_DENIED."""
+    RenewCertificate: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.RenewCertificateRequest, _fleet_pb2.RenewCertificateResponse]
+    """The caller's own certificate anew, for the key that it joined with."""
     Tunnel: _grpc.StreamStreamMultiCallable[_fleet_pb2.TunnelFrame, _fleet_pb2.TunnelFrame]
     """Answers an OpenTunnel: bulk data (logs, exec) beside the session. The first frame carries the tunnel's id alone."""
 
@@ -57,6 +59,8 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """A leaf for a service that is placed on the caller's node; else PERMISSION_DENIED."""
     GetSecrets: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetSecretsRequest, _fleet_pb2.GetSecretsResponse]  # type: ignore[assignment]
     """The values of what an allocation on the caller's node names; else PERMISSION_DENIED."""
+    RenewCertificate: _aio.UnaryUnaryMultiCallable[_fleet_pb2.RenewCertificateRequest, _fleet_pb2.RenewCertificateResponse]  # type: ignore[assignment]
+    """The caller's own certificate anew, for the key that it joined with."""
     Tunnel: _aio.StreamStreamMultiCallable[_fleet_pb2.TunnelFrame, _fleet_pb2.TunnelFrame]  # type: ignore[assignment]
     """Answers an OpenTunnel: bulk data (logs, exec) beside the session. The first frame carries the tunnel's id alone."""
 
@@ -88,6 +92,14 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.GetSecretsResponse, _abc.Awaitable[_fleet_pb2.GetSecretsResponse]]:
         """The values of what an allocation on the caller's node names; else PERMISSION_DENIED."""
+
+    @_abc_1.abstractmethod
+    def RenewCertificate(
+        self,
+        request: _fleet_pb2.RenewCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.RenewCertificateResponse, _abc.Awaitable[_fleet_pb2.RenewCertificateResponse]]:
+        """The caller's own certificate anew, for the key that it joined with."""
 
     @_abc_1.abstractmethod
     def Tunnel(

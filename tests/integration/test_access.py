@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime as dt
 import json
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
@@ -14,13 +15,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from agent.leaves import signing_request
 from outrider import codec
 from outrider.ids import Namespace, NodeId
 from outrider.model.job import Job
 from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles, channel
 from outrider.tokens import parse_token
-from outrider.v1 import access_pb2, access_pb2_grpc, fleet_pb2, job_pb2, operator_pb2, operator_pb2_grpc
+from outrider.v1 import access_pb2, access_pb2_grpc, fleet_pb2, fleet_pb2_grpc, job_pb2, operator_pb2, operator_pb2_grpc
 from tests.integration.controllers import CALL_S, Agent, Controller, submit, web_job
 from tests.integration.processes import until
 
@@ -278,3 +280,19 @@ async def test_rights_survive_a_restart(controller: Controller, root: People) ->
     await controller.start()
     async with with_token(controller, token) as alice:
         assert (await alice.access.WhoAmI(access_pb2.WhoAmIRequest(), timeout=CALL_S)).caller == "alice"
+
+
+async def test_a_node_renews_its_certificate_for_its_own_key_and_no_other(controller: Controller) -> None:
+    files = await controller.join(N1)
+    known = serialization.load_pem_private_key(files.key.read_bytes(), password=None)
+    assert isinstance(known, ec.EllipticCurvePrivateKey)
+    async with channel(controller.at["listen"], files) as connection:
+        stub = fleet_pb2_grpc.FleetServiceStub(connection)
+        csr = signing_request(known, "outrider://elsewhere/operator/root")
+        answer = await stub.RenewCertificate(fleet_pb2.RenewCertificateRequest(csr_pem=csr), timeout=CALL_S)
+        certificate = x509.load_pem_x509_certificate(answer.certificate_pem.encode())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["outrider://edge-test/node/n1"]
+        assert certificate.not_valid_after_utc - certificate.not_valid_before_utc < dt.timedelta(days=8)
+        other = signing_request(ec.generate_private_key(ec.SECP256R1()), "outrider://edge-test/node/n1")
+        assert await code(stub.RenewCertificate(fleet_pb2.RenewCertificateRequest(csr_pem=other))) == "denied"

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
         "versions": sorted(path.name for path in versions()),
         "current": CURRENT.resolve().name if CURRENT.is_symlink() and CURRENT.exists() else "",
         "bundle_there": Path(asked.get("bundle", "/nowhere")).exists(),
-        "joined": {name: (DATA / name / "node.crt").exists() for name in ("agent",)},
+        "joined": {"agent": certified(DATA / "agent" / "node.crt")},
         "running": {role: running(role) for role in ("agent", "controller")},
         "configured": {role: digest(ETC / (f"{role}.yaml")) for role in ("agent", "controller")},
     }
@@ -294,6 +295,14 @@ def free(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def certified(path: Path) -> bool:
+    """Whether there is a certificate, and it has not ended."""
+    if not path.exists():
+        return False
+    told = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined]  # the library has no other reader
+    return ssl.cert_time_to_seconds(str(told["notAfter"])) > time.time()
 
 
 def digest(path: Path) -> str:
