@@ -11,8 +11,10 @@ import signal
 from collections.abc import Coroutine
 
 import grpc.aio
+import msgspec
 
 from controller.access import AccessService
+from controller.archive import ArchiveService
 from controller.audit import AuditLog
 from controller.ca import FleetCa
 from controller.callers import Callers
@@ -24,7 +26,7 @@ from controller.core import views
 from controller.core.events import EndpointsWithdrawn
 from controller.core.policy import Policy
 from controller.discovery import TargetGroup, target_groups
-from controller.engine import Engine
+from controller.engine import Engine, RestoredError
 from controller.event_log import EventLog
 from controller.events import Broker
 from controller.fleet import FleetService
@@ -36,7 +38,7 @@ from controller.listeners import socket_listener, tls_listener
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.issuer import ConsulIssuer, EmbeddedIssuer, Issuer
 from controller.mesh.mesh import Mesh
-from controller.metrics import ControllerCollector, http_listener
+from controller.metrics import ControllerCollector, exposition, http_listener
 from controller.operator import OperatorService
 from controller.parts import Parts
 from controller.stores import StoreService
@@ -44,7 +46,7 @@ from controller.term import Term
 from outrider.config import host_port
 from outrider.log import Log
 from outrider.tls import TlsFiles, server_credentials, ssl_context
-from outrider.v1 import access_pb2_grpc, fleet_pb2_grpc, operator_pb2_grpc, stores_pb2_grpc
+from outrider.v1 import access_pb2_grpc, archive_pb2_grpc, fleet_pb2_grpc, operator_pb2_grpc, stores_pb2_grpc
 
 _DATACENTER = "dc1"
 
@@ -56,8 +58,12 @@ async def run(config: Config) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if config.journal is JournalKind.CONSUL:
         await candidate(config, stop, lead=lead, issue=issue)
-    else:
-        await lead(config, Term(journal=SqliteJournal(config.data / "journal.db")), stop)
+        return
+    while not stop.is_set():
+        try:
+            await lead(config, Term(journal=SqliteJournal(config.data / "journal.db")), stop)
+        except* RestoredError as restored:
+            Log("controller").warning("begins anew", reason=str(restored.exceptions[0]))
 
 
 async def lead(config: Config, term: Term, stop: asyncio.Event) -> None:
@@ -192,6 +198,16 @@ class Controller:
         operator = OperatorService(parts, consul=self._consul_url, callers=callers, audit=self._audit)
         stores = StoreService(parts, callers=callers, audit=self._audit)
         access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca)
+        collector = ControllerCollector(
+            parts, catalog_requests=self._catalog.requests if self._catalog else {}, broker=self._broker
+        )
+        archive = ArchiveService(
+            parts,
+            callers=callers,
+            audit=self._audit,
+            metrics=lambda: exposition(collector),
+            configuration=msgspec.to_builtins(config, enc_hook=str),
+        )
         fleet = FleetService(parts, ca=self._ca)
         join = JoinService(cluster=config.cluster, ca=self._ca, admit=admission(self._engine), refused=parts.refused)
 
@@ -199,6 +215,7 @@ class Controller:
             operator_pb2_grpc.add_OperatorServiceServicer_to_server(operator, server)
             stores_pb2_grpc.add_StoreServiceServicer_to_server(stores, server)
             access_pb2_grpc.add_AccessServiceServicer_to_server(access, server)
+            archive_pb2_grpc.add_ArchiveServiceServicer_to_server(archive, server)
 
         def register_anybody(server: grpc.aio.Server) -> None:
             register_people(server)
@@ -222,9 +239,6 @@ class Controller:
         ):
             self.listening[key] = await stack.enter_async_context(listener)
         if config.metrics_listen is not None:
-            collector = ControllerCollector(
-                parts, catalog_requests=self._catalog.requests if self._catalog else {}, broker=self._broker
-            )
             at = await stack.enter_async_context(http_listener(config.metrics_listen, collector, self._targets))
             self.listening["metrics_listen"] = at
 

@@ -17,6 +17,7 @@ from controller.ca import FleetCa
 from controller.config import WILDCARDS, Config
 from controller.consul_access import client_tls, token
 from controller.election import Election, HeldLock, Member
+from controller.engine import RestoredError
 from controller.follower import Follower
 from controller.journal import LeadershipLostError
 from controller.journal.consul import ConsulJournal
@@ -64,7 +65,7 @@ async def candidate(config: Config, stop: asyncio.Event, *, lead: Lead, issue: I
                 try:
                     await asyncio.to_thread(shared.pull)
                     await lead(config, _term(config, election), stop)
-                except* (LeadershipLostError, PeerError) as lost:
+                except* (LeadershipLostError, RestoredError, PeerError) as lost:
                     log.warning("term ends", reason="; ".join(str(each) for each in _flat(lost)))
                 await election.resign()
 

@@ -12,7 +12,7 @@ import itertools
 import random
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, assert_never
 
@@ -32,6 +32,7 @@ from controller.core.commands import (
 from controller.core.events import Appended, Event, HeartbeatReceived, JobSubmitted, RequestId, Tick
 from controller.core.mesh_intent import NodeRegistration, OwnedIntention
 from controller.core.policy import Policy
+from controller.core.records import Record
 from controller.core.state import State
 from controller.core.step import step
 from controller.event_log import EventLog
@@ -39,7 +40,7 @@ from controller.journal import Journal, LeadershipLostError
 from controller.launches import planned
 from controller.standing import Alone, Standing
 from outrider.clock import monotonic_s, wall_s
-from outrider.errors import PeerError, RefusedError
+from outrider.errors import OutriderError, PeerError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.log import Log
 from outrider.model.job import Protocol as ServiceProtocol
@@ -53,6 +54,13 @@ COMPACT_RECORDS = 5_000
 
 _IDLE_S_MAX = 60.0
 _TICK_S_MIN = 0.002  # a deadline that a Tick left in place must not spin the loop
+
+
+RESTORED_ANSWER_S = 0.3  # for whoever asked for it to be told
+
+
+class RestoredError(OutriderError):
+    """The journal holds another state than this controller's: begin again."""
 
 
 class AgentSessions(Protocol):
@@ -121,6 +129,7 @@ class Engine:
         self._answers: deque[Appended] = deque()
         self._changed = asyncio.Event()
         self._ticked_s = 0.0
+        self._restoring: tuple[Sequence[Record], asyncio.Future[None]] | None = None
         self._sessions: AgentSessions
         self._mesh: MeshRecord
 
@@ -208,6 +217,13 @@ class Engine:
             ) from error
         finally:
             del self._waiting[request]
+
+    async def restore(self, records: Sequence[Record]) -> None:
+        """Replace all that the journal has. Returns once it is durable; then `run` raises RestoredError."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._restoring = (records, done)
+        self._appends_ready.set()
+        await done
 
     def next_change(self) -> asyncio.Event:
         """Set when the state has changed since now."""
@@ -331,6 +347,12 @@ class Engine:
         while True:
             await self._appends_ready.wait()
             self._appends_ready.clear()
+            if self._restoring is not None:
+                records, done = self._restoring
+                await loop.run_in_executor(self._thread, self._journal.snapshot, records)
+                done.set_result(None)
+                await asyncio.sleep(RESTORED_ANSWER_S)
+                raise RestoredError("a snapshot was restored: the controller begins anew with it")
             appends, self._appends = self._appends, []
             records = [record for append in appends for record in append.records]
             began_s = monotonic_s()

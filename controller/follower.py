@@ -24,7 +24,12 @@ from controller.rpc import (
 from outrider.log import Log
 from outrider.tls import Identity, IdentityKind, TlsFiles, channel, joining_channel, peer_identity
 
-_PEOPLE: Final = ("/outrider.v1.OperatorService/", "/outrider.v1.StoreService/", "/outrider.v1.AccessService/")
+_PEOPLE: Final = (
+    "/outrider.v1.OperatorService/",
+    "/outrider.v1.StoreService/",
+    "/outrider.v1.AccessService/",
+    "/outrider.v1.ArchiveService/",
+)
 _FLEET: Final = "/outrider.v1.FleetService/"
 _JOIN: Final = "/outrider.v1.JoinService/"
 _OPTIONS: Final = {

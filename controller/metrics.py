@@ -108,6 +108,13 @@ async def http_listener(
         await runner.cleanup()
 
 
+def exposition(collector: ControllerCollector) -> bytes:
+    """The metrics now, as Prometheus reads them."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry)
+
+
 def _by_label(counts: Mapping[str, int]) -> dict[tuple[str, ...], float]:
     return {(str(name),): count for name, count in counts.items()}
 

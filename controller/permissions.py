@@ -75,6 +75,10 @@ RULES: Mapping[str, Rule] = {
     "SnapshotVolume": Rule(Capability.OPERATE, Where.NAMESPACE, changing=True),
     "RestoreVolume": Rule(_SUBMIT, Where.NAMESPACE, changing=True),
     "RekeySecrets": Rule(_ADMIN, Where.FLEET, changing=True),
+    # ArchiveService
+    "SaveSnapshot": Rule(_ADMIN, Where.FLEET),
+    "RestoreSnapshot": Rule(_ADMIN, Where.FLEET, changing=True),
+    "Inspect": Rule(_ADMIN, Where.FLEET),
     # AccessService
     "WhoAmI": Rule(_READ, Where.NOWHERE),
     "Can": Rule(_READ, Where.NOWHERE),

@@ -49,6 +49,7 @@ def snapshot(state: "State") -> Iterator[Record]:
             yield JobStopped(job=name)
     yield from state.stored.snapshot()
     yield from state.access.snapshot()
+    yield from state.skipped
     yield _allocations(state)
 
 

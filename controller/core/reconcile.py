@@ -74,6 +74,10 @@ def _withdraw(state: State, now_s: float) -> None:
 def _send(state: State, ref: int, what: Outgoing) -> None:
     live, link = state.live, state.live.links[ref]
     assert link.session is not None, "checked by the caller"
+    node = state.nodes.nodes[ref].id
+    # A full set names all that may stay. What nobody knows is to be kept: where an agent runs such, what it has is
+    # answered one by one instead.
+    full = what.full and node not in live.unclaimed.values()
     serials = dict.fromkeys(state.table.serial[state.node_rows(ref)].tolist()) if what.full else {}
     serials.update(what.serials)
     assignments = [_assignment(state, serial) for serial in serials if state.table.row(serial) is not None]
@@ -84,9 +88,9 @@ def _send(state: State, ref: int, what: Outgoing) -> None:
     live.out.append(
         SendAssignments(
             session=link.session,
-            node=state.nodes.nodes[ref].id,
+            node=node,
             generation=Generation(state.epoch, live.counter),
-            full=what.full,
+            full=full,
             assignments=tuple(assignments),
             removed=tuple(what.removed),
         )

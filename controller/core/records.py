@@ -20,6 +20,13 @@ class EpochBegun(Value, frozen=True, kw_only=True, tag=True):
     salt: int = 0  # of allocation ids; drawn with the first epoch and kept
 
 
+class SerialsSkipped(Value, frozen=True, kw_only=True, tag=True):
+    """A snapshot was restored: what was given these serials since then is unclaimed, and none is given out again."""
+
+    first: int
+    past: int
+
+
 class NodeRegistered(Value, frozen=True, kw_only=True, tag=True):
     """The node is known from here on, as it describes itself; it is up, whatever was said before."""
 
@@ -227,6 +234,7 @@ class AllocationsSnapshot(Value, frozen=True, kw_only=True, tag=True):
 StoreRecord = SecretPut | SecretDeleted | VolumeCreated | VolumeDeleted | VolumeSnapshotted
 Record = (
     EpochBegun
+    | SerialsSkipped
     | NodeRegistered
     | NodeDowned
     | JobVersionAdded

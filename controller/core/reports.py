@@ -38,7 +38,7 @@ def is_healthy(report: AllocReport) -> bool:
 def _take(state: State, ref: int, report: AllocReport, now_s: float) -> int:
     """The serial of the reported allocation; -1 where it is none of the journal's."""
     serial = state.serial(report.alloc)
-    if serial is None or not 0 <= serial < state.next_serial:
+    if serial is None or not 0 <= serial < state.next_serial or _skipped(state, serial):
         return _unclaimed(state, ref, report)
     row = state.table.row(serial)
     if row is not None and state.table.node[row] != ref:
@@ -101,6 +101,11 @@ def _observe(state: State, row: int, status: AllocStatus, *, healthy: bool, now_
     settled = state.jobs[group.job].rollout is RolloutState.SUCCESSFUL and group.job not in state.live.moving
     if group.type is not JobType.BATCH and not settled:
         state.live.dirty_jobs[group.job] = None
+
+
+def _skipped(state: State, serial: int) -> bool:
+    """Given out after the snapshot that was restored."""
+    return any(range_.first <= serial < range_.past for range_ in state.skipped)
 
 
 def _unclaimed(state: State, ref: int, report: AllocReport) -> int:

@@ -36,6 +36,7 @@ from controller.core.records import (
     RolloutSteered,
     SecretDeleted,
     SecretPut,
+    SerialsSkipped,
     VirtualAddressAssigned,
     VolumeCreated,
     VolumeDeleted,
@@ -68,6 +69,7 @@ class State:
         self.salt = 0
         self.generation = Generation()  # of the newest plan
         self.next_serial = 0
+        self.skipped: tuple[SerialsSkipped, ...] = ()  # by restored snapshots
         self.jobs: dict[JobName, JobEntry] = {}
         self.groups: dict[int, GroupEntry] = {}
         self.group_keys: dict[tuple[JobName, int, int], int] = {}
@@ -151,6 +153,9 @@ class State:
             case EpochBegun():
                 self.epoch, self.salt = record.epoch, record.salt
                 self.generation = Generation(record.epoch, 0)
+            case SerialsSkipped():
+                self.next_serial = record.past
+                self.skipped = (*self.skipped, record)
             case NodeRegistered() | NodeDowned() | NodeSteered():
                 self._change_node(record)
             case (

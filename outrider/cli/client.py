@@ -13,6 +13,7 @@ from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles
 from outrider.tokens import parse_token
 from outrider.v1.access_pb2_grpc import AccessServiceStub
+from outrider.v1.archive_pb2_grpc import ArchiveServiceStub
 from outrider.v1.operator_pb2_grpc import OperatorServiceStub
 from outrider.v1.stores_pb2_grpc import StoreServiceStub
 
@@ -39,9 +40,12 @@ class Fleet:
         self.address = address
         self.stub = OperatorServiceStub(channel)
         self.stores = StoreServiceStub(channel)
+        self.archive = ArchiveServiceStub(channel)
         self.access = AccessServiceStub(channel)
 
-    def call(self, method: Callable[..., M], request: Message, timeout_s: float = CALL_TIMEOUT_S) -> M:
+    def call(
+        self, method: Callable[..., M], request: Message | Iterator[Message], timeout_s: float = CALL_TIMEOUT_S
+    ) -> M:
         """One answer. Raises PeerError, RefusedError or InputError."""
         try:
             return method(request, timeout=timeout_s)

@@ -34,6 +34,7 @@ COMMANDS = {
     "token": Entry("tokens", "app", "Tokens that let nodes join, and users in."),
     "auth": Entry("auth", "app", "Who you are here, and what you may do."),
     "audit": Entry("audit", "audit", "Who changed what, oldest first."),
+    "operator": Entry("operator", "app", "Snapshots of the fleet's state, and an archive to look for faults."),
     "deploy": Entry("deploy.commands", "deploy", "Make hosts part of a fleet over SSH."),
     "dev": Entry("dev.commands", "app", "A fleet on this machine."),
     "controller": Entry("programs", "controller", "Run a controller here, until it is told to stop."),

@@ -1,0 +1,108 @@
+"""`outrider operator`: for whoever keeps the fleet. Snapshots of its state, and an archive to look for faults."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+snapshot = typer.Typer(no_args_is_help=True)
+app.add_typer(snapshot, name="snapshot", help="The fleet's whole state as one file.")
+
+_CHUNK_BYTES = 256 * 1024
+_LOG_BYTES_MAX = 4 * 1024 * 1024
+
+
+@snapshot.command()
+def save(file: Annotated[Path, typer.Argument(help="Written whole or not at all.")]) -> None:
+    """Write the fleet's state to a file: jobs, placements, nodes, users, sealed secrets. Not the keys."""
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.v1 import archive_pb2
+
+    with connect() as fleet:
+        chunks = fleet.stream(fleet.archive.SaveSnapshot, archive_pb2.SaveSnapshotRequest())
+        content = b"".join(chunk.content for chunk in chunks)
+    _write(file, content)
+    output.say(f"{file}: {len(content)} bytes")
+
+
+@snapshot.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="As `save` wrote it.", exists=True, dir_okay=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Replace the fleet's state by a file's. What runs and is not in it is kept, as unclaimed, until you decide."""
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.errors import InputError
+    from outrider.v1 import archive_pb2
+
+    content = file.read_bytes()
+    if not yes and not typer.confirm(f"Replace all that the fleet knows by {file}?", err=True):
+        raise InputError("nothing was changed")
+
+    def chunks() -> Iterator[archive_pb2.Chunk]:
+        for at in range(0, max(1, len(content)), _CHUNK_BYTES):
+            yield archive_pb2.Chunk(content=content[at : at + _CHUNK_BYTES])
+
+    with connect() as fleet:
+        found = fleet.call(fleet.archive.RestoreSnapshot, chunks())
+    saved = output.age(found.saved_at_s)
+    output.say(f"restored: {found.jobs} jobs and {found.allocations} allocations, as they were {saved} ago")
+
+
+@app.command()
+def debug(file: Annotated[Path, typer.Argument(help="A .tar.gz.")]) -> None:
+    """Pack what helps to find a fault: configuration, state, events, metrics, a dev fleet's logs. No secrets."""
+    import io
+    import tarfile
+
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.v1 import archive_pb2
+
+    files: dict[str, bytes] = {}
+    with connect() as fleet:
+        for part in fleet.stream(fleet.archive.Inspect, archive_pb2.InspectRequest()):
+            files[part.name] = files.get(part.name, b"") + part.content
+        files |= _logs(fleet.address.target)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in sorted(files.items()):
+            entry = tarfile.TarInfo(f"outrider-debug/{name}")
+            entry.size, entry.mode = len(content), 0o600
+            archive.addfile(entry, io.BytesIO(content))
+    _write(file, buffer.getvalue())
+    output.say(f"{file}: {', '.join(sorted(files))}")
+
+
+def _logs(target: str) -> dict[str, bytes]:
+    """The programs' own, where this host has them: a dev fleet's are files."""
+    from outrider.cli.dev.layout import find
+
+    fleet = find(Path(target.removeprefix("unix:")).parent.name) if target.startswith("unix:") else None
+    found: dict[str, bytes] = {}
+    if fleet is not None:
+        for path in sorted(fleet.log("x").parent.glob("*.log")):
+            found[f"logs/{path.name}"] = path.read_bytes()[-_LOG_BYTES_MAX:]
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, and its owner's alone."""
+    import os
+
+    from outrider.errors import InputError
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
