@@ -248,3 +248,162 @@ def test_a_system_job_has_one_copy_on_each_node_and_follows_one_that_comes(jobs:
 
     until(everywhere, "a copy on n3")
     jobs.outrider("job", "stop", "watch")
+
+
+SERVER = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        time.sleep(0.1)
+        self.send_response(200); self.send_header("content-length", "2"); self.end_headers(); self.wfile.write(b"ok")
+    def log_message(self, *arguments): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+CLIENT = """
+import threading, time, urllib.request
+def visit():
+    while True:
+        try:
+            urllib.request.urlopen("http://web.mesh/", timeout=5).read()
+        except OSError:
+            time.sleep(0.1)
+for _ in range(3):
+    threading.Thread(target=visit).start()
+"""
+WEB = """
+job: web
+groups:
+  web:
+    scaling: {{min: 1, max: 3, target: {{{target}}}, cooldown: 2s}}
+    network: {{ports: {{http: {{}}}}}}
+    services: [{{name: web, port: http, protocol: http, check: {{http: /}}, allow: [visitor]}}]
+    tasks:
+      main: {{command: [python3, "${{task.dir}}/server.py", "${{port.http}}"], files: {{server.py: ./server.py}}}}
+"""
+VISITOR = """
+job: visitor
+groups:
+  visitor:
+    depends_on: [web]
+    services: [{name: visitor, upstreams: [web]}]
+    tasks: {main: {command: [python3, "${task.dir}/client.py"], files: {client.py: ./client.py}}}
+"""
+
+
+def copies(jobs: Jobs, job: str) -> int:
+    return len(jobs.fleet.json("alloc", "ls", "--job", job))
+
+
+@pytest.mark.parametrize("target", ["requests: 5", "concurrency: 0.5"])
+def test_a_group_grows_with_what_its_sidecars_count_and_shrinks_after(jobs: Jobs, target: str) -> None:
+    (jobs.directory / "server.py").write_text(SERVER)
+    (jobs.directory / "client.py").write_text(CLIENT)
+    jobs.run(WEB.format(target=target))
+    jobs.run(VISITOR)
+    until(lambda: copies(jobs, "web") == 3, "as many copies as there may be")
+    (scaling,) = jobs.status("web")["scaling"]  # type: ignore[misc]
+    assert scaling["count"] == 3
+    jobs.outrider("job", "stop", "visitor")
+    until(lambda: copies(jobs, "web") == 1, "the one copy that is left")
+    reasons = jobs.events("web", "job.scaled")
+    assert any("-> 3: " in reason and "each, wanted" in reason for reason in reasons)
+    assert reasons[-1].endswith("for 2 s")
+    assert "scaling: group web: 1 copies of 1 to 3; " in jobs.outrider("job", "status", "web")
+    jobs.outrider("job", "stop", "web")
+
+
+def test_a_group_grows_with_its_cpu_and_a_new_submission_keeps_what_was_found(jobs: Jobs) -> None:
+    text = """
+job: burner
+groups:
+  burner:
+    scaling: {min: 1, max: 2, target: {cpu: 50%}, cooldown: 2s}
+    tasks: {main: {command: [sh, -c, "while :; do :; done"], resources: {cpu: 50m, cpu_max: 50m}}}
+"""
+    jobs.run(text)
+    until(lambda: copies(jobs, "burner") == 2, "a second copy")
+    assert "1 -> 2: " in jobs.events("burner", "job.scaled")[0]
+    assert "exactly this already" in jobs.run(text)
+    said = jobs.outrider("job", "scale", "burner", "3", code=1)
+    assert "its scaling keeps group burner within 1 and 2 copies" in said
+    jobs.outrider("job", "stop", "burner")
+
+
+def test_a_job_waits_for_a_service_and_says_for_which(jobs: Jobs) -> None:
+    waiting = "job: front\ngroups: {web: {depends_on: [store], tasks: {main: {command: [sleep, infinity]}}}}\n"
+    file = jobs.directory / "front.yaml"
+    file.write_text(waiting)
+    said = jobs.outrider("job", "run", str(file), "--detach")
+    assert "nobody provides service 'store' yet, which it depends on" in said
+    (allocation,) = jobs.status("front")["allocations"]  # type: ignore[misc]
+    assert (allocation["status"], allocation["reason"]) == ("pending", "waits for service store: nobody provides it")
+    jobs.run(
+        "job: store\ngroups:\n  db:\n    network: {ports: {db: {}}}\n"
+        "    services: [{name: store, port: db, check: {command: [test, -e, /task/ready], interval: 100ms}}]\n"
+        '    tasks: {main: {command: [sh, -c, "sleep 2; touch /task/ready; exec sleep infinity"]}}\n'
+    )
+    assert "job front, version 1: runs as it should" in jobs.outrider("job", "run", str(file))
+    started = [one["report"]["tasks"][0]["started_at_s"] for one in jobs.status("front")["allocations"]]  # type: ignore[attr-defined]
+    (store,) = jobs.status("store")["allocations"]  # type: ignore[misc]
+    assert started[0] >= store["report"]["tasks"][0]["started_at_s"] + 2
+    for job in ("front", "store"):
+        jobs.outrider("job", "stop", job)
+
+
+BATCH = """
+job: JOB
+type: batch
+groups:
+  work:
+    count: COUNT
+    restart: {attempts: RESTARTS, delay: 100ms}
+    reschedule: {attempts: RESCHEDULES, delay: 200ms}
+    tasks:
+      main: {command: [sh, -c, "SCRIPT"]}
+"""
+
+
+def batch(job: str, script: str, *, count: int = 2, restarts: int = 1, reschedules: int = 0) -> str:
+    text = BATCH.replace("JOB", job).replace("SCRIPT", script).replace("COUNT", str(count))
+    return text.replace("RESTARTS", str(restarts)).replace("RESCHEDULES", str(reschedules))
+
+
+def test_batch_work_is_tried_again_and_is_done_once_it_ended_well(jobs: Jobs) -> None:
+    text = batch("tries", "test -e again || { touch again; echo broken; exit 3; }")
+    said = jobs.run(text)
+    assert "main exited with code 3; starting again" in said
+    assert "job tries, version 1: is complete" in said
+    status = jobs.status("tries")
+    assert status["state"] == "complete"
+    assert [one["status"] for one in status["allocations"]] == ["complete", "complete"]  # type: ignore[attr-defined]
+    assert "exactly this already" in jobs.run(text)
+    assert len(jobs.status("tries")["allocations"]) == 2, "what is done is not done again"  # type: ignore[arg-type]
+
+
+def test_batch_work_that_fails_for_good_fails_its_job_with_its_last_words(jobs: Jobs) -> None:
+    said = jobs.run(batch("fails", "echo no way; exit 7"), code=1)
+    assert "main exited with code 7; tried again once within 5 min" in said
+    assert "| no way" in said
+    assert jobs.status("fails")["state"] == "failed"
+
+
+def test_batch_work_that_fails_on_one_node_is_tried_on_another(jobs: Jobs) -> None:
+    first, *others = jobs.fleet.node_statuses()
+    for node in others:
+        jobs.outrider("node", "eligibility", node, "--disable")
+    file = jobs.directory / "moves.yaml"
+    file.write_text(batch("moves", f"test $OUTRIDER_NODE != {first}", count=1, restarts=0, reschedules=20))
+
+    def ended(how: str) -> list[str]:
+        allocations = jobs.status("moves")["allocations"]
+        return [one["node"] for one in allocations if one["status"] == how]  # type: ignore[attr-defined]
+
+    jobs.outrider("job", "run", str(file), "--detach")
+    until(lambda: bool(ended("failed")), "a failure")
+    assert jobs.status("moves")["state"] != "failed", "it is tried again"
+    for node in others:
+        jobs.outrider("node", "eligibility", node, "--enable")
+    until(lambda: jobs.status("moves")["state"] == "complete", "its end")
+    assert set(ended("failed")) == {first}
+    assert ended("complete")[0] in others

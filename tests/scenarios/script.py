@@ -32,6 +32,7 @@ from outrider.model.job import (
     Operator,
     Parameters,
     Protocol,
+    ReschedulePolicy,
     ScalingMetric,
     ScalingPolicy,
     Schedule,
@@ -169,7 +170,8 @@ class Stage:
         """submit JOB.GROUP count=N service=NAME upstream=NAME memory=MIB command=C type=T, and `with_policies` ...
 
         `schedule=*/5_*_*_*_*`, `overlap=allow`, `required=NAME`, `optional=NAME`, `depends_on=NAME`,
-        `min=N`, `max=N`, `cpu=PERCENT`, `cooldown=S`: see docs/JOBS.md.
+        `min=N`, `max=N`, `cpu=PERCENT`, `cooldown=S`, `attempts=N` (to reschedule):
+        see docs/JOBS.md.
         """
         name, group_name = words[0].split(".")
         services = []
@@ -194,6 +196,9 @@ class Stage:
                 cooldown_s=float(options.get("cooldown", "60")),
             )
             wanted = msgspec.structs.replace(wanted, scaling=scaling)
+        if "attempts" in options:
+            reschedule = ReschedulePolicy(attempts=int(options["attempts"]))
+            wanted = msgspec.structs.replace(wanted, reschedule=reschedule)
         if "depends_on" in options:
             wanted = msgspec.structs.replace(wanted, depends_on=(ServiceName(options["depends_on"]),))
         if "rack" in options:
