@@ -8,8 +8,6 @@ import asyncio
 import contextlib
 import random
 import signal
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import msgspec
 
@@ -19,7 +17,6 @@ from agent.belongings.belongings import Belongings
 from agent.belongings.devices import Devices
 from agent.belongings.mounted import Mounted
 from agent.belongings.volumes import Volumes
-from agent.claims import UID_BLOCKS, UID_RANGES, Claim, Owner, claim, uid_first
 from agent.config import Config
 from agent.core.commands import Report
 from agent.core.events import Assigned, Recovered, Saved
@@ -32,33 +29,33 @@ from agent.executor import Executor
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
 from agent.guest_states import GuestStates
+from agent.guests import Guests
 from agent.held import SIDECAR
+from agent.host import Host, open_host
 from agent.images import Images
 from agent.join import join
 from agent.leaves import Leaves
 from agent.load import Load
 from agent.mesh_relay import MeshRelay
 from agent.metrics import NodeFigures, Workload, http_listener
+from agent.migration import Migration
 from agent.names import Names
 from agent.network.dns.resolver import resolv_conf
-from agent.network.namespaces import AllocationNetworks
-from agent.network.plan import BLOCKS
+from agent.peers import Peers
 from agent.pull.cache import Cache
 from agent.pull.gate import Gate
 from agent.pull.keeper import Keeper
 from agent.pull.puller import Puller, Registries
 from agent.record_writer import RecordWriter
 from agent.renewal import Renewal
-from agent.sandbox.runtime import SandboxRuntime
 from agent.snapshots import Snapshots
 from agent.sources import Sources
-from agent.store import Loaded, Store
 from agent.tunnels import Tunnels
-from agent.uids import Uids
 from agent.vm_operations import VmOperations
 from agent.vms import Vms
 from outrider import __version__
 from outrider.clock import wall_s
+from outrider.errors import PeerError
 from outrider.ids import AllocId, NodeId, TaskName
 from outrider.log import Log
 from outrider.model.allocation import AllocReport, Assignment
@@ -110,57 +107,6 @@ async def _serve(config: Config, stop: asyncio.Event, log: Log) -> None:
             pass
 
 
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """This node's share of the machine: claimed numbers, and what works with them."""
-
-    block: int
-    store: Store
-    loaded: Loaded
-    uids: Uids
-    runtime: SandboxRuntime
-    networks: AllocationNetworks
-    claims: list[Claim]  # let go of at the end, and kept; a purge takes them out and gives them back
-
-
-@contextlib.asynccontextmanager
-async def open_host(config: Config, log: Log) -> AsyncIterator[Host]:
-    """Raises HostError where another agent of this node runs, or the directories cannot be used."""
-    store = Store(config.data, config.node)
-    config.run.mkdir(mode=0o711, parents=True, exist_ok=True)
-    owner = Owner(fleet=config.cluster, node=config.node, data_directory=str(config.data.absolute()))
-    claims: list[Claim] = []
-    try:
-        claims.append(uid_block := claim("uids", UID_BLOCKS, owner=owner))
-        claims.append(address_block := claim("addresses", BLOCKS, owner=owner))
-        loaded = store.load()
-        for path in loaded.damaged:
-            log.error("record damaged", set_aside=str(path))
-        uids = Uids(first=uid_first(uid_block.number, 0), ranges=UID_RANGES)
-        uids.load(store.directories())
-        runtime = SandboxRuntime(
-            run_directory=config.run / "sandboxes",
-            cgroup=f"outrider/{config.cluster}/{config.node}",
-            log=Log("sandbox", node=config.node),
-        )
-        networks = AllocationNetworks(run_directory=config.run, node_address=config.address, block=address_block.number)
-        try:
-            yield Host(
-                block=address_block.number,
-                store=store,
-                loaded=loaded,
-                uids=uids,
-                runtime=runtime,
-                networks=networks,
-                claims=claims,
-            )
-        finally:
-            await networks.close()
-    finally:
-        for held in claims:
-            held.close()
-
-
 class Agent:
     """The parts, each made once. The core's listener, the controller's listener, and where metrics come from."""
 
@@ -205,6 +151,18 @@ class Agent:
             changed=self._snapshots_changed,
         )
         self._vms = Vms(images=Images(config.data / "images"), states=self._states, kvm=self._kvm_works)
+        self._peers = Peers(cluster=config.cluster, tls=config.tls, log=log)
+        self._migration = Migration(
+            peers=self._peers,
+            came=self._guest_came,
+            idle=self._connections,
+            tell=self._engine.tell,
+            log=log,
+        )
+        self._guests = Guests(
+            store=host.store, runtime=host.runtime, vms=self._vms, migration=self._migration, tasks=tasks, log=log
+        )
+        self._peer_address = ""
         self._executor = Executor(
             node=config.node_id,
             run_directory=config.run,
@@ -216,7 +174,7 @@ class Agent:
             names=self._names,
             leaves=self._leaves,
             envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
-            vms=self._vms,
+            guests=self._guests,
             images=self._make_images(),
             belongings=self._make_belongings(),
             tell=self._engine.tell,
@@ -253,6 +211,8 @@ class Agent:
         self._cache.open(self._host.store.directories())
         self._artifacts.open(self._host.store.directories())
         await self._take_over()
+        listening = self._peers.listening(config.address, config.peer_port, self._migration.take)
+        self._peer_address = await stack.enter_async_context(listening)
         if config.metrics_listen is not None:
             await stack.enter_async_context(http_listener(config.metrics_listen, self))
         works = {
@@ -283,6 +243,7 @@ class Agent:
             id=self._config.node_id,
             address=self._config.address,
             fingerprint=self._fingerprint,
+            peer_address=self._peer_address,
             metrics_address=self._config.metrics_listen or "",
             version=__version__,
         )
@@ -409,6 +370,16 @@ class Agent:
             vms=self._vms,
             states=self._states,
         )
+
+    def _guest_came(self, alloc: AllocId) -> bool:
+        directory = self._host.store.allocation_directory(alloc)
+        return any(self._vms.was_taken_up(directory / task.name) for task in self._host.store.tasks(alloc))
+
+    async def _connections(self, alloc: AllocId) -> int:
+        try:
+            return await self._library.inbound_active(alloc)
+        except (PeerError, KeyError):  # it has no sidecar, or one that starts anew
+            return 0
 
     def _qemu_version(self) -> str:
         return self._fingerprint.runtimes.get(QEMU, "") if self._fingerprint is not None else ""

@@ -72,6 +72,7 @@ class Config(Value, frozen=True, kw_only=True):
     address: str  # where other nodes reach this one's sidecars
     controllers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     join: JoinConfig | None = None
+    peer_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # where other agents bring guests; 0: any that is free
     metrics_listen: str | None = None  # plain HTTP
     mqtt: MqttConfig | None = None
     host_image: bool = False  # whether jobs may use `image: host` here

@@ -33,6 +33,7 @@ from agent.core.events import (
 from agent.drivers import task_directory
 from agent.drivers.process import Place, identity, sandbox_id, sandbox_spec
 from agent.envoys import Envoys
+from agent.guests import Guests
 from agent.held import SIDECAR, Held, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
 from agent.names import Names
@@ -40,10 +41,10 @@ from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
 from agent.pull.keeper import Keeper
 from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import INNER_USER, SandboxSpec, SandboxStatus, StartError
+from agent.sandbox.spec import INNER_USER, SandboxStatus, StartError
 from agent.store import Store
 from agent.uids import Uids
-from agent.vms import Vms, booted, guest_directory, packets_sent, press_power_button, remove_guest, wake
+from agent.vms import guest_directory, packets_sent, remove_guest
 from outrider.errors import HostError, InputError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName, TaskName
 from outrider.log import Log
@@ -52,7 +53,6 @@ from outrider.model.job import Driver, Task, has_guest, inner_ports, published_p
 from outrider.model.mesh import LOOPBACK, PUBLIC_PORT, workload_address
 
 _KILLED_S = 10.0  # after SIGKILL: the kernel may have to write out much
-_POWER_BUTTON_S = 3.0
 _EXEC_OUTPUT_BYTES_MAX = 4096
 
 
@@ -72,7 +72,7 @@ class Executor:
         names: Names,
         leaves: Leaves,
         envoys: Envoys,
-        vms: Vms,
+        guests: Guests,
         images: Keeper,
         belongings: Belongings,
         tell: Callable[[AllocEvent], Awaitable[None]],
@@ -92,7 +92,7 @@ class Executor:
         self._names = names
         self._leaves = leaves
         self._envoys = envoys
-        self._vms = vms
+        self._guests = guests
         self._images = images
         self._belongings = belongings
         self._checks = CheckRunner(open_socket=networks.open_socket)
@@ -116,6 +116,8 @@ class Executor:
                 self._log.info(command.event, alloc=command.alloc, message=command.message)
             case c.PullImages():
                 self._images.begin(self._hold(command.assignment).assignment)
+            case c.MoveGuest():
+                self._guests.move(command.assignment)
             case c.StartTask():
                 alloc = self._hold(command.assignment).assignment.alloc
                 self._watch(alloc, command.task.name, self._run_task(command))
@@ -266,18 +268,7 @@ class Executor:
         await self._watch_task(alloc, task.name, packets=packets)
 
     async def _start(self, held: Held, task: Task) -> SandboxStatus:
-        spec, snapshot = await self._spec(held, task)
-        status = await self._runtime.start(spec)
-        if snapshot:
-            try:
-                await self._vms.take_up(snapshot, spec)
-            except StartError:
-                await self._runtime.delete(spec.id)
-                raise
-        return status
-
-    async def _spec(self, held: Held, task: Task) -> tuple[SandboxSpec, str]:
-        """All that the task's sandbox needs is there when this returns. With the snapshot that a guest goes on from."""
+        """All that the task's sandbox needs is made before."""
         assignment = held.assignment
         sandbox = self._sandbox_directory(assignment.alloc, task.name)
         is_guest = task.driver is Driver.VM
@@ -293,7 +284,7 @@ class Executor:
         )
         if is_guest:
             disks = await self._belongings.disks(assignment, task, owner=uid_first + INNER_USER)
-            return await self._vms.prepare(assignment, task, msgspec.structs.replace(place, disks=disks))
+            return await self._guests.start(assignment, task, msgspec.structs.replace(place, disks=disks))
         image = self._images.unpacked(assignment.alloc, task.image)
         user, group = identity(task, image)
         brought = await self._belongings.prepare(assignment, task, uid_first=uid_first, user=user, group=group)
@@ -304,7 +295,7 @@ class Executor:
         task_directory.prepare(
             directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=uid_first + spec.user
         )
-        return spec, ""
+        return await self._runtime.start(spec)
 
     async def _watch_task(self, alloc: AllocId, task: TaskName, *, packets: int | None = None) -> None:
         """`packets`: what guests before this one sent; None where an earlier agent started it."""
@@ -312,8 +303,8 @@ class Executor:
         booting = None
         if spec.driver is Driver.VM:
             if packets is None:
-                await wake(guest_directory(self._sandbox_directory(alloc, task)))
-            work = self._end_unless_booted(sandbox_id(alloc, task), spec.image.boot_deadline_s, packets or 0)
+                await self._guests.take_over(alloc, spec)
+            work = self._guests.end_unless_booted(alloc, spec, packets or 0)
             booting = self._tasks.create_task(work, name=f"{alloc}.{task}-boot")
         try:
             exit_ = await task_exit(self._runtime, sandbox_id(alloc, task), self._sandbox_directory(alloc, task))
@@ -330,18 +321,6 @@ class Executor:
             exit_ = msgspec.structs.replace(exit_, again=True, reason="ended to go on from a snapshot")
         await self._tell(TaskExited(alloc=alloc, task=task, exit=exit_))
 
-    async def _end_unless_booted(self, sandbox: str, deadline_s: float, packets: int) -> str:
-        """Why the guest was ended; "" where it booted."""
-        for status in await self._runtime.list():
-            if status.id == sandbox and status.running:
-                if await booted(status.pid, packets=packets, until_s=status.started_at_s + deadline_s):
-                    return ""
-                self._log.warning("guest does not boot", sandbox=sandbox)
-                with contextlib.suppress(HostError):  # it has ended meanwhile
-                    await self._runtime.signal(sandbox, signal.SIGKILL)
-                return f"the guest sent no packet within {deadline_s:g} s of its start, its boot_deadline"
-        return ""
-
     def _sandbox_directory(self, alloc: AllocId, task: TaskName) -> Path:
         return sandbox_directory(self._store.allocation_directory(alloc), task)
 
@@ -352,7 +331,7 @@ class Executor:
             return
         with contextlib.suppress(HostError):  # it has ended meanwhile: its watcher tells
             if task.driver is Driver.VM:
-                await self._power_down(command, watcher)
+                await self._guests.power_down(command, watcher)
             else:
                 await self._runtime.signal(sandbox, signal.Signals[task.kill_signal])
                 await _ended(watcher, task.kill_timeout_s)
@@ -361,18 +340,6 @@ class Executor:
             await self._runtime.signal(sandbox, signal.SIGKILL)
             if not await _ended(watcher, _KILLED_S):
                 self._log.error("task survives SIGKILL", alloc=command.alloc, task=task.name)
-
-    async def _power_down(self, command: c.StopTask, watcher: asyncio.Task[None]) -> None:
-        """Returns once the guest has ended, or its time is over."""
-        directory = guest_directory(self._sandbox_directory(command.alloc, command.task.name))
-        until_s = time.monotonic() + command.task.kill_timeout_s
-        while not watcher.done() and time.monotonic() < until_s:
-            # Again and again: a guest that still boots does not hear the first.
-            try:
-                await press_power_button(directory)
-            except HostError as error:
-                self._log.info("power button", alloc=command.alloc, reason=str(error))
-            await _ended(watcher, min(_POWER_BUTTON_S, max(0.0, until_s - time.monotonic())))
 
     async def _drain_sidecar(self, alloc: AllocId) -> None:
         await self._envoys.drain(alloc)

@@ -17,10 +17,11 @@ from agent.snapshots import DISK, IMAGES, MEMORY, SEED, FileSum, Manifest, Snaps
 from outrider.clock import wall_s
 from outrider.errors import HostError, OutriderError, RefusedError
 from outrider.model.allocation import Assignment
-from outrider.model.job import Task, Value
+from outrider.model.job import Task, Value, has_seed
 
 KVM, TCG = "kvm", "tcg"
-_PENDING, _TAKEN_UP = "load", "loaded"  # in the sandbox's own directory, which no guest reaches
+# In the sandbox's own directory, which no guest reaches.
+_PENDING, _WAITS, _TAKEN_UP = "load", "waits", "loaded"
 
 
 class GuestPlace(Value, frozen=True, kw_only=True):
@@ -28,6 +29,14 @@ class GuestPlace(Value, frozen=True, kw_only=True):
 
     directory: Path
     sandbox: Path
+
+
+class Origin(Value, frozen=True, kw_only=True):
+    """What ran a guest: a guest goes on only under the like."""
+
+    qemu: str
+    accelerator: str  # KVM or TCG
+    processor: str  # of the host, where KVM shows it to the guest
 
 
 class GuestStates:
@@ -55,6 +64,9 @@ class GuestStates:
 
         Raises RefusedError where it cannot be kept so, HostError where emulator or host fail.
         """
+        if task.volumes:
+            names = ", ".join(each.volume for each in task.volumes)
+            raise RefusedError("unsupported", f"{task.name} has volumes ({names}): what is in them no snapshot keeps")
         control = place.directory / QMP
         made = self.snapshots.begin(name)
         try:
@@ -100,7 +112,7 @@ class GuestStates:
     def fitting(self, name: str, task: Task) -> Manifest:
         """Raises RefusedError where a guest of `task` could not go on from it, with all that is in the way."""
         manifest = self.snapshots.manifest(name)
-        reasons = [*misfits(manifest, task), *self._foreign(manifest)]
+        reasons = [*misfits(manifest, task), *self.foreign(manifest)]
         if reasons:
             raise RefusedError("unfit", f"snapshot {name} does not fit: {'; '.join(reasons)}")
         return manifest
@@ -143,19 +155,41 @@ class GuestStates:
             raise StartError(f"the guest does not go on from snapshot {name}: {error}") from error
         finally:
             (place.sandbox / _PENDING).unlink(missing_ok=True)
-        (place.sandbox / _TAKEN_UP).touch()
+        self.settle(place.sandbox)
 
-    def _foreign(self, manifest: Manifest) -> list[str]:
-        """What is different about this node."""
-        found = []
-        here, there = self._qemu_version(), manifest.qemu
-        if here.split(".")[:2] != there.split(".")[:2]:
-            found.append(f"it was made by QEMU {there}, and this node has {here or 'none'}")
+    def begin(self, sandbox: Path, *, waits: bool) -> None:
+        """An emulator is about to be started; whether to be given a guest's state."""
+        sandbox.mkdir(mode=0o711, parents=True, exist_ok=True)
+        if waits:
+            (sandbox / _WAITS).touch()
+        else:
+            (sandbox / _WAITS).unlink(missing_ok=True)
+
+    def settle(self, sandbox: Path) -> None:
+        """It has its guest. From here on its disk is what it starts from."""
+        (sandbox / _TAKEN_UP).touch()
+        (sandbox / _WAITS).unlink(missing_ok=True)
+
+    def waits(self, sandbox: Path) -> bool:
+        return (sandbox / _WAITS).exists()
+
+    def was_taken_up(self, sandbox: Path) -> bool:
+        return (sandbox / _TAKEN_UP).exists()
+
+    def origin(self) -> Origin:
+        """What a guest that is started here comes from."""
         accelerator = KVM if self._kvm() else TCG
-        if manifest.accelerator != accelerator:
-            found.append(f"it was made under {manifest.accelerator}, and this node has {accelerator}")
-        elif manifest.processor != (_processor() if self._kvm() else ""):
-            found.append(f"it was made on {manifest.processor}, and this node has {_processor()}")
+        return Origin(qemu=self._qemu_version(), accelerator=accelerator, processor=_processor() if self._kvm() else "")
+
+    def foreign(self, origin: "Manifest | Origin") -> list[str]:
+        """What is different about this node."""
+        found, here = [], self.origin()
+        if here.qemu.split(".")[:2] != origin.qemu.split(".")[:2]:
+            found.append(f"it was made by QEMU {origin.qemu}, and this node has {here.qemu or 'none'}")
+        if origin.accelerator != here.accelerator:
+            found.append(f"it was made under {origin.accelerator}, and this node has {here.accelerator}")
+        elif origin.processor != here.processor:
+            found.append(f"it was made on {origin.processor}, and this node has {here.processor}")
         return found
 
 
@@ -173,7 +207,7 @@ def misfits(manifest: Manifest, task: Task) -> list[str]:
         ("machine", manifest.machine, MACHINE),
     )
     found += [f"{what} {theirs} there, {ours} here" for what, theirs, ours in pairs if theirs != ours]
-    if (SEED in manifest.files) != bool(task.files):
+    if (SEED in manifest.files) != has_seed(task):
         found.append("files on a disk of their own in one, none in the other")
     return found
 

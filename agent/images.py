@@ -57,6 +57,18 @@ class Images:
         with suppress(FileExistsError):
             os.link(path, self._directory / sha256)
 
+    def begin(self, size: int) -> tuple[int, Path]:
+        """A file to fill with an image that comes from elsewhere, for `keep`. Raises OSError."""
+        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._make_room(size)
+        descriptor, name = tempfile.mkstemp(dir=self._directory, prefix="new-")
+        return descriptor, Path(name)
+
+    def keep(self, unfinished: Path, sha256: str) -> None:
+        """It was found to be `sha256`."""
+        unfinished.chmod(0o444)
+        unfinished.rename(self._directory / sha256)
+
     def _copy(self, file: GuestFile, cached: Path) -> Path:
         # Not a device nor a pipe, which might never end, and no wait to open one.
         source = os.open(file.reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

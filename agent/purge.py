@@ -6,11 +6,11 @@ The certificate and the key stay, for the node has not left its fleet, and its v
 import contextlib
 import shutil
 
-from agent.app import open_host
 from agent.belongings import memory, volumes
 from agent.belongings.mounted import Mounted
 from agent.config import Config
 from agent.drivers import task_directory
+from agent.host import open_host
 from agent.sandbox.cgroup import ROOT
 from outrider.log import Log
 

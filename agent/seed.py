@@ -4,6 +4,8 @@ https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html: a guest
 it; any other may mount it. Owns the image alone.
 """
 
+import base64
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +14,7 @@ from agent.drivers.task_directory import safe_path
 from agent.sandbox import process
 from outrider.errors import HostError, InputError
 from outrider.model.allocation import Assignment
-from outrider.model.job import File, Task
+from outrider.model.job import CloudInit, File, Task
 
 LABEL = "cidata"
 META_DATA, USER_DATA = "meta-data", "user-data"
@@ -38,9 +40,32 @@ def with_names(assignment: Assignment, task: Task) -> tuple[File, ...]:
     group = assignment.group.name
     names = f"instance-id: {assignment.alloc}\nlocal-hostname: {group}-{assignment.index}\n"
     given = {file.path for file in task.files}
-    ours = {META_DATA: names, USER_DATA: "#cloud-config\n"}
+    ours = {META_DATA: names, USER_DATA: _user_data(task.cloud_init)}
     added = (File(path=path, content=text.encode()) for path, text in ours.items() if path not in given)
     return (*task.files, *added)
+
+
+def _user_data(wanted: CloudInit | None) -> str:
+    """https://cloudinit.readthedocs.io/en/latest/reference/modules.html; JSON is YAML."""
+    config: dict[str, object] = {}
+    if wanted is not None and wanted.user:
+        user = {"name": wanted.user, "sudo": "ALL=(ALL) NOPASSWD:ALL", "shell": "/bin/sh", "lock_passwd": True}
+        config["users"] = [{**user, "ssh_authorized_keys": wanted.ssh_keys}]
+    elif wanted is not None and wanted.ssh_keys:
+        config["ssh_authorized_keys"] = wanted.ssh_keys
+    if wanted is not None and wanted.files:
+        config["write_files"] = [
+            {
+                "path": file.path,
+                "encoding": "b64",
+                "content": base64.b64encode(file.content).decode(),
+                "permissions": f"{file.mode:04o}",
+            }
+            for file in wanted.files
+        ]
+    if wanted is not None and wanted.commands:
+        config["runcmd"] = wanted.commands
+    return "#cloud-config\n" + (json.dumps(config, indent=1) + "\n" if config else "")
 
 
 def _write(tree: Path, file: File) -> None:

@@ -4,25 +4,27 @@ Owns DATA/images and each guest's own directory; the emulator itself is a sandbo
 """
 
 import asyncio
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent import qmp, seed
 from agent.drivers.process import Place
-from agent.drivers.vm import OVERLAY, QMP, SEED, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
-from agent.guest_states import GuestPlace, GuestStates
+from agent.drivers.vm import MACHINE, OVERLAY, QMP, SEED, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
+from agent.guest_states import GuestPlace, GuestStates, Origin
 from agent.images import Images, disk_format
+from agent.migration import Offer
 from agent.network.guest import TAP
 from agent.sandbox import process
 from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
-from agent.snapshots import IMAGES, Manifest
+from agent.snapshots import IMAGES, FileSum, Manifest
 from outrider.clock import wall_s
 from outrider.errors import HostError, RefusedError
 from outrider.model.allocation import Assignment
-from outrider.model.job import MIB, GuestFile, Task
+from outrider.model.job import MIB, GuestFile, Task, has_seed
 
 _QEMU_IMG_S = 30.0
 _BOOT_POLL_S = 0.25
@@ -56,8 +58,9 @@ class Vms:
             await self._states.lay_out(snapshot, directory, owner)
         elif not ready and images.disk:
             await _make_overlay(directory / OVERLAY, task, images, owner)
-        if task.files and not snapshot:
+        if has_seed(task) and not snapshot:
             await seed.make(directory / SEED, assignment, task, owner)
+        self._states.begin(where.sandbox, waits=bool(snapshot))
         return guest_spec(assignment, task, place, images, kvm=self._kvm(), waits=bool(snapshot)), snapshot
 
     async def take_up(self, snapshot: str, spec: SandboxSpec) -> None:
@@ -77,6 +80,93 @@ class Vms:
         manifest = self._states.fitting(snapshot, task)
         await asyncio.to_thread(self._states.snapshots.check, manifest)
         self._states.want(snapshot, sandbox)
+
+    def waits(self, sandbox: Path) -> bool:
+        """Whether its emulator was started for a state that it has not got yet."""
+        return self._states.waits(sandbox)
+
+    def was_taken_up(self, sandbox: Path) -> bool:
+        """Whether its guest once went on from elsewhere: since then it starts from its own disk."""
+        return self._states.was_taken_up(sandbox)
+
+    def settled(self, sandbox: Path) -> Callable[[], None]:
+        return lambda: self._states.settle(sandbox)
+
+    async def offer(
+        self, task: Task, place: GuestPlace, identity: str, version: str
+    ) -> tuple[Offer, Mapping[str, Path]]:
+        """The guest that runs at `place` under QEMU `version`, and where its images are, by checksum."""
+        images = await asyncio.to_thread(self._fetch, task)
+        roles = {role: Path(path) for role in ("disk", "kernel", "initrd") if (path := getattr(images, role))}
+        origin = self._states.origin()
+        offer = Offer(
+            qemu=version,
+            machine=MACHINE,
+            accelerator=origin.accelerator,
+            processor=origin.processor,
+            identity=identity,
+            images={role: FileSum(sha256=path.name, size_bytes=path.stat().st_size) for role, path in roles.items()},
+            seed=(place.directory / SEED).exists(),
+        )
+        return offer, {path.name: path for path in roles.values()}
+
+    def lacking(self, offer: Offer, task: Task) -> tuple[FileSum, ...]:
+        """Images of the offered guest that are not on this node. Raises StartError where it could not run here.
+
+        Blocks: what the job names is copied into the cache.
+        """
+        origin = Origin(qemu=offer.qemu, accelerator=offer.accelerator, processor=offer.processor)
+        reasons = self._states.foreign(origin)
+        if offer.machine != MACHINE:
+            reasons.append(f"it is a {offer.machine}, and this node makes {MACHINE}")
+        if reasons:
+            raise StartError(f"the guest cannot go on here: {'; '.join(reasons)}")
+        lacking = []
+        for role, file in _files(task).items():
+            if role not in offer.images or offer.images[role].sha256 != file.sha256:
+                raise StartError(f"the guest that comes has another {role} than the job says")
+            try:
+                self._images.fetch(file)
+            except StartError:
+                lacking.append(offer.images[role])
+        return tuple(lacking)
+
+    async def keep_image(self, expected: FileSum, blocks: AsyncIterator[bytes]) -> None:
+        """Into the node's cache, if it is what it should be. Raises StartError or HostError."""
+        try:
+            descriptor, unfinished = self._images.begin(expected.size_bytes)
+            try:
+                found, size = hashlib.sha256(), 0
+                with os.fdopen(descriptor, "wb") as file:
+                    async for block in blocks:
+                        found.update(block)
+                        size += len(block)
+                        if size > expected.size_bytes:
+                            break
+                        await asyncio.to_thread(file.write, block)
+                if FileSum(sha256=found.hexdigest(), size_bytes=size) != expected:
+                    raise StartError(f"what came is not the image {expected.sha256}")
+                self._images.keep(unfinished, expected.sha256)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise HostError("images", step=f"keep {expected.sha256}: {error.strerror}") from error
+
+    async def prepare_arrival(self, assignment: Assignment, task: Task, place: Place, offer: Offer) -> SandboxSpec:
+        """An emulator that waits for the guest, and an empty overlay for what it wrote."""
+        directory, owner = Path(place.task_directory), place.uid_first + INNER_USER
+        images = await asyncio.to_thread(self._fetch, task)
+        _is_ready(directory, owner)
+        (directory / OVERLAY).unlink(missing_ok=True)
+        if images.disk:
+            await _make_overlay(directory / OVERLAY, task, images, owner)
+        self._states.begin(Path(place.directory), waits=True)
+        return guest_spec(assignment, task, place, images, kvm=self._kvm(), waits=True, identity=offer.identity)
+
+    def keep_seed(self, place: Place, content: bytes) -> None:
+        path, owner = Path(place.task_directory) / SEED, place.uid_first + INNER_USER
+        path.write_bytes(content)
+        os.chown(path, owner, owner)
 
     @contextmanager
     def alone_with(self, directory: Path) -> Iterator[None]:
@@ -98,10 +188,8 @@ class Vms:
 
     def _fetch(self, task: Task) -> GuestImages:
         image = task.image
-        disk = GuestFile(reference=image.reference, sha256=image.sha256) if image.reference else None
-        files = {"disk": disk, "kernel": image.kernel, "initrd": image.initrd}
-        paths = {name: str(self._images.fetch(file)) for name, file in files.items() if file is not None}
-        if disk is None:
+        paths = {name: str(self._images.fetch(file)) for name, file in _files(task).items()}
+        if "disk" not in paths:
             return GuestImages(**paths)
         kind, size = disk_format(Path(paths["disk"]), image.reference)
         if size > task.resources.disk_bytes:
@@ -110,6 +198,13 @@ class Vms:
                 f"{image.reference} is a disk of {size} bytes, more than the job reserves: ask for {asked}"
             )
         return GuestImages(**paths, disk_format=kind)
+
+
+def _files(task: Task) -> dict[str, GuestFile]:
+    image = task.image
+    disk = GuestFile(reference=image.reference, sha256=image.sha256) if image.reference else None
+    files = {"disk": disk, "kernel": image.kernel, "initrd": image.initrd}
+    return {role: file for role, file in files.items() if file is not None}
 
 
 def guest_directory(sandbox: Path) -> Path:

@@ -1,7 +1,8 @@
 """A guest from submission to its first byte through the mesh, beside bare QEMU with the same kernel, initrd and disk.
 
 Interleaved, in the same run: the bare one answers on a port forwarded by QEMU's own user network. Memory is the
-proportional share of the emulator and of what watches over it.
+proportional share of the emulator and of what watches over it. Then the same from a snapshot, the snapshot as a file
+beside `cp`, and moves between two nodes under a load of requests: what `bench.vm_state` measures.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench import vm_state
 from bench.figure import emit, percentile
 from bench.fleet import Fleet, dev_fleet
 from bench.start import prober, until
@@ -28,27 +30,28 @@ _BARE_S = 60.0
 def run() -> None:
     built = guest.build()
     ours, bare, ours_mb, bare_mb = [], [], [], []
-    with dev_fleet(nodes=1) as fleet, tempfile.TemporaryDirectory() as directory:
+    with dev_fleet(nodes=2) as fleet, tempfile.TemporaryDirectory() as directory:
         fleet.submit(prober())
         changes = fleet.logs(fleet.healthy("prober", 1)[0], follow=True)
         for _ in range(ROUNDS):
             until(changes, "down")
             submitted_s = time.time()
-            fleet.submit(_target(built))
+            fleet.submit(target(built))
             ours.append(until(changes, "up") - submitted_s)
             ours_mb.append(_sandbox_mb(fleet))
             fleet.stop("target")
             with _bare(built, Path(directory)) as (took_s, pid):
                 bare.append(took_s)
                 bare_mb.append(_share_mb(pid))
-    ours_s, bare_s = percentile(ours, 0.5), percentile(bare, 0.5)
+        ours_s, bare_s = percentile(ours, 0.5), percentile(bare, 0.5)
+        vm_state.measure(fleet, target(built), changes, boot_s=ours_s, directory=Path(directory))
     emit("vm.boot_ms_p50", ours_s * 1000, "ms", peer="bare qemu-system-x86_64", peer_value=bare_s * 1000)
     emit("vm.boot_ratio", ours_s / bare_s, "x")
     more_mb = percentile(ours_mb, 0.5) - percentile(bare_mb, 0.5)
     emit("vm.overhead_mb", more_mb, "MB", peer="bare qemu-system-x86_64", peer_value=percentile(bare_mb, 0.5))
 
 
-def _target(built: Path) -> Job:
+def target(built: Path) -> Job:
     """The example's guest under the name that the prober calls."""
     example = next(group for group in read_job(built / "vm.yaml").groups if group.name == "guest")
     service = Service(

@@ -92,7 +92,8 @@ class FleetCa:
         Raises RefusedError where the request is malformed.
         """
         identity = Identity(kind=IdentityKind.NODE, name=node, cluster=self._cluster)
-        return self._sign(requested_key(csr_pem), node, [_uri(identity)], server=False, valid=self._node_valid)
+        # Agents take guests from each other: a server too, and by its one name no controller and no broker.
+        return self._sign(requested_key(csr_pem), node, [_uri(identity)], server=True, valid=self._node_valid)
 
     def issue_user(self, csr_pem: bytes, user: str) -> Issued:
         """A user's; to the broker all of them are one. Raises RefusedError as `issue_node` does."""

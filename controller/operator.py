@@ -13,6 +13,7 @@ from controller.callers import Callers
 from controller.core import views
 from controller.core.commands import Reply
 from controller.core.events import (
+    AllocMoveRequested,
     JobDispatchRequested,
     JobRevertRequested,
     JobScaleRequested,
@@ -131,6 +132,19 @@ class OperatorService(Steering):
         )
         self.call.changes = (f"{group or 'its group'}: count {count}",)
         return _submitted(done(reply))
+
+    @unary
+    async def MoveAllocation(
+        self, request: operator_pb2.MoveAllocationRequest, context: Context
+    ) -> operator_pb2.MoveAllocationResponse:
+        allocation, _ = self._placed(request.alloc)
+        node = NodeId(request.node) if request.node else None
+        reply = await self._engine.request(
+            lambda request: AllocMoveRequested(request=request, job=allocation.job, alloc=allocation.id, node=node)
+        )
+        moved = done(reply)
+        self.call.changes = (f"{allocation.id} moves to {node or 'another node'} as {moved.message}",)
+        return operator_pb2.MoveAllocationResponse(alloc=moved.message, warnings=moved.warnings)
 
     @unary
     async def RevertJob(

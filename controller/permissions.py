@@ -44,6 +44,7 @@ RULES: Mapping[str, Rule] = {
     "StopJob": Rule(_SUBMIT, Where.JOB, changing=True),
     "DispatchJob": Rule(_SUBMIT, Where.JOB, changing=True),
     "RevertJob": Rule(_SUBMIT, Where.JOB, changing=True),
+    "MoveAllocation": Rule(Capability.OPERATE, Where.ALLOCATION, changing=True),
     "ScaleJob": Rule(Capability.OPERATE, Where.JOB, changing=True),
     "SteerRollout": Rule(Capability.OPERATE, Where.JOB, changing=True),
     "RestartJob": Rule(Capability.OPERATE, Where.JOB, changing=True),

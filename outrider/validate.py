@@ -66,6 +66,8 @@ _REGISTRY_IMAGE = re.compile(
     r"(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
 )
 _UID_MAX = 65_535
+_GUEST_USER = re.compile(r"^[a-z_][a-z0-9_-]{0,31}\Z")
+_SSH_KEY = re.compile(r"^(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/=]{16,}( [^\n]*)?\Z")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _NAME_RULE = "lower-case letters, digits and dashes, at most 63, no dash at either end"
 
@@ -138,6 +140,7 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
         for key in ("command", "env", "user", "workdir"):
             if getattr(task, key):
                 yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
+        yield from _cloud_init((*path, "tasks", task.name), task)
         if task.resources.memory_bytes < GUEST_MEMORY_MIN:
             at: Path = (*path, "tasks", task.name, "resources", "memory")
             yield Problem(path=at, message="a vm needs at least 128Mi: a Linux kernel does not start in less")
@@ -155,6 +158,29 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
 def _wishes(path: Path, owner: Job | Group) -> Iterator[Problem]:
     for at, message in wrong_wishes(owner):
         yield Problem(path=(*path, *at), message=message)
+
+
+def _cloud_init(path: Path, task: Task) -> Iterator[Problem]:
+    wanted, at = task.cloud_init, (*path, "cloud_init")
+    if wanted is None:
+        return
+    if any(file.path == "user-data" for file in task.files):
+        yield Problem(path=at, message="files bring a user-data of their own; say it in one place")
+    if wanted.user and not _GUEST_USER.match(wanted.user):
+        yield Problem(path=(*at, "user"), message=f"{wanted.user[:80]!r} is no name of a user")
+    for index, key in enumerate(wanted.ssh_keys):
+        if not _SSH_KEY.match(key):
+            message = "expected a public key as ~/.ssh/id_ed25519.pub has it: a kind, and letters"
+            yield Problem(path=(*at, "ssh_keys", index), message=message)
+    for index, command in enumerate(wanted.commands):
+        yield from _text((*at, "commands", index), command)
+    for file in wanted.files:
+        parts = PurePosixPath(file.path)
+        if not parts.is_absolute() or ".." in parts.parts or "\0" in file.path:
+            yield Problem(path=(*at, "files", file.path), message="expected a whole path inside, from / on, without ..")
+    size = sum(len(file.content) for file in (*task.files, *wanted.files))
+    if size > FILES_BYTES_MAX:
+        yield Problem(path=(*at, "files"), message=f"{size} bytes in all; at most {FILES_BYTES_MAX} travel with a job")
 
 
 def _update(path: Path, update: UpdatePolicy) -> Iterator[Problem]:
@@ -247,6 +273,8 @@ def _task(path: Path, task: Task) -> Iterator[Problem]:
             yield from _text((*path, key, index), word)
     if task.args and (task.command or task.image.kind not in PULLED):
         yield Problem(path=(*path, "args"), message="args are for an image's entrypoint; add them to the command")
+    if task.cloud_init is not None and task.driver is Driver.PROCESS:
+        yield Problem(path=(*path, "cloud_init"), message="cloud-init is for a vm; a process has files and a command")
     yield from _identity(path, task)
     yield from (Problem(path=(*path, *at), message=message) for at, message in wrong_belongings(task))
     yield from _image((*path, "image"), task.driver, task.image)

@@ -10,6 +10,7 @@ from agent.core.commands import (
     Clean,
     CreateNetwork,
     DrainSidecar,
+    MoveGuest,
     RunCheck,
     StartSidecar,
     StartTask,
@@ -21,6 +22,7 @@ from agent.core.events import (
     BelongingsTold,
     CheckRan,
     Cleaned,
+    GuestMoved,
     ImagesFailed,
     ImagesOnTheirWay,
     ImagesReady,
@@ -41,7 +43,7 @@ from agent.core.lifecycle import Phase
 from agent.core.report import duration, exit_message
 from agent.core.restart import PERSISTENT, next_try
 from agent.core.state import AllocState, TaskState, Turn
-from outrider.model.allocation import TaskStatus
+from outrider.model.allocation import MoveStage, TaskStatus
 from outrider.model.job import RestartPolicy, TaskRole, main_task
 
 _UP = frozenset({Phase.TASKS_STARTING, Phase.RUNNING})
@@ -67,6 +69,8 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
             _sidecar_event(alloc, event, turn)
         case TaskStarted() | TaskStartFailed() | TaskExited() | RestartWanted() | BelongingsTold():
             _task_event(alloc, event, turn)
+        case GuestMoved():
+            alloc.move = event.report
         case CheckRan():
             probe = alloc.probes.get(event.service)
             running = alloc.phase in _UP and alloc.tasks_up
@@ -171,6 +175,15 @@ def stop(alloc: AllocState, turn: Turn) -> None:
     # Elsewhere a step is under way whose end looks at `stopping`.
 
 
+def move(alloc: AllocState, turn: Turn) -> None:
+    """Its assignment speaks of a move: to begin, to let go, or that it is off."""
+    wanted = alloc.assignment.move_to
+    if alloc.move is not None and (wanted is None or wanted.alloc != alloc.move.to):
+        alloc.move = None
+    if alloc.phase is Phase.RUNNING or wanted is None:
+        turn.emit(MoveGuest(assignment=alloc.assignment))
+
+
 def run(alloc: AllocState, turn: Turn) -> None:
     """Sidecar there, or none wanted: start what must run, see whether all does."""
     _start_tasks(alloc, turn)
@@ -214,12 +227,17 @@ def task_ended(alloc: AllocState, task: TaskState, exit_: TaskExit, turn: Turn) 
         task.status, task.restarts, task.message = TaskStatus.PENDING, task.restarts + 1, f"started again: {reason}"
     elif not alloc.stopping and exit_.code == 0 and task.role is TaskRole.INIT:
         task.status, task.message = TaskStatus.EXITED, ""  # as it should, long before the others: no news
-    elif alloc.stopping or (exit_.code == 0 and alloc.assignment.batch):
+    elif alloc.stopping or _has_moved(alloc) or (exit_.code == 0 and alloc.assignment.batch):
         task.status = TaskStatus.EXITED
     elif exit_.again:
         task.status, task.retry_at_s = TaskStatus.BACKOFF, turn.now_s
     else:
         _retry_task(alloc, task, task.message, exit_.log_tail, turn)
+
+
+def _has_moved(alloc: AllocState) -> bool:
+    """Its guest runs on another node: what ends here is what was left behind."""
+    return alloc.move is not None and alloc.move.stage is MoveStage.DONE
 
 
 def _network_ready(alloc: AllocState, event: NetworkReady, turn: Turn) -> None:

@@ -91,6 +91,12 @@ class DrainSidecar(Value, frozen=True, kw_only=True):
     alloc: AllocId
 
 
+class MoveGuest(Value, frozen=True, kw_only=True):
+    """What the assignment says of a move to another node: begin, let go or give up. `GuestMoved`, again and again."""
+
+    assignment: Assignment
+
+
 class StopTask(Value, frozen=True, kw_only=True):
     """The task's signal; after its timeout SIGKILL. `TaskExited` comes from whoever watches it."""
 
@@ -138,6 +144,7 @@ Command = (
     | RenewBelongings
     | RunCheck
     | DrainSidecar
+    | MoveGuest
     | StopTask
     | StopSidecar
     | Clean

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from outrider.ids import AllocId, ServiceName, TaskName
-from outrider.model.allocation import Assignment, Generation
+from outrider.model.allocation import Assignment, Generation, MoveReport
 from outrider.model.job import Value
 
 
@@ -161,6 +161,13 @@ class BelongingsTold(Value, frozen=True, kw_only=True):
     message: str = ""
 
 
+class GuestMoved(Value, frozen=True, kw_only=True):
+    """How its move to another node stands."""
+
+    alloc: AllocId
+    report: MoveReport
+
+
 class SidecarDrained(Value, frozen=True, kw_only=True):
     alloc: AllocId
 
@@ -198,6 +205,7 @@ AllocEvent = (
     | TaskExited
     | RestartWanted
     | BelongingsTold
+    | GuestMoved
     | SidecarDrained
     | SidecarStopped
     | Cleaned

@@ -22,6 +22,7 @@ def alloc_report(alloc: AllocState) -> AllocReport:
         pulling=alloc.pulling,
         local_address=alloc.local_address,
         log_tail=alloc.log_tail,
+        move=alloc.move,
     )
 
 

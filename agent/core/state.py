@@ -12,7 +12,7 @@ from agent.core.events import AllocRecord, Found, TaskExit
 from agent.core.health import Probe
 from agent.core.lifecycle import Phase, check_transition
 from outrider.ids import AllocId, ServiceName, TaskName
-from outrider.model.allocation import AllocReport, Assignment, Desired, Generation, TaskStatus
+from outrider.model.allocation import AllocReport, Assignment, Desired, Generation, MoveReport, TaskStatus
 from outrider.model.job import PULLED, Task, TaskRole, inner_ports
 
 NEVER_S = float("inf")
@@ -61,6 +61,7 @@ class AllocState(msgspec.Struct, kw_only=True):
     retry_at_s: float | None = None  # when to prepare again
     clean_retry_at_s: float | None = None
     restarts_done: int = 0  # of those that operators asked for
+    move: MoveReport | None = None  # of its guest, to another node
     stopping: bool = False  # on the way out: nothing is started any more
     forget: bool = False  # the controller does not want to hear of it again
     failure: str = ""

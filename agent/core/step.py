@@ -84,6 +84,8 @@ def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
             if renewed:
                 turn.emit(RenewBelongings(assignment=assignment))
             amend.take_up(alloc, turn)
+            if assignment.move_to is not None or alloc.move is not None:
+                allocation.move(alloc, turn)
     _keep(state, alloc, turn)
 
 

@@ -11,10 +11,11 @@ from agent.drivers.process import Place, sandbox_id
 from agent.network.guest import TAP
 from agent.sandbox.spec import INNER_USER, Device, HostRoot, Limits, Mount, SandboxSpec
 from outrider.model.allocation import Assignment
-from outrider.model.job import EMULATOR, MIB, Image, Resources, Task, Value
+from outrider.model.job import EMULATOR, MIB, Image, Resources, Task, Value, has_seed
 
 DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
 OVERLAY, SEED, QMP, CONSOLE, AGENT, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "agent", "trace"
+DISK_SOCKET = "nbd"  # where the disk of a guest that comes from another node is written
 SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 
 # Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
@@ -43,11 +44,19 @@ class GuestImages(Value, frozen=True, kw_only=True):
 
 
 def guest_spec(
-    assignment: Assignment, task: Task, place: Place, images: GuestImages, *, kvm: bool, waits: bool = False
+    assignment: Assignment,
+    task: Task,
+    place: Place,
+    images: GuestImages,
+    *,
+    kvm: bool,
+    waits: bool = False,
+    identity: str = "auto",
 ) -> SandboxSpec:
     """The sandbox in which an emulator runs `task`. `place.task_directory` has its overlay, and gets its sockets.
 
-    `waits`: it boots nothing, but waits to be given a guest's state.
+    `waits`: it boots nothing, but waits to be given a guest's state. `identity`: the guest's generation id, where it
+    comes with one; else it is a new one's.
     """
     resources = task.resources
     mounts = [Mount(source=place.task_directory, target=DIRECTORY, read_only=False), *place.mounts]
@@ -62,7 +71,7 @@ def guest_spec(
         id=sandbox_id(assignment.alloc, task.name),
         argv=(
             "qemu-system-x86_64",
-            *_arguments(assignment, task, images, kvm=kvm, waits=waits),
+            *_arguments(assignment, task, images, kvm=kvm, waits=waits, identity=identity),
             *_volumes(place.disks),
         ),
         env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
@@ -99,7 +108,9 @@ def cpus(resources: Resources) -> int:
     return min(-(-(resources.cpu_max_millis or resources.cpu_millis) // 1000), _CPUS_MAX)
 
 
-def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: bool, waits: bool) -> Iterator[str]:
+def _arguments(
+    assignment: Assignment, task: Task, images: GuestImages, *, kvm: bool, waits: bool, identity: str
+) -> Iterator[str]:
     resources = task.resources
     yield from ("-name", f"{assignment.alloc}.{task.name}", "-no-user-config", "-nodefaults", "-display", "none")
     # Without graphics the firmware speaks on the serial line: why a disk does not boot is in the logs.
@@ -108,9 +119,9 @@ def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: 
     yield from ("-m", f"size={resources.memory_bytes // MIB}M")
     # A guest that resets itself ends: its restart policy says whether and when it boots again. The trace says why.
     yield from ("-action", "reboot=shutdown", "-D", f"{DIRECTORY}/{TRACE}", "-trace", SHUTDOWN_TRACE)
-    yield from ("-incoming", "defer") if waits else ()
+    yield from ("-S", "-incoming", "defer") if waits else ()
     yield from _kernel(task.image, images)
-    yield from ("-device", "vmgenid,guid=auto", "-device", "virtio-rng-pci")
+    yield from ("-device", f"vmgenid,guid={identity}", "-device", "virtio-rng-pci")
     yield from ("-netdev", f"tap,id=mesh,ifname={TAP},script=no,downscript=no")
     # Without a boot ROM: nothing is booted from the network, and its first packet is the guest's own.
     yield from ("-device", f"virtio-net-pci,netdev=mesh,mac={_MAC},romfile=")
@@ -121,7 +132,7 @@ def _arguments(assignment: Assignment, task: Task, images: GuestImages, *, kvm: 
             "-device",
             f"virtio-blk-pci,drive=disk,bootindex=1,{_ERRORS}",
         )
-    if task.files:
+    if has_seed(task):
         yield from ("-blockdev", json.dumps(_seed()), "-device", "virtio-blk-pci,drive=seed")
     control = f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off"
     yield from ("-chardev", control, "-mon", "chardev=qmp,mode=control")

@@ -19,28 +19,26 @@ from outrider.errors import HostError
 _DEADLINE_S = 5.0
 _STATE_S = 120.0  # to write or read a guest's memory
 _START_S = 20.0  # a host under load
-_POLL_S = 0.005
-_NO_LIMIT = 1 << 40  # bytes a second: what is written is a file, or paced by who reads
+POLL_S = 0.005
+NO_LIMIT = 1 << 40  # bytes a second: what is written is a file, or paced by who reads
 
 
 async def power_down(path: Path) -> None:
     """Press the guest's power button: it may take its time, or take no notice. Raises HostError."""
-    async with _conversation(path) as client:
+    async with conversation(path) as client:
         await client.execute("system_powerdown")
 
 
 async def status(path: Path) -> str:
     """ "running", "paused", "shutdown" ...: QEMU's RunState. Raises HostError."""
-    async with _conversation(path) as client:
-        return await _status(client)
+    async with conversation(path) as client:
+        return await run_state(client)
 
 
 async def version(path: Path) -> str:
     """Of the emulator that runs: "7.2.22". Raises HostError."""
-    async with _conversation(path) as client:
-        answer = await client.execute("query-version")
-    numbers = answer.get("qemu") if isinstance(answer, dict) else None
-    return ".".join(str(numbers[part]) for part in ("major", "minor", "micro")) if isinstance(numbers, dict) else ""
+    async with conversation(path) as client:
+        return await emulator_version(client)
 
 
 async def save(path: Path, memory: int) -> None:
@@ -48,25 +46,25 @@ async def save(path: Path, memory: int) -> None:
 
     It stays paused until `resume`, also where this fails. Raises HostError.
     """
-    async with _conversation(path, _STATE_S) as client:
+    async with conversation(path, _STATE_S) as client:
         await client.execute("stop")
-        await client.execute("migrate-set-parameters", {"max-bandwidth": _NO_LIMIT})
-        await _give(client, "state", memory)
+        await client.execute("migrate-set-parameters", {"max-bandwidth": NO_LIMIT})
+        await give(client, "state", memory)
         await client.execute("migrate", {"uri": "fd:state"})
-        while (answer := await _migration(client))["status"] != "completed":
+        while (answer := await migration(client))["status"] != "completed":
             if answer["status"] in ("failed", "cancelled"):
                 raise HostError(f"emulator at {path}", step=f"save: {answer.get('error-desc', answer['status'])}")
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(POLL_S)
 
 
 async def load(path: Path, memory: int) -> None:
     """What `save` wrote, into an emulator that was started to wait for it; the guest then runs. Raises HostError."""
     await listening(path)
-    async with _conversation(path, _STATE_S) as client:
-        await _give(client, "state", memory)
+    async with conversation(path, _STATE_S) as client:
+        await give(client, "state", memory)
         await client.execute("migrate-incoming", {"uri": "fd:state"})
-        while await _status(client) == "inmigrate":  # noqa: ASYNC110 - an emulator's, whose state is asked for
-            await asyncio.sleep(_POLL_S)
+        while await run_state(client) == "inmigrate":  # noqa: ASYNC110 - an emulator's, whose state is asked for
+            await asyncio.sleep(POLL_S)
         await client.execute("cont")
 
 
@@ -78,30 +76,36 @@ async def listening(path: Path) -> None:
                 with suppress(OSError):
                     connect(path).close()
                     return
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(POLL_S)
     except TimeoutError as error:
         raise HostError(f"emulator at {path}", step=f"not listening within {_START_S:g} s") from error
 
 
 async def resume(path: Path) -> None:
     """Let a paused guest run, and give up what it was paused for. Raises HostError."""
-    async with _conversation(path) as client:
-        if await _status(client) != "running":
+    async with conversation(path) as client:
+        if await run_state(client) != "running":
             await client.execute("migrate_cancel")
             await client.execute("cont")
 
 
-async def _status(client: QMPClient) -> str:
+async def emulator_version(client: QMPClient) -> str:
+    answer = await client.execute("query-version")
+    numbers = answer.get("qemu") if isinstance(answer, dict) else None
+    return ".".join(str(numbers[part]) for part in ("major", "minor", "micro")) if isinstance(numbers, dict) else ""
+
+
+async def run_state(client: QMPClient) -> str:
     answer = await client.execute("query-status")
     return str(answer["status"]) if isinstance(answer, dict) else ""
 
 
-async def _migration(client: QMPClient) -> dict[str, object]:
+async def migration(client: QMPClient) -> dict[str, object]:
     answer = await client.execute("query-migrate")
     return {"status": "none", **answer} if isinstance(answer, dict) else {"status": "none"}
 
 
-async def _give(client: QMPClient, name: str, descriptor: int) -> None:
+async def give(client: QMPClient, name: str, descriptor: int) -> None:
     client.send_fd_scm(descriptor)
     await client.execute("getfd", {"fdname": name})
 
@@ -125,7 +129,8 @@ def connect(path: Path) -> socket.socket:
 
 
 @asynccontextmanager
-async def _conversation(path: Path, deadline_s: float = _DEADLINE_S) -> AsyncIterator[QMPClient]:
+async def conversation(path: Path, deadline_s: float = _DEADLINE_S) -> AsyncIterator[QMPClient]:
+    """The one that speaks with the emulator: it listens to nobody else meanwhile. Raises HostError."""
     client = QMPClient()
     try:
         async with asyncio.timeout(deadline_s):

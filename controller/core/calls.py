@@ -2,11 +2,12 @@
 
 from typing import assert_never
 
-from controller.core import amend, launch, quota, scaling, steering, store_calls, submit, versions
+from controller.core import amend, launch, migration, quota, scaling, steering, store_calls, submit, versions
 from controller.core.commands import Reply
 from controller.core.events import (
     AccessCall,
     AccessChangeRequested,
+    AllocMoveRequested,
     AllocSteerRequested,
     JobCall,
     JobDispatchRequested,
@@ -64,6 +65,8 @@ def _touched(state: State, call: JobCall | SteerCall | AccessCall) -> frozenset[
             return submit.names_of_stop(state, call.job)
         case JobRevertRequested() if (entry := state.jobs.get(call.job)) is not None:
             return frozenset().union(*(submit.names_touched(state, one.job) for one in entry.versions.values()))
+        case AllocMoveRequested():
+            return frozenset({f"job {call.job}", "the plan"})
         case AllocSteerRequested() | NodeSteerRequested() | AccessChangeRequested() | NodeJoinRequested():
             return frozenset({_touched_of_no_job(call)})
         case _:
@@ -146,5 +149,7 @@ def _steer(state: State, call: SteerCall, now_s: float) -> submit.Answer:
             return steering.steer_alloc(state, call, now_s)
         case NodeSteerRequested():
             return steering.steer_node(state, call, now_s)
+        case AllocMoveRequested():
+            return migration.requested(state, call, now_s)
         case _:
             assert_never(call)

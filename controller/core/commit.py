@@ -6,7 +6,7 @@ from a state in which all that was written is true.
 
 import numpy as np
 
-from controller.core import absence, drains, follow, launch
+from controller.core import absence, drains, follow, launch, migration
 from controller.core import table as columns
 from controller.core.calls import answer_all
 from controller.core.commands import Append, Reply
@@ -43,6 +43,7 @@ def appended(state: State, event: Appended, now_s: float) -> None:
     for record in flight.records:
         if isinstance(record, AllocTransitions):
             follow.endings(state, record, now_s)  # before: what ended may be forgotten at once
+        migration.before(state, record)
         before = len(state.nodes)
         state.apply(record)
         follow.applied(state, record, now_s, known=len(state.nodes) == before)

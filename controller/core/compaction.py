@@ -81,4 +81,5 @@ def _allocations(state: "State") -> AllocationsSnapshot:
         reasons=dict(sorted(state.reasons.items())),
         reports=tuple(report for _, report in sorted(state.last_reports.items())),
         restarts=dict(sorted(state.restarts.items())),
+        moves=dict(sorted(state.moves.items())),
     )

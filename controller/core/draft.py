@@ -36,6 +36,7 @@ class Draft:
         self._stopped: list[Ints] = []  # rows
         self._updates: list[Update] = []
         self._settled: list[Ints] = []  # serials
+        self._moves: list[tuple[int, int]] = []
         self._given: dict[JobName, list[Ints]] = {}  # nodes, of jobs whose groups keep apart from each other
         self._next_serial = state.next_serial
         self._claimed: set[VolumeKey] = set()  # for one allocation alone, and given to it
@@ -114,6 +115,36 @@ class Draft:
         self._add_late(pending, nodes[: len(pending)], ports[: len(pending)])
         self._add_runs(group, missing, nodes[len(pending) :], ports[len(pending) :], role)
 
+    def stops(self, row: int) -> bool:
+        return any(row in rows for rows in self._stopped)
+
+    def move(self, row: int, allowed: Bools) -> str:
+        """A successor of `row` on one of the `allowed` nodes, for its guest. Why there is none; or ""."""
+        serial = self._next_serial
+        reason = self._again(row, allowed, columns.SUCCESSOR)
+        if not reason:
+            self._moves.append((int(self._state.table.serial[row]), serial))
+        return reason
+
+    def replace(self, row: int, allowed: Bools, reason: str) -> str:
+        """Another copy there instead of `row`, which stops for `reason`."""
+        found = self._again(row, allowed, int(self._state.table.role[row]))
+        if not found:
+            self.stop(np.array([row]), reason)
+        return found
+
+    def _again(self, row: int, allowed: Bools, role: int) -> str:
+        group = self._state.group_of(row)
+        near = neighbours(self._state, group, np.array([row]), self._given.get(group.job, ()))
+        self._seed += 1
+        found = place(self._nodes(), group, 1, near, seed=self._seed, allowed=allowed)
+        if not found.nodes:
+            return found.reason or "no node has room for it"
+        nodes = np.array(found.nodes, np.int32)
+        ports = np.array(found.ports, np.int32).reshape(1, group.ports_width)
+        self._add_runs(group, self._state.table.index[[row]].astype(np.int64), nodes, ports, role)
+        return ""
+
     def plan(self, now_s: float) -> Plan | None:
         """None where nothing is to be changed."""
         if not (self._runs or self._late or self._stops or self._updates or self._settled):
@@ -128,6 +159,7 @@ class Draft:
             stops=tuple(self._stops),
             updates=tuple(self._updates),
             settled=b"".join(serials.tobytes() for serials in self._settled),
+            moves=tuple(self._moves),
         )
 
     def _place_apart(

@@ -227,6 +227,15 @@ class JobRestartRequested(Value, frozen=True, kw_only=True):
     job: JobName
 
 
+class AllocMoveRequested(Value, frozen=True, kw_only=True):
+    """A guest shall go on on `node` (None: on any other). The reply's message is its new allocation."""
+
+    request: RequestId
+    job: JobName
+    alloc: AllocId
+    node: NodeId | None = None
+
+
 class AllocSteerRequested(Value, frozen=True, kw_only=True):
     request: RequestId
     alloc: AllocId
@@ -254,7 +263,7 @@ class Tick(Value, frozen=True, kw_only=True):
     """Time passed: the edge sends one when `State.next_deadline_s` is reached."""
 
 
-SteerCall = RolloutSteerRequested | AllocSteerRequested | NodeSteerRequested
+SteerCall = RolloutSteerRequested | AllocSteerRequested | NodeSteerRequested | AllocMoveRequested
 OperatorJobCall = (
     JobSubmitted
     | JobStopRequested

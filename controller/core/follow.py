@@ -176,6 +176,10 @@ def _follow_plan(state: State, plan: Plan) -> None:
         row = state.table.row(serial)
         if row is not None and serial in state.nodes.serving[state.table.node[row]]:
             state.live.mesh_nodes[int(state.table.node[row])] = None
+    for old, _ in plan.moves:
+        row = state.table.row(old)
+        assert row is not None, "it runs"
+        state.live.to(int(state.table.node[row])).serials[old] = None
     for part in plan.stops:
         for serial in np.frombuffer(part.serials, np.int64).tolist():
             _told_to_stop(state, serial, part.reason)

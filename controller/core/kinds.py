@@ -28,6 +28,8 @@ class Kind(StrEnum):
     ALLOC_UNHEALTHY = "alloc.unhealthy"
     ALLOC_RESTARTED = "alloc.restarted"
     ALLOC_UPDATED = "alloc.updated"  # its agent is told of a newer version, and its tasks go on
+    ALLOC_MOVED = "alloc.moved"
+    ALLOC_STAYED = "alloc.stayed"
     ALLOC_STOPPING = "alloc.stopping"
     ALLOC_COMPLETE = "alloc.complete"
     ALLOC_FAILED = "alloc.failed"

@@ -60,7 +60,9 @@ def registration(state: State, node: NodeId) -> NodeRegistration:
     link = state.live.links[ref]
     services: list[ServiceRegistration] = []
     for serial, row in _serving(state, ref):
-        if state.table.desired[row] == columns.RUN:  # what is told to stop leaves first (DESIGN, decision 7)
+        if (
+            state.table.desired[row] == columns.RUN and serial not in state.live.leaving
+        ):  # what is told to stop leaves first (DESIGN, decision 7)
             services.extend(_service_registrations(state, serial, row, seen=link.seen))
     return NodeRegistration(
         node=node,
@@ -137,6 +139,8 @@ def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -
     for position, service in enumerate(group.group.services):
         check = checks.get(service.name)
         passing = not held and (not seen or (running and (check is None or check.passing)))
+        # The guest is about to be there: who calls it waits in its sidecar until it is.
+        passing |= serial in state.moves and state.moves[serial] in state.live.leaving
         yield ServiceRegistration(
             alloc=state.alloc_id(serial),
             service=service.name,

@@ -90,6 +90,7 @@ def leaving(turn: Turn, newest: GroupEntry, rows: Ints) -> Ints:
         return np.zeros(0, np.int64)
     turn.progress.moving = True
     has_one = among(table.index[rows], table.index[rows[turn.draft.roles(rows) == columns.SUCCESSOR]])
+    has_one |= among(table.serial[rows], np.array(list(turn.state.moves.values()), np.int64))  # its guest is on its way
     free = (turn.draft.roles(rows) == columns.ORDINARY) & ~has_one
     return np.concatenate([rows[free & silent], rows[free & drained & ~silent]])
 

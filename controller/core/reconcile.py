@@ -10,7 +10,7 @@ from controller.core.commands import SendAssignments, SyncMesh, WithdrawEndpoint
 from controller.core.state import State
 from controller.core.volatile import Outgoing
 from outrider.ids import AllocId, GroupName, JobName
-from outrider.model.allocation import Assignment, Desired, Generation
+from outrider.model.allocation import Assignment, Desired, Generation, Move
 from outrider.model.job import Group, JobType
 
 WITHDRAW = "withdraw"
@@ -112,12 +112,33 @@ def _assignment(state: State, serial: int) -> Assignment:
         arguments=entry.arguments,
         batch=entry.type is JobType.BATCH,
         desired=Desired.STOP if stops else Desired.RUN,
+        move_to=_move_to(state, serial),
+        move_from=_move_from(state, serial),
         volumes=volumes.of_group(state, entry),
         secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),
         mesh_ports=dict(zip(entry.mesh_services, ports, strict=False)),
         dynamic_ports=dict(zip(entry.dynamic_ports, ports[len(entry.mesh_services) :], strict=False)),
         restarts=state.restarts.get(serial, 0),
     )
+
+
+def _move_to(state: State, serial: int) -> Move | None:
+    """Where the guest of the allocation shall go."""
+    after = next((new for new, old in state.moves.items() if old == serial), None)
+    if after is None:
+        return None
+    node = state.nodes.nodes[int(state.table.node[_row(state, after)])]
+    go = serial in state.live.leaving and serial not in state.live.withdrawing
+    return Move(alloc=state.alloc_id(after), node=node.id, address=node.peer_address, go=go)
+
+
+def _move_from(state: State, serial: int) -> Move | None:
+    """Whose guest the allocation shall have."""
+    before = state.moves.get(serial)
+    if before is None:
+        return None
+    node = state.nodes.nodes[int(state.table.node[_row(state, before)])]
+    return Move(alloc=state.alloc_id(before), node=node.id, address=node.peer_address)
 
 
 def _stop_stranger(alloc: AllocId) -> Assignment:

@@ -205,6 +205,7 @@ class Plan(Value, frozen=True, kw_only=True, tag=True):
     late: tuple[LatePlacement, ...] = ()
     stops: tuple[Stop, ...] = ()
     updates: tuple[Update, ...] = ()
+    moves: tuple[tuple[int, int], ...] = ()  # serials: the guest of the first goes on as the second, which is new
     settled: bytes = b""  # int64 serials of canaries and successors that are ordinary copies from here on
 
 
@@ -229,6 +230,7 @@ class AllocationsSnapshot(Value, frozen=True, kw_only=True, tag=True):
     reasons: dict[int, str]
     reports: tuple[AllocReport, ...]
     restarts: dict[int, int]
+    moves: dict[int, int]
 
 
 StoreRecord = SecretPut | SecretDeleted | VolumeCreated | VolumeDeleted | VolumeSnapshotted

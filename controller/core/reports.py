@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from controller.core import dependencies, notices
+from controller.core import dependencies, migration, notices
 from controller.core import table as columns
 from controller.core.kinds import Kind
 from controller.core.state import State
@@ -66,6 +66,8 @@ def _remember(state: State, row: int, report: AllocReport, now_s: float) -> None
     moved = before is None or before.status is not report.status
     if moved and report.status in _KINDS:
         notices.of_alloc(state, _KINDS[report.status], row, report.message)
+    if report.move is not None:
+        migration.told(state, row, report, before)
     _note_pulling(state, serial, now_s, pulling=report.pulling)
     restarts = sum(task.restarts for task in report.tasks)
     if before is not None and restarts > sum(task.restarts for task in before.tasks):

@@ -6,7 +6,7 @@ purpose, be it for a new version or for a drained node. Nothing is touched twice
 
 import numpy as np
 
-from controller.core import canaries, copies, dependencies, moving, retry
+from controller.core import canaries, copies, dependencies, migration, moving, retry
 from controller.core import table as columns
 from controller.core.copies import made_like
 from controller.core.groups import GroupEntry
@@ -24,7 +24,7 @@ def decide_group(turn: Turn, key: int) -> None:
     newest = state.groups[key]
     entry = state.jobs[newest.job]
     guard = canaries.guard(state, newest)
-    rows = copies.running(state, state.family_rows(newest.family))
+    rows = migration.settle(state, draft, copies.running(state, state.family_rows(newest.family)))
     state.live.unplaced.pop(newest.family, None)  # told anew by what is not placed now
     rows = moving.force_out(turn, newest, rows)
     rows = canaries.withdraw(turn, newest, rows, guarded=guard is not None)
@@ -40,6 +40,7 @@ def decide_group(turn: Turn, key: int) -> None:
         if entry.rollout is RolloutState.RUNNING:
             _place_canaries(turn, key, rows)
     _decide_ordinary(turn, key, guard, rows[~is_canary])
+    migration.follow(state, draft, newest)
 
 
 def _place_canaries(turn: Turn, key: int, rows: Ints) -> None:
@@ -95,6 +96,7 @@ def _decide_ordinary(turn: Turn, key: int, guard: int | None, rows: Ints) -> Non
     leaving = moving.leaving(turn, newest, rows)
     if len(leaving):
         leaving = moving.admit(turn, leaving, budget)
+        leaving = migration.take_along(state, draft, newest, leaving)
     waiting = successors[table.node[successors] < 0]
     progress.moving |= bool(len(successors))
     draft.place(home_key, np.sort(table.index[leaving]), waiting, rows, role=columns.SUCCESSOR, now_s=turn.now_s)

@@ -84,6 +84,7 @@ class State:
         self.dependents: dict[ServiceName, dict[JobName, None]] = {}  # who waits for a service, in the same way
         self.virtual: dict[ServiceName, int] = {}
         self.ports: dict[int, tuple[int, ...]] = {}  # mesh ports by serial; gone when the allocation ended
+        self.moves: dict[int, int] = {}  # of guests, by serial: that which is to have it -> that which has it
         self.reasons: dict[int, str] = {}  # by serial: why it was stopped, or ended
         self.last_reports: dict[int, AllocReport] = {}  # of failed allocations
         # Who has a name, offered or only called by: jobs that are not stopped, in their newest version.
@@ -360,8 +361,15 @@ class State:
             rows = self.table.rows(np.frombuffer(update.serials, np.int64))
             self.table.group[rows] = self.group_keys[update.job, update.version, update.group]
         self.table.role[self.table.rows(np.frombuffer(plan.settled, np.int64))] = columns.ORDINARY
+        self.moves.update({new: old for old, new in plan.moves})
         for stop in plan.stops:
             self._stop(np.frombuffer(stop.serials, np.int64), stop.reason, plan.at_s)
+
+    def _end_moves(self, serials: list[int]) -> None:
+        """Of a move, one end is told to stop or has ended: the other is an allocation like any."""
+        if self.moves:
+            gone = set(serials)
+            self.moves = {new: old for new, old in self.moves.items() if new not in gone and old not in gone}
 
     def _place(self, key: int, serials: Ints, nodes: Shorts, ports: bytes) -> None:
         """Account what was placed. `nodes` may hold -1; then its ports are 0."""
@@ -384,6 +392,7 @@ class State:
                         self.nodes.serving[ref].add(serial)
 
     def _stop(self, serials: Ints, reason: str, at_s: float) -> None:
+        self._end_moves(serials.tolist())
         rows = self.table.rows(serials)
         self.table.desired[rows] = columns.STOP
         self.table.changed_s[rows] = at_s
@@ -396,6 +405,7 @@ class State:
                 self.live.perhaps_over[family[0]] = None
 
     def _end(self, serials: Ints, record: AllocTransitions) -> None:
+        self._end_moves(serials.tolist())
         rows = self.table.rows(serials)
         self.table.status[rows] = columns.ENDED_CODES[record.status]
         self.table.changed_s[rows] = record.at_s
@@ -452,6 +462,7 @@ class State:
         self.next_serial, self.generation = record.next_serial, record.generation
         self.ports.update(record.ports)
         self.restarts.update(record.restarts)
+        self.moves.update(record.moves)
         self.reasons.update(record.reasons)
         self.last_reports.update({alloc_serial(report.alloc, self.salt): report for report in record.reports})
         keys = np.array([self.group_keys[group] for group in record.groups], np.int32)

@@ -173,6 +173,8 @@ class Volatile:
     outgoing: dict[int, Outgoing] = field(default_factory=dict)
     mesh_nodes: dict[int, None] = field(default_factory=dict)
     mesh_intentions: bool = False
+    leaving: dict[int, None] = field(default_factory=dict)  # guests about to move: called elsewhere already
+    stayed: dict[int, str] = field(default_factory=dict)  # why a guest did not move, by serial
     withdrawing: dict[int, None] = field(default_factory=dict)
     withdrawals: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by timer
     withdraw_now: list[int] = field(default_factory=list)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
+_POLL_S = 0.2
+
 Target = Annotated[str, typer.Argument(metavar="ALLOC|JOB", help="A job means its first running allocation.")]
 Snapshot = Annotated[str, typer.Argument(help="A snapshot's name.")]
 Node = Annotated[str, typer.Option(help="Where it is; else the one node that has a snapshot of this name.")]
@@ -24,6 +26,56 @@ def console(target: Target) -> None:
 
     with connect() as fleet:
         sit_at_console(fleet, target)
+
+
+@app.command()
+def migrate(
+    target: Target,
+    to: Annotated[str, typer.Option(help="The node to go to; else any that suits.")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+) -> None:
+    """Move the guest to another node while it runs. Where it does not work out, it runs on where it was."""
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.cli.streams import allocation_of
+    from outrider.v1 import operator_pb2
+
+    with connect() as fleet:
+        request = operator_pb2.MoveAllocationRequest(alloc=allocation_of(fleet, target), node=to)
+        answer = fleet.call(fleet.stub.MoveAllocation, request)
+        for warning in answer.warnings:
+            output.say(f"warning: {warning}")
+        if detach:
+            output.say(f"moves as {answer.alloc}")
+        else:
+            output.say(_moved(fleet, request.alloc, answer.alloc))
+
+
+def _moved(fleet: "Fleet", old: str, new: str) -> str:
+    """Waits until the guest is called at its new place, in words. Raises RefusedError where it does not come there."""
+    import time
+
+    from outrider import codec
+    from outrider.errors import RefusedError
+    from outrider.model.allocation import TERMINAL, Allocation, Desired
+    from outrider.v1 import operator_pb2
+
+    def now(alloc: str) -> Allocation:
+        request = operator_pb2.GetAllocationRequest(alloc=alloc)
+        return codec.from_wire(fleet.call(fleet.stub.GetAllocation, request), Allocation)
+
+    words = ""
+    while True:
+        before, after = now(old), now(new)
+        move = before.report.move if before.report is not None else None
+        if move is not None and move.to == new and move.downtime_ms:
+            words = f", paused for {move.downtime_ms:.0f} ms, {move.connections_cut} connections cut"
+        if after.status in TERMINAL or after.desired is Desired.STOP:
+            reason = after.reason or (after.report.message if after.report is not None else "")
+            raise RefusedError("not-moved", f"{old} was not moved: {reason}")
+        if before.status in TERMINAL and after.healthy:
+            return f"{old} goes on as {new} on {after.node}{words}"
+        time.sleep(_POLL_S)
 
 
 @app.command()

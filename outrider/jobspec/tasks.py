@@ -8,14 +8,24 @@ from outrider.jobspec.belongings import read_artifacts, read_secrets, read_templ
 from outrider.jobspec.document import Mapping, Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
-from outrider.model.job import Driver, File, GuestFile, Image, ImageKind, PullPolicy, Resources, Task, TaskRole
+from outrider.model.job import (
+    CloudInit,
+    Driver,
+    File,
+    GuestFile,
+    Image,
+    ImageKind,
+    PullPolicy,
+    Resources,
+    Task,
+    TaskRole,
+)
 
 FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
-    "role", "secrets", "volumes", "artifacts", "templates",
-    "capabilities",
+    "role", "secrets", "volumes", "artifacts", "templates", "capabilities", "cloud_init",
 )  # fmt: skip
 _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
@@ -65,6 +75,7 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
         driver=fields.choice("driver", Driver, default.driver),
         role=fields.choice("role", TaskRole, default.role),
         image=_image(fields, faults),
+        cloud_init=_cloud_init(fields, budget, faults),
         files=_files(fields, budget, faults),
         command=fields.texts("command", 'write [sh, -c, "..."] for a shell'),
         args=fields.texts("args"),
@@ -146,6 +157,19 @@ def _files(task: Fields, budget: FilesBudget, faults: Faults) -> tuple[File, ...
         except ValueError as error:
             faults.add((*path, inside), str(error), value.mark)
     return tuple(files)
+
+
+def _cloud_init(task: Fields, budget: FilesBudget, faults: Faults) -> CloudInit | None:
+    node = task.node("cloud_init")
+    if node is None:
+        return None
+    fields = Fields(node, (*task.path, "cloud_init"), faults, ("user", "ssh_keys", "files", "commands"))
+    return CloudInit(
+        user=fields.text("user", ""),
+        ssh_keys=fields.texts("ssh_keys"),
+        files=_files(fields, budget, faults),
+        commands=fields.texts("commands"),
+    )
 
 
 def _env(task: Fields, faults: Faults) -> dict[str, str]:

@@ -61,6 +61,32 @@ class CheckReport(Value, frozen=True, kw_only=True):
     output: str = ""
 
 
+class MoveStage(StrEnum):
+    COPYING = "copying"
+    READY = "ready"  # little is left to copy: its endpoints may be switched
+    DONE = "done"  # the guest runs on the other node
+    FAILED = "failed"  # it runs on here
+
+
+class MoveReport(Value, frozen=True, kw_only=True):
+    """How a guest's move to another node stands, as the node that it leaves tells of it."""
+
+    to: AllocId
+    stage: MoveStage
+    message: str = ""
+    downtime_ms: float = 0.0  # between the guest's last moment here and its first there
+    connections_cut: int = 0  # to its services, that were open at that moment
+
+
+class Move(Value, frozen=True, kw_only=True):
+    """The other end of a guest's move: an allocation on another node."""
+
+    alloc: AllocId
+    node: NodeId
+    address: str  # of the other node's agent, for the one that is left
+    go: bool = False  # nobody calls the old one any more: the guest may leave
+
+
 class AllocReport(Value, frozen=True, kw_only=True):
     """What an agent says of one allocation. Level-triggered: the newest report is the whole truth."""
 
@@ -72,6 +98,7 @@ class AllocReport(Value, frozen=True, kw_only=True):
     local_address: str = ""  # of the allocation's own veth: where sidecars of the same node dial it
     log_tail: str = ""  # the last lines of the failed task, for `job run`
     pulling: bool = False  # an image is on its way to the node: no deadline of the rollout runs meanwhile
+    move: MoveReport | None = None
 
 
 class CopyRole(StrEnum):
@@ -112,6 +139,8 @@ class Assignment(Value, frozen=True, kw_only=True):
     secrets: Mapping[SecretName, int] = {}  # the version of each that its tasks name, to be delivered now
     restarts: int = 0  # how often an operator asked for its tasks to be started anew
     dynamic_ports: Mapping[PortName, int] = {}  # the host port of each `dynamic` port
+    move_to: Move | None = None  # this guest goes on there
+    move_from: Move | None = None  # this one goes on from there, instead of booting
 
 
 class Allocation(Value, frozen=True, kw_only=True):

@@ -224,6 +224,15 @@ class File(Value, frozen=True, kw_only=True):
     mode: int = 0o644
 
 
+class CloudInit(Value, frozen=True, kw_only=True):
+    """What cloud-init does in a guest at its first boot, where the guest has it."""
+
+    user: str = ""  # made, with the right to become root; "": the image's own
+    ssh_keys: tuple[str, ...] = ()  # that let in as this user
+    files: tuple[File, ...] = ()  # by their whole paths inside
+    commands: tuple[str, ...] = ()  # for a shell, as root, in this order
+
+
 class Task(Value, frozen=True, kw_only=True):
     name: TaskName
     command: tuple[str, ...] = ()  # instead of all that the image would run; () where it brings its own
@@ -243,6 +252,7 @@ class Task(Value, frozen=True, kw_only=True):
     capabilities: tuple[str, ...] = ()  # beyond none, where the node lets it: "NET_BIND_SERVICE"
     workdir: str = ""  # "": the image's; the task's directory where there is no image
     role: TaskRole = TaskRole.MAIN
+    cloud_init: CloudInit | None = None  # of a vm
 
 
 class RestartPolicy(Value, frozen=True, kw_only=True):
@@ -392,6 +402,11 @@ def published_ports(network: Network, dynamic: Mapping[PortName, int]) -> dict[P
 def main_task(group: Group) -> Task:
     """The one that is meant where a command says none: the first of the main ones."""
     return next(task for task in group.tasks if task.role is TaskRole.MAIN)
+
+
+def has_seed(task: Task) -> bool:
+    """Whether a guest gets a disk with what the job brings along."""
+    return bool(task.files) or task.cloud_init is not None
 
 
 def has_guest(group: Group) -> bool:

@@ -61,5 +61,6 @@ class Node(Value, frozen=True, kw_only=True):
     id: NodeId
     address: str  # where other nodes reach its sidecars
     fingerprint: Fingerprint
+    peer_address: str = ""  # host:port where other agents bring guests; "" takes none
     metrics_address: str = ""  # host:port for Prometheus; "" serves none
     version: str = ""

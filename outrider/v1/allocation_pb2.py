@@ -26,7 +26,7 @@ from outrider.v1 import belongings_pb2 as outrider_dot_v1_dot_belongings__pb2
 from outrider.v1 import job_pb2 as outrider_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coutrider/v1/allocation.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/belongings.proto\x1a\x15outrider/v1/job.proto\",\n\nGeneration\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x03\"\x9a\x02\n\nTaskReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.outrider.v1.TaskStatus\x12\x10\n\x08restarts\x18\x03 \x01(\x05\x12\x16\n\texit_code\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\noom_killed\x18\x06 \x01(\x08\x12\x19\n\x0cstarted_at_s\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x1a\n\rfinished_at_s\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x0f\n\x07message\x18\t \x01(\tB\x0c\n\n_exit_codeB\t\n\x07_signalB\x0f\n\r_started_at_sB\x10\n\x0e_finished_at_s\"?\n\x0b\x43heckReport\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07passing\x18\x02 \x01(\x08\x12\x0e\n\x06output\x18\x03 \x01(\t\"\xe3\x01\n\x0b\x41llocReport\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.outrider.v1.AllocStatus\x12&\n\x05tasks\x18\x03 \x03(\x0b\x32\x17.outrider.v1.TaskReport\x12(\n\x06\x63hecks\x18\x04 \x03(\x0b\x32\x18.outrider.v1.CheckReport\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x10\n\x08log_tail\x18\x06 \x01(\t\x12\x15\n\rlocal_address\x18\x07 \x01(\t\x12\x0f\n\x07pulling\x18\x08 \x01(\x08\"+\n\x0c\x41llocFigures\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04load\x18\x02 \x01(\x01\"\x96\x05\n\nAssignment\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x13\n\x0bjob_version\x18\x03 \x01(\x03\x12!\n\x05group\x18\x04 \x01(\x0b\x32\x12.outrider.v1.Group\x12\r\n\x05index\x18\x05 \x01(\x05\x12\r\n\x05\x62\x61tch\x18\x06 \x01(\x08\x12%\n\x07\x64\x65sired\x18\x07 \x01(\x0e\x32\x14.outrider.v1.Desired\x12:\n\nmesh_ports\x18\x08 \x03(\x0b\x32&.outrider.v1.Assignment.MeshPortsEntry\x12\x35\n\x07secrets\x18P \x03(\x0b\x32$.outrider.v1.Assignment.SecretsEntry\x12$\n\x07volumes\x18Q \x03(\x0b\x32\x13.outrider.v1.Volume\x12\x10\n\x08restarts\x18\x14 \x01(\x05\x12@\n\rdynamic_ports\x18\x1e \x03(\x0b\x32).outrider.v1.Assignment.DynamicPortsEntry\x12\x39\n\targuments\x18\n \x03(\x0b\x32&.outrider.v1.Assignment.ArgumentsEntry\x1a\x30\n\x0eMeshPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a.\n\x0cSecretsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x33\n\x11\x44ynamicPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x30\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x04\n\nAllocation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x13\n\x0bjob_version\x18\x03 \x01(\x03\x12\r\n\x05group\x18\x04 \x01(\t\x12\r\n\x05index\x18\x05 \x01(\x05\x12\x11\n\x04node\x18\x06 \x01(\tH\x00\x88\x01\x01\x12%\n\x07\x64\x65sired\x18\x07 \x01(\x0e\x32\x14.outrider.v1.Desired\x12(\n\x06status\x18\x08 \x01(\x0e\x32\x18.outrider.v1.AllocStatus\x12\x0f\n\x07healthy\x18\t \x01(\x08\x12(\n\x06report\x18\n \x01(\x0b\x32\x18.outrider.v1.AllocReport\x12:\n\nmesh_ports\x18\x0b \x03(\x0b\x32&.outrider.v1.Allocation.MeshPortsEntry\x12\x31\n\x05ports\x18\x0c \x03(\x0b\x32\".outrider.v1.Allocation.PortsEntry\x12\x14\n\x0c\x63reated_at_s\x18\r \x01(\x01\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12#\n\x04role\x18\x14 \x01(\x0e\x32\x15.outrider.v1.CopyRole\x1a\x30\n\x0eMeshPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a,\n\nPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x07\n\x05_node*E\n\x07\x44\x65sired\x12\x17\n\x13\x44\x45SIRED_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44\x45SIRED_RUN\x10\x01\x12\x10\n\x0c\x44\x45SIRED_STOP\x10\x02*\xe0\x01\n\x0b\x41llocStatus\x12\x1c\n\x18\x41LLOC_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41LLOC_STATUS_PENDING\x10\x01\x12\x19\n\x15\x41LLOC_STATUS_STARTING\x10\x02\x12\x18\n\x14\x41LLOC_STATUS_RUNNING\x10\x03\x12\x19\n\x15\x41LLOC_STATUS_STOPPING\x10\x04\x12\x19\n\x15\x41LLOC_STATUS_COMPLETE\x10\x05\x12\x17\n\x13\x41LLOC_STATUS_FAILED\x10\x06\x12\x15\n\x11\x41LLOC_STATUS_LOST\x10\x07*\xa4\x01\n\nTaskStatus\x12\x1b\n\x17TASK_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_STATUS_PENDING\x10\x01\x12\x17\n\x13TASK_STATUS_RUNNING\x10\x02\x12\x17\n\x13TASK_STATUS_BACKOFF\x10\x03\x12\x16\n\x12TASK_STATUS_EXITED\x10\x04\x12\x16\n\x12TASK_STATUS_FAILED\x10\x05*l\n\x08\x43opyRole\x12\x19\n\x15\x43OPY_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43OPY_ROLE_ORDINARY\x10\x01\x12\x14\n\x10\x43OPY_ROLE_CANARY\x10\x02\x12\x17\n\x13\x43OPY_ROLE_SUCCESSOR\x10\x03*\\\n\x0b\x41llocAction\x12\x1c\n\x18\x41LLOC_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41LLOC_ACTION_RESTART\x10\x01\x12\x15\n\x11\x41LLOC_ACTION_STOP\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coutrider/v1/allocation.proto\x12\x0boutrider.v1\x1a\x1coutrider/v1/belongings.proto\x1a\x15outrider/v1/job.proto\",\n\nGeneration\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x03\"\x9a\x02\n\nTaskReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.outrider.v1.TaskStatus\x12\x10\n\x08restarts\x18\x03 \x01(\x05\x12\x16\n\texit_code\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\noom_killed\x18\x06 \x01(\x08\x12\x19\n\x0cstarted_at_s\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x1a\n\rfinished_at_s\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x0f\n\x07message\x18\t \x01(\tB\x0c\n\n_exit_codeB\t\n\x07_signalB\x0f\n\r_started_at_sB\x10\n\x0e_finished_at_s\"~\n\nMoveReport\x12\n\n\x02to\x18\x01 \x01(\t\x12%\n\x05stage\x18\x02 \x01(\x0e\x32\x16.outrider.v1.MoveStage\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x13\n\x0b\x64owntime_ms\x18\x04 \x01(\x01\x12\x17\n\x0f\x63onnections_cut\x18\x05 \x01(\x05\"@\n\x04Move\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\n\n\x02go\x18\x04 \x01(\x08\"?\n\x0b\x43heckReport\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07passing\x18\x02 \x01(\x08\x12\x0e\n\x06output\x18\x03 \x01(\t\"\x8a\x02\n\x0b\x41llocReport\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.outrider.v1.AllocStatus\x12&\n\x05tasks\x18\x03 \x03(\x0b\x32\x17.outrider.v1.TaskReport\x12(\n\x06\x63hecks\x18\x04 \x03(\x0b\x32\x18.outrider.v1.CheckReport\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x10\n\x08log_tail\x18\x06 \x01(\t\x12\x15\n\rlocal_address\x18\x07 \x01(\t\x12\x0f\n\x07pulling\x18\x08 \x01(\x08\x12%\n\x04move\x18( \x01(\x0b\x32\x17.outrider.v1.MoveReport\"+\n\x0c\x41llocFigures\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0c\n\x04load\x18\x02 \x01(\x01\"\xe0\x05\n\nAssignment\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x13\n\x0bjob_version\x18\x03 \x01(\x03\x12!\n\x05group\x18\x04 \x01(\x0b\x32\x12.outrider.v1.Group\x12\r\n\x05index\x18\x05 \x01(\x05\x12\r\n\x05\x62\x61tch\x18\x06 \x01(\x08\x12%\n\x07\x64\x65sired\x18\x07 \x01(\x0e\x32\x14.outrider.v1.Desired\x12:\n\nmesh_ports\x18\x08 \x03(\x0b\x32&.outrider.v1.Assignment.MeshPortsEntry\x12\x35\n\x07secrets\x18P \x03(\x0b\x32$.outrider.v1.Assignment.SecretsEntry\x12$\n\x07volumes\x18Q \x03(\x0b\x32\x13.outrider.v1.Volume\x12\x10\n\x08restarts\x18\x14 \x01(\x05\x12@\n\rdynamic_ports\x18\x1e \x03(\x0b\x32).outrider.v1.Assignment.DynamicPortsEntry\x12\x39\n\targuments\x18\n \x03(\x0b\x32&.outrider.v1.Assignment.ArgumentsEntry\x12\"\n\x07move_to\x18( \x01(\x0b\x32\x11.outrider.v1.Move\x12$\n\tmove_from\x18) \x01(\x0b\x32\x11.outrider.v1.Move\x1a\x30\n\x0eMeshPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a.\n\x0cSecretsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x33\n\x11\x44ynamicPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x30\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x04\n\nAllocation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x13\n\x0bjob_version\x18\x03 \x01(\x03\x12\r\n\x05group\x18\x04 \x01(\t\x12\r\n\x05index\x18\x05 \x01(\x05\x12\x11\n\x04node\x18\x06 \x01(\tH\x00\x88\x01\x01\x12%\n\x07\x64\x65sired\x18\x07 \x01(\x0e\x32\x14.outrider.v1.Desired\x12(\n\x06status\x18\x08 \x01(\x0e\x32\x18.outrider.v1.AllocStatus\x12\x0f\n\x07healthy\x18\t \x01(\x08\x12(\n\x06report\x18\n \x01(\x0b\x32\x18.outrider.v1.AllocReport\x12:\n\nmesh_ports\x18\x0b \x03(\x0b\x32&.outrider.v1.Allocation.MeshPortsEntry\x12\x31\n\x05ports\x18\x0c \x03(\x0b\x32\".outrider.v1.Allocation.PortsEntry\x12\x14\n\x0c\x63reated_at_s\x18\r \x01(\x01\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12#\n\x04role\x18\x14 \x01(\x0e\x32\x15.outrider.v1.CopyRole\x1a\x30\n\x0eMeshPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a,\n\nPortsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x07\n\x05_node*E\n\x07\x44\x65sired\x12\x17\n\x13\x44\x45SIRED_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44\x45SIRED_RUN\x10\x01\x12\x10\n\x0c\x44\x45SIRED_STOP\x10\x02*\xe0\x01\n\x0b\x41llocStatus\x12\x1c\n\x18\x41LLOC_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41LLOC_STATUS_PENDING\x10\x01\x12\x19\n\x15\x41LLOC_STATUS_STARTING\x10\x02\x12\x18\n\x14\x41LLOC_STATUS_RUNNING\x10\x03\x12\x19\n\x15\x41LLOC_STATUS_STOPPING\x10\x04\x12\x19\n\x15\x41LLOC_STATUS_COMPLETE\x10\x05\x12\x17\n\x13\x41LLOC_STATUS_FAILED\x10\x06\x12\x15\n\x11\x41LLOC_STATUS_LOST\x10\x07*\xa4\x01\n\nTaskStatus\x12\x1b\n\x17TASK_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_STATUS_PENDING\x10\x01\x12\x17\n\x13TASK_STATUS_RUNNING\x10\x02\x12\x17\n\x13TASK_STATUS_BACKOFF\x10\x03\x12\x16\n\x12TASK_STATUS_EXITED\x10\x04\x12\x16\n\x12TASK_STATUS_FAILED\x10\x05*\x81\x01\n\tMoveStage\x12\x1a\n\x16MOVE_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12MOVE_STAGE_COPYING\x10\x01\x12\x14\n\x10MOVE_STAGE_READY\x10\x02\x12\x13\n\x0fMOVE_STAGE_DONE\x10\x03\x12\x15\n\x11MOVE_STAGE_FAILED\x10\x04*l\n\x08\x43opyRole\x12\x19\n\x15\x43OPY_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43OPY_ROLE_ORDINARY\x10\x01\x12\x14\n\x10\x43OPY_ROLE_CANARY\x10\x02\x12\x17\n\x13\x43OPY_ROLE_SUCCESSOR\x10\x03*\\\n\x0b\x41llocAction\x12\x1c\n\x18\x41LLOC_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41LLOC_ACTION_RESTART\x10\x01\x12\x15\n\x11\x41LLOC_ACTION_STOP\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,40 +45,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ALLOCATION_MESHPORTSENTRY']._serialized_options = b'8\001'
   _globals['_ALLOCATION_PORTSENTRY']._loaded_options = None
   _globals['_ALLOCATION_PORTSENTRY']._serialized_options = b'8\001'
-  _globals['_DESIRED']._serialized_start=1975
-  _globals['_DESIRED']._serialized_end=2044
-  _globals['_ALLOCSTATUS']._serialized_start=2047
-  _globals['_ALLOCSTATUS']._serialized_end=2271
-  _globals['_TASKSTATUS']._serialized_start=2274
-  _globals['_TASKSTATUS']._serialized_end=2438
-  _globals['_COPYROLE']._serialized_start=2440
-  _globals['_COPYROLE']._serialized_end=2548
-  _globals['_ALLOCACTION']._serialized_start=2550
-  _globals['_ALLOCACTION']._serialized_end=2642
+  _globals['_DESIRED']._serialized_start=2282
+  _globals['_DESIRED']._serialized_end=2351
+  _globals['_ALLOCSTATUS']._serialized_start=2354
+  _globals['_ALLOCSTATUS']._serialized_end=2578
+  _globals['_TASKSTATUS']._serialized_start=2581
+  _globals['_TASKSTATUS']._serialized_end=2745
+  _globals['_MOVESTAGE']._serialized_start=2748
+  _globals['_MOVESTAGE']._serialized_end=2877
+  _globals['_COPYROLE']._serialized_start=2879
+  _globals['_COPYROLE']._serialized_end=2987
+  _globals['_ALLOCACTION']._serialized_start=2989
+  _globals['_ALLOCACTION']._serialized_end=3081
   _globals['_GENERATION']._serialized_start=98
   _globals['_GENERATION']._serialized_end=142
   _globals['_TASKREPORT']._serialized_start=145
   _globals['_TASKREPORT']._serialized_end=427
-  _globals['_CHECKREPORT']._serialized_start=429
-  _globals['_CHECKREPORT']._serialized_end=492
-  _globals['_ALLOCREPORT']._serialized_start=495
-  _globals['_ALLOCREPORT']._serialized_end=722
-  _globals['_ALLOCFIGURES']._serialized_start=724
-  _globals['_ALLOCFIGURES']._serialized_end=767
-  _globals['_ASSIGNMENT']._serialized_start=770
-  _globals['_ASSIGNMENT']._serialized_end=1432
-  _globals['_ASSIGNMENT_MESHPORTSENTRY']._serialized_start=1233
-  _globals['_ASSIGNMENT_MESHPORTSENTRY']._serialized_end=1281
-  _globals['_ASSIGNMENT_SECRETSENTRY']._serialized_start=1283
-  _globals['_ASSIGNMENT_SECRETSENTRY']._serialized_end=1329
-  _globals['_ASSIGNMENT_DYNAMICPORTSENTRY']._serialized_start=1331
-  _globals['_ASSIGNMENT_DYNAMICPORTSENTRY']._serialized_end=1382
-  _globals['_ASSIGNMENT_ARGUMENTSENTRY']._serialized_start=1384
-  _globals['_ASSIGNMENT_ARGUMENTSENTRY']._serialized_end=1432
-  _globals['_ALLOCATION']._serialized_start=1435
-  _globals['_ALLOCATION']._serialized_end=1973
-  _globals['_ALLOCATION_MESHPORTSENTRY']._serialized_start=1233
-  _globals['_ALLOCATION_MESHPORTSENTRY']._serialized_end=1281
-  _globals['_ALLOCATION_PORTSENTRY']._serialized_start=1920
-  _globals['_ALLOCATION_PORTSENTRY']._serialized_end=1964
+  _globals['_MOVEREPORT']._serialized_start=429
+  _globals['_MOVEREPORT']._serialized_end=555
+  _globals['_MOVE']._serialized_start=557
+  _globals['_MOVE']._serialized_end=621
+  _globals['_CHECKREPORT']._serialized_start=623
+  _globals['_CHECKREPORT']._serialized_end=686
+  _globals['_ALLOCREPORT']._serialized_start=689
+  _globals['_ALLOCREPORT']._serialized_end=955
+  _globals['_ALLOCFIGURES']._serialized_start=957
+  _globals['_ALLOCFIGURES']._serialized_end=1000
+  _globals['_ASSIGNMENT']._serialized_start=1003
+  _globals['_ASSIGNMENT']._serialized_end=1739
+  _globals['_ASSIGNMENT_MESHPORTSENTRY']._serialized_start=1540
+  _globals['_ASSIGNMENT_MESHPORTSENTRY']._serialized_end=1588
+  _globals['_ASSIGNMENT_SECRETSENTRY']._serialized_start=1590
+  _globals['_ASSIGNMENT_SECRETSENTRY']._serialized_end=1636
+  _globals['_ASSIGNMENT_DYNAMICPORTSENTRY']._serialized_start=1638
+  _globals['_ASSIGNMENT_DYNAMICPORTSENTRY']._serialized_end=1689
+  _globals['_ASSIGNMENT_ARGUMENTSENTRY']._serialized_start=1691
+  _globals['_ASSIGNMENT_ARGUMENTSENTRY']._serialized_end=1739
+  _globals['_ALLOCATION']._serialized_start=1742
+  _globals['_ALLOCATION']._serialized_end=2280
+  _globals['_ALLOCATION_MESHPORTSENTRY']._serialized_start=1540
+  _globals['_ALLOCATION_MESHPORTSENTRY']._serialized_end=1588
+  _globals['_ALLOCATION_PORTSENTRY']._serialized_start=2227
+  _globals['_ALLOCATION_PORTSENTRY']._serialized_end=2271
 # @@protoc_insertion_point(module_scope)

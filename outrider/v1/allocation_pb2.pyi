@@ -88,6 +88,33 @@ TASK_STATUS_EXITED: TaskStatus.ValueType  # 4
 TASK_STATUS_FAILED: TaskStatus.ValueType  # 5
 Global___TaskStatus: _TypeAlias = TaskStatus  # noqa: Y015
 
+class _MoveStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MoveStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MoveStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MOVE_STAGE_UNSPECIFIED: _MoveStage.ValueType  # 0
+    MOVE_STAGE_COPYING: _MoveStage.ValueType  # 1
+    MOVE_STAGE_READY: _MoveStage.ValueType  # 2
+    """little is left to copy: its endpoints may be switched"""
+    MOVE_STAGE_DONE: _MoveStage.ValueType  # 3
+    """the guest runs on the other node"""
+    MOVE_STAGE_FAILED: _MoveStage.ValueType  # 4
+    """it runs on here"""
+
+class MoveStage(_MoveStage, metaclass=_MoveStageEnumTypeWrapper): ...
+
+MOVE_STAGE_UNSPECIFIED: MoveStage.ValueType  # 0
+MOVE_STAGE_COPYING: MoveStage.ValueType  # 1
+MOVE_STAGE_READY: MoveStage.ValueType  # 2
+"""little is left to copy: its endpoints may be switched"""
+MOVE_STAGE_DONE: MoveStage.ValueType  # 3
+"""the guest runs on the other node"""
+MOVE_STAGE_FAILED: MoveStage.ValueType  # 4
+"""it runs on here"""
+Global___MoveStage: _TypeAlias = MoveStage  # noqa: Y015
+
 class _CopyRole:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -207,6 +234,70 @@ class TaskReport(_message.Message):
 Global___TaskReport: _TypeAlias = TaskReport  # noqa: Y015
 
 @_typing.final
+class MoveReport(_message.Message):
+    """How a guest's move to another node stands, as the node that it leaves tells of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DOWNTIME_MS_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_CUT_FIELD_NUMBER: _builtins.int
+    to: _builtins.str
+    stage: Global___MoveStage.ValueType
+    message: _builtins.str
+    downtime_ms: _builtins.float
+    connections_cut: _builtins.int
+    def __init__(
+        self,
+        *,
+        to: _builtins.str = ...,
+        stage: Global___MoveStage.ValueType = ...,
+        message: _builtins.str = ...,
+        downtime_ms: _builtins.float = ...,
+        connections_cut: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections_cut", b"connections_cut", "downtime_ms", b"downtime_ms", "message", b"message", "stage", b"stage", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveReport: _TypeAlias = MoveReport  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """The other end of a guest's move: an allocation on another node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOC_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    GO_FIELD_NUMBER: _builtins.int
+    alloc: _builtins.str
+    node: _builtins.str
+    address: _builtins.str
+    go: _builtins.bool
+    """nobody calls the old one any more: the guest may leave"""
+    def __init__(
+        self,
+        *,
+        alloc: _builtins.str = ...,
+        node: _builtins.str = ...,
+        address: _builtins.str = ...,
+        go: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "alloc", b"alloc", "go", b"go", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
+
+@_typing.final
 class CheckReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -243,6 +334,7 @@ class AllocReport(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     LOCAL_ADDRESS_FIELD_NUMBER: _builtins.int
     PULLING_FIELD_NUMBER: _builtins.int
+    MOVE_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     status: Global___AllocStatus.ValueType
     message: _builtins.str
@@ -253,6 +345,8 @@ class AllocReport(_message.Message):
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskReport]: ...
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckReport]: ...
+    @_builtins.property
+    def move(self) -> Global___MoveReport: ...
     def __init__(
         self,
         *,
@@ -264,10 +358,11 @@ class AllocReport(_message.Message):
         log_tail: _builtins.str = ...,
         local_address: _builtins.str = ...,
         pulling: _builtins.bool = ...,
+        move: Global___MoveReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["move", b"move"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "checks", b"checks", "local_address", b"local_address", "log_tail", b"log_tail", "message", b"message", "pulling", b"pulling", "status", b"status", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "checks", b"checks", "local_address", b"local_address", "log_tail", b"log_tail", "message", b"message", "move", b"move", "pulling", b"pulling", "status", b"status", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +488,8 @@ class Assignment(_message.Message):
     RESTARTS_FIELD_NUMBER: _builtins.int
     DYNAMIC_PORTS_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
+    MOVE_TO_FIELD_NUMBER: _builtins.int
+    MOVE_FROM_FIELD_NUMBER: _builtins.int
     alloc: _builtins.str
     job: _builtins.str
     job_version: _builtins.int
@@ -412,6 +509,14 @@ class Assignment(_message.Message):
     def dynamic_ports(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def move_to(self) -> Global___Move:
+        """this guest goes on there"""
+
+    @_builtins.property
+    def move_from(self) -> Global___Move:
+        """this one goes on from there, instead of booting"""
+
     def __init__(
         self,
         *,
@@ -428,10 +533,12 @@ class Assignment(_message.Message):
         restarts: _builtins.int = ...,
         dynamic_ports: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         arguments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        move_to: Global___Move | None = ...,
+        move_from: Global___Move | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "move_from", b"move_from", "move_to", b"move_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "restarts", b"restarts", "secrets", b"secrets", "volumes", b"volumes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "arguments", b"arguments", "batch", b"batch", "desired", b"desired", "dynamic_ports", b"dynamic_ports", "group", b"group", "index", b"index", "job", b"job", "job_version", b"job_version", "mesh_ports", b"mesh_ports", "move_from", b"move_from", "move_to", b"move_to", "restarts", b"restarts", "secrets", b"secrets", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

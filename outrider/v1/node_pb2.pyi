@@ -235,10 +235,12 @@ class Node(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     address: _builtins.str
     metrics_address: _builtins.str
     version: _builtins.str
+    peer_address: _builtins.str
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint: ...
     def __init__(
@@ -249,10 +251,11 @@ class Node(_message.Message):
         fingerprint: Global___Fingerprint | None = ...,
         metrics_address: _builtins.str = ...,
         version: _builtins.str = ...,
+        peer_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "fingerprint", b"fingerprint", "id", b"id", "metrics_address", b"metrics_address", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "fingerprint", b"fingerprint", "id", b"id", "metrics_address", b"metrics_address", "peer_address", b"peer_address", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

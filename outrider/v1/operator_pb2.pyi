@@ -291,6 +291,55 @@ class DispatchJobResponse(_message.Message):
 Global___DispatchJobResponse: _TypeAlias = DispatchJobResponse  # noqa: Y015
 
 @_typing.final
+class MoveAllocationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOC_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    alloc: _builtins.str
+    node: _builtins.str
+    """"": any other"""
+    def __init__(
+        self,
+        *,
+        alloc: _builtins.str = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveAllocationRequest: _TypeAlias = MoveAllocationRequest  # noqa: Y015
+
+@_typing.final
+class MoveAllocationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOC_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    alloc: _builtins.str
+    """that is to have the guest"""
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """it cannot move while it runs, and why: it stops here and starts there"""
+
+    def __init__(
+        self,
+        *,
+        alloc: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alloc", b"alloc", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveAllocationResponse: _TypeAlias = MoveAllocationResponse  # noqa: Y015
+
+@_typing.final
 class ScaleJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

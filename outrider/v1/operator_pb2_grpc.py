@@ -65,6 +65,11 @@ class OperatorServiceStub:
                 request_serializer=outrider_dot_v1_dot_operator__pb2.DispatchJobRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_operator__pb2.DispatchJobResponse.FromString,
                 _registered_method=True)
+        self.MoveAllocation = channel.unary_unary(
+                '/outrider.v1.OperatorService/MoveAllocation',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.MoveAllocationRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.MoveAllocationResponse.FromString,
+                _registered_method=True)
         self.ScaleJob = channel.unary_unary(
                 '/outrider.v1.OperatorService/ScaleJob',
                 request_serializer=outrider_dot_v1_dot_operator__pb2.ScaleJobRequest.SerializeToString,
@@ -211,6 +216,13 @@ class OperatorServiceServicer:
 
     def DispatchJob(self, request, context):
         """Launches a job from one with parameters, or now from one with a schedule.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveAllocation(self, request, context):
+        """A guest goes on on another node while it runs. Answers once the journal has it; the allocations tell how it goes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -382,6 +394,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.DispatchJob,
                     request_deserializer=outrider_dot_v1_dot_operator__pb2.DispatchJobRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_operator__pb2.DispatchJobResponse.SerializeToString,
+            ),
+            'MoveAllocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveAllocation,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.MoveAllocationRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.MoveAllocationResponse.SerializeToString,
             ),
             'ScaleJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ScaleJob,
@@ -632,6 +649,33 @@ class OperatorService:
             '/outrider.v1.OperatorService/DispatchJob',
             outrider_dot_v1_dot_operator__pb2.DispatchJobRequest.SerializeToString,
             outrider_dot_v1_dot_operator__pb2.DispatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveAllocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/MoveAllocation',
+            outrider_dot_v1_dot_operator__pb2.MoveAllocationRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.MoveAllocationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,8 @@ class OperatorServiceStub:
     StopJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.StopJobRequest, _operator_pb2.StopJobResponse]
     DispatchJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DispatchJobRequest, _operator_pb2.DispatchJobResponse]
     """Launches a job from one with parameters, or now from one with a schedule."""
+    MoveAllocation: _grpc.UnaryUnaryMultiCallable[_operator_pb2.MoveAllocationRequest, _operator_pb2.MoveAllocationResponse]
+    """A guest goes on on another node while it runs. Answers once the journal has it; the allocations tell how it goes."""
     ScaleJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.ScaleJobRequest, _operator_pb2.SubmitJobResponse]
     RevertJob: _grpc.UnaryUnaryMultiCallable[_operator_pb2.RevertJobRequest, _operator_pb2.SubmitJobResponse]
     """What an older version held becomes a new one."""
@@ -93,6 +95,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     StopJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.StopJobRequest, _operator_pb2.StopJobResponse]  # type: ignore[assignment]
     DispatchJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.DispatchJobRequest, _operator_pb2.DispatchJobResponse]  # type: ignore[assignment]
     """Launches a job from one with parameters, or now from one with a schedule."""
+    MoveAllocation: _aio.UnaryUnaryMultiCallable[_operator_pb2.MoveAllocationRequest, _operator_pb2.MoveAllocationResponse]  # type: ignore[assignment]
+    """A guest goes on on another node while it runs. Answers once the journal has it; the allocations tell how it goes."""
     ScaleJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.ScaleJobRequest, _operator_pb2.SubmitJobResponse]  # type: ignore[assignment]
     RevertJob: _aio.UnaryUnaryMultiCallable[_operator_pb2.RevertJobRequest, _operator_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """What an older version held becomes a new one."""
@@ -166,6 +170,14 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.DispatchJobResponse, _abc.Awaitable[_operator_pb2.DispatchJobResponse]]:
         """Launches a job from one with parameters, or now from one with a schedule."""
+
+    @_abc_1.abstractmethod
+    def MoveAllocation(
+        self,
+        request: _operator_pb2.MoveAllocationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.MoveAllocationResponse, _abc.Awaitable[_operator_pb2.MoveAllocationResponse]]:
+        """A guest goes on on another node while it runs. Answers once the journal has it; the allocations tell how it goes."""
 
     @_abc_1.abstractmethod
     def ScaleJob(

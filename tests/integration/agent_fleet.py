@@ -223,12 +223,13 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
 class AgentFleet:
     """One fake controller and one real agent process, with directories of their own."""
 
-    def __init__(self, controller: FakeController, directory: Path, run: Path, config: Path) -> None:
+    def __init__(self, controller: FakeController, directory: Path, run: Path, config: Path, ca: FleetCa) -> None:
         self.controller = controller
         self.directory = directory
         self.run = run
         self.data = directory / "data"
         self.config = config
+        self.ca = ca
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
@@ -300,13 +301,13 @@ def admit_once(token: str) -> Admit:
 
 
 @contextlib.asynccontextmanager
-async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
+async def agent_fleet(*, ca: FleetCa | None = None, **settings: object) -> AsyncIterator[AgentFleet]:
     """In this thread's network namespace. The test starts the agent; nothing of it stays on the host, come what may."""
     name = f"t{secrets.token_hex(4)}"
     directory = Path(tempfile.mkdtemp(prefix="outrider-agent-"))
     directory.chmod(0o711)
     run = Path("/run/outrider") / name
-    ca = FleetCa(directory / "ca", "test")
+    ca = ca or FleetCa(directory / "ca", "test")
     files = ca.issue_server(["127.0.0.1"])
     token = join_token(ca_sha256=ca.sha256, secret=secrets.token_urlsafe(32))
     chain = files.certificate.read_bytes() + files.ca.read_bytes()
@@ -335,7 +336,7 @@ async def agent_fleet(**settings: object) -> AsyncIterator[AgentFleet]:
         **settings,
     }
     config.write_text(yaml.safe_dump(dict(document)))
-    fleet = AgentFleet(controller, directory, run, config)
+    fleet = AgentFleet(controller, directory, run, config, ca)
     try:
         yield fleet
     finally:

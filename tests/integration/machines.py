@@ -168,9 +168,9 @@ async def typed(fleet: AgentFleet, keys: str, *, until_seen: str, alloc: AllocId
     raise AssertionError(f"the console broke off after {seen!r}")
 
 
-async def ran(fleet: AgentFleet, *command: str) -> tuple[bytes, int, str]:
+async def ran(fleet: AgentFleet, *command: str, alloc: AllocId = GUEST) -> tuple[bytes, int, str]:
     """What a program inside the guest said, its code, and why it did not run."""
-    request = fleet_pb2.ExecRequest(alloc=GUEST, command=command)
+    request = fleet_pb2.ExecRequest(alloc=alloc, command=command)
     output, end = await fleet.controller.tunnelled(fleet.controller.open_tunnel(exec=request))
     return output, end.exit_code, end.error
 

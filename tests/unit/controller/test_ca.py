@@ -49,7 +49,9 @@ def test_a_node_is_who_the_ca_says_not_who_it_asks_to_be(tmp_path: Path) -> None
     assert identity is not None
     assert (identity.kind, identity.name, identity.cluster) == (IdentityKind.NODE, "n1", "dev")
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.UniformResourceIdentifier(uri)], "no host's name: it poses as no other server"
     certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca.pem))
 
 

@@ -178,6 +178,10 @@ def test_everything_that_a_job_can_say_is_read() -> None:
         ("image: {disk: /d, kernel_arguments: quiet, sha256: x}", "the disk's boot loader has them"),
         ("image: {disk: /d, sha256: {dick: x}}", "unknown key; did you mean 'disk'?"),
         ("env: {A: b}", "a vm brings its own; leave it out"),
+        ("cloud_init: {user: Root!}", "'Root!' is no name of a user"),
+        ("cloud_init: {ssh_keys: [hello]}", "expected a public key as ~/.ssh/id_ed25519.pub has it"),
+        ("cloud_init: {files: {etc/motd: ./a}}", "expected a whole path inside"),
+        ("cloud_init: {packages: [x]}", "packages"),
     ],
 )
 def test_a_guest_that_cannot_be_is_told_of(text: str, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""A guest on its way from one emulator to another, through descriptors that the agents hand to both.
+
+Disk first: a mirror into the other's disk, kept up to date while the guest runs. Then its memory, again and again,
+until little is left. Then it pauses, the rest follows, and it goes on over there. Until the very end it can stay.
+https://www.qemu.org/docs/master/interop/live-block-operations.html, docs/devel/migration/main.rst of QEMU.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from qemu.qmp import QMPClient, QMPError
+
+from agent.qmp import NO_LIMIT, POLL_S, conversation, emulator_version, give, listening, migration, run_state
+from outrider.errors import HostError
+
+EXPORT = "disk"
+_MIRROR, _TARGET = "move", "moved"
+_LEAVES = "pre-switchover"
+_DOWNTIME_MS_MAX = 500
+_PASSES = 2  # over all of the memory; from then on only what changed since is copied
+_STEP_S = 600.0
+
+
+class Leaving:
+    """The emulator that is left. Use `leaving()`."""
+
+    def __init__(self, client: QMPClient, path: Path) -> None:
+        self._client = client
+        self._path = path
+        self._mirrors = False
+        self._agreed = False  # the mirror was ended on purpose
+
+    async def identity(self) -> str:
+        """The guest's generation id: it stays the same guest."""
+        answer = await self._client.execute("query-vm-generation-id")
+        return str(answer["guid"]) if isinstance(answer, dict) else ""
+
+    async def version(self) -> str:
+        return await emulator_version(self._client)
+
+    async def mirror(self, disk: socket.socket) -> None:
+        """Copies what the guest wrote to its disk, and from then on whatever it writes, into the other's."""
+        await give(self._client, "disk", disk.fileno())
+        server = {"type": "fd", "str": "disk"}
+        await self._client.execute(
+            "blockdev-add", {"driver": "nbd", "node-name": _TARGET, "server": server, "export": EXPORT}
+        )
+        await self._client.execute(
+            "blockdev-mirror",
+            {"job-id": _MIRROR, "device": "disk", "target": _TARGET, "sync": "top", "copy-mode": "write-blocking"},
+        )
+        self._mirrors = True
+        await self._job("ready")
+
+    async def copy(self, memory: socket.socket) -> None:
+        """Returns when the memory was copied, but for what changes meanwhile."""
+        await self._client.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": "pause-before-switchover", "state": True}]},
+        )
+        # With no downtime allowed it goes on copying what changed, until `leave`.
+        await self._client.execute("migrate-set-parameters", {"max-bandwidth": NO_LIMIT, "downtime-limit": 0})
+        await give(self._client, "memory", memory.fileno())
+        await self._client.execute("migrate", {"uri": "fd:memory"})
+        while True:
+            told = await self._progress()
+            ram = told.get("ram")
+            passes = ram.get("dirty-sync-count", 0) if isinstance(ram, dict) else 0
+            if told["status"] == _LEAVES or passes > _PASSES:
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def leave(self) -> float:
+        """Pauses the guest and copies the rest; it must not run here any more after this. How long that took, in ms."""
+        await self._client.execute("migrate-set-parameters", {"downtime-limit": _DOWNTIME_MS_MAX})
+        while (await self._progress())["status"] != _LEAVES:  # noqa: ASYNC110 - QEMU is asked
+            await asyncio.sleep(POLL_S)
+        if self._mirrors:
+            await self._client.execute("block-job-cancel", {"device": _MIRROR})  # which ends it in agreement
+            await self._job("")
+            await self._client.execute("blockdev-del", {"node-name": _TARGET})
+        await self._client.execute("migrate-continue", {"state": _LEAVES})
+        while (told := await self._progress())["status"] != "completed":  # noqa: ASYNC110 - QEMU is asked
+            await asyncio.sleep(POLL_S)
+        downtime_ms = told.get("downtime", 0)
+        return float(downtime_ms) if isinstance(downtime_ms, int) else 0.0
+
+    async def stay(self) -> None:
+        """The guest runs on here, whatever was begun."""
+        await self._client.execute("migrate_cancel")
+        while (await migration(self._client))["status"] in ("cancelling", "active", "setup"):  # noqa: ASYNC110 - QEMU is asked
+            await asyncio.sleep(POLL_S)
+        if self._mirrors and await self._jobs():
+            await self._client.execute("block-job-cancel", {"device": _MIRROR, "force": True})
+            while await self._jobs():  # noqa: ASYNC110 - QEMU is asked
+                await asyncio.sleep(POLL_S)
+        if await run_state(self._client) != "running":
+            await self._client.execute("cont")
+
+    async def _progress(self) -> dict[str, object]:
+        told = await migration(self._client)
+        if told["status"] in ("failed", "cancelled", "cancelling"):
+            raise HostError(f"emulator at {self._path}", step=f"move: {told.get('error-desc', told['status'])}")
+        if self._mirrors and not await self._jobs() and told["status"] != "completed" and not self._agreed:
+            raise HostError(f"emulator at {self._path}", step="move: the copy of its disk broke off")
+        return told
+
+    async def _job(self, status: str) -> None:
+        """Until the mirror is `status`, or has gone where that is ""."""
+        self._agreed = not status
+        while jobs := await self._jobs():
+            if status and jobs[_MIRROR] == status:
+                return
+            await asyncio.sleep(POLL_S)
+        if status:
+            raise HostError(f"emulator at {self._path}", step="move: the copy of its disk broke off")
+
+    async def _jobs(self) -> dict[str, str]:
+        answer = await self._client.execute("query-jobs")
+        jobs = answer if isinstance(answer, list) else []
+        return {str(job["id"]): str(job["status"]) for job in jobs if isinstance(job, dict)}
+
+
+@asynccontextmanager
+async def leaving(path: Path) -> AsyncIterator[Leaving]:
+    """One conversation for the whole move. Where it ends by an error or is cancelled, the guest stays."""
+    async with conversation(path, _STEP_S) as client:
+        guest = Leaving(client, path)
+        try:
+            yield guest
+        except BaseException:
+            with suppress(QMPError, HostError, EOFError, OSError):  # the emulator has ended, too
+                if (await migration(client))["status"] != "completed":
+                    await guest.stay()
+            raise
+
+
+async def open_disk(path: Path, socket_inside: str) -> None:
+    """The emulator that waits takes its guest's disk at `socket_inside`. Raises HostError."""
+    await listening(path)
+    async with conversation(path) as client:
+        address = {"type": "unix", "data": {"path": socket_inside}}
+        await client.execute("nbd-server-start", {"addr": address})
+        export = {"type": "nbd", "id": EXPORT, "node-name": EXPORT, "name": EXPORT, "writable": True}
+        await client.execute("block-export-add", export)
+
+
+async def arrive(path: Path, memory: socket.socket) -> None:
+    """Takes the guest's memory; it is all there, and does not run yet, on return. Raises HostError."""
+    async with conversation(path, _STEP_S) as client:
+        await give(client, "memory", memory.fileno())
+        await client.execute("migrate-incoming", {"uri": "fd:memory"})
+        while await run_state(client) == "inmigrate":  # noqa: ASYNC110 - an emulator's, whose state is asked for
+            await asyncio.sleep(POLL_S)
+
+
+async def go_on(path: Path, *, disk: bool) -> None:
+    """The guest that arrived runs. Raises HostError."""
+    async with conversation(path) as client:
+        if disk:
+            try:
+                await client.execute("nbd-server-stop")
+            except QMPError as error:
+                raise HostError(f"emulator at {path}", step=f"close its disk: {error}") from error
+        await client.execute("cont")
