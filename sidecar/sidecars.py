@@ -59,7 +59,6 @@ class Sidecars:
         self._leaves: dict[ServiceName, Leaf] = {}
         self._sidecars: dict[AllocId, _Sidecar] = {}
         self._by_token: dict[bytes, _Sidecar] = {}
-        self._progress = Progress()
 
     async def __aenter__(self) -> Self:
         self._directories.prepare()
@@ -90,7 +89,7 @@ class Sidecars:
             self._directories.save(spec.alloc, state)
         directory = self._directories.create(spec.alloc, spec.uid, state.token)
         admin = Admin(spec.alloc, self._directories.admin_socket(spec.alloc))
-        sidecar = _Sidecar(spec, state, admin, self._progress)
+        sidecar = _Sidecar(spec, state, admin)
         self._sidecars[spec.alloc] = sidecar
         self._by_token[_digest(state.token)] = sidecar
         self._update(sidecar)
@@ -122,7 +121,7 @@ class Sidecars:
         sidecar = self._sidecars[alloc]
         try:
             async with asyncio.timeout(deadline_s):
-                await self._progress.until(sidecar.settled)
+                await sidecar.progress.until(sidecar.settled)
                 while not await sidecar.admin.workers_started(len(sidecar.versions[Kind.LISTENER])):  # noqa: ASYNC110
                     await asyncio.sleep(_READY_POLL_S)  # Envoy tells nobody when its listeners open
         except TimeoutError as error:
@@ -132,9 +131,12 @@ class Sidecars:
         """Waits until every connected sidecar acknowledged the newest view; returns those that have not in time."""
         try:
             async with asyncio.timeout(deadline_s):
-                await self._progress.until(lambda: not self._unsettled())
+                # One after the other: what an answer costs does not grow with the number of sidecars.
+                while behind := self._behind():
+                    for sidecar in behind:
+                        await sidecar.caught_up()
         except TimeoutError:
-            return self._unsettled()
+            return tuple(sidecar.alloc for sidecar in self._behind())
         return ()
 
     def rejected(self, alloc: AllocId) -> str:
@@ -153,7 +155,7 @@ class Sidecars:
         sidecar = self._sidecars.pop(alloc)
         del self._by_token[_digest(sidecar.state.token)]
         self._directories.remove(alloc)
-        self._progress.beat()
+        sidecar.forget()
 
     async def stats(self, alloc: AllocId) -> SidecarStats:
         """Raises PeerError where its Envoy does not answer."""
@@ -167,10 +169,8 @@ class Sidecars:
     def _identify(self, token: str) -> "_Sidecar | None":
         return self._by_token.get(_digest(token))
 
-    def _unsettled(self) -> tuple[AllocId, ...]:
-        # One that has nothing yet, or no Envoy, sends traffic nowhere.
-        connected = (each for each in self._sidecars.values() if each.complete and each.stream is not None)
-        return tuple(each.alloc for each in connected if not each.settled())
+    def _behind(self) -> tuple["_Sidecar", ...]:
+        return tuple(sidecar for sidecar in self._sidecars.values() if sidecar.behind())
 
     def _observe_refusal(self, alloc: AllocId, source_spiffe: str, policy: str) -> None:
         sidecar = self._sidecars.get(alloc)
@@ -192,7 +192,7 @@ class Sidecars:
 
 
 class Progress:
-    """Wakes all who wait for a condition that sidecars' answers may have made true."""
+    """Wakes all who wait for a condition that a sidecar's answer may have made true."""
 
     def __init__(self) -> None:
         self._beat = asyncio.Event()
@@ -209,14 +209,14 @@ class Progress:
 class _Sidecar:
     """One sidecar: what it should have, and the stream of its Envoy. The ADS server's `Client`."""
 
-    def __init__(self, spec: SidecarSpec, state: SidecarState, admin: Admin, progress: Progress) -> None:
+    def __init__(self, spec: SidecarSpec, state: SidecarState, admin: Admin) -> None:
         self.spec, self.state, self.admin = spec, state, admin
+        self.progress = Progress()
         self.alloc = spec.alloc
         self.rendered: Mapping[Kind, Mapping[str, discovery_pb2.Resource]] = {}
         self.versions: Versions = {}
         self.complete = False
         self.stream: Stream | None = None
-        self._progress = progress
         self._missing: tuple[str, ...] = ()
         self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
         self._seen: tuple[object, ...] = ()
@@ -248,13 +248,25 @@ class _Sidecar:
     def disconnected(self, stream: Stream) -> None:
         if self.stream is stream:
             self.stream = None
-            self._progress.beat()
+            self.progress.beat()
 
     def answered(self, rejection: Rejection | None) -> None:
         if rejection is not None:
             versions = {name: self.versions.get(rejection.kind, {}).get(name, "") for name in rejection.names}
             self._rejection = (rejection, versions)
-        self._progress.beat()
+        self.progress.beat()
+
+    def forget(self) -> None:
+        """Removed: nobody waits for it any more."""
+        self.stream = None
+        self.progress.beat()
+
+    def behind(self) -> bool:
+        """One that has nothing yet, or no Envoy, sends traffic nowhere: it is not waited for."""
+        return self.complete and self.stream is not None and not self.settled()
+
+    async def caught_up(self) -> None:
+        await self.progress.until(lambda: not self.behind())
 
     def settled(self) -> bool:
         return self.complete and self.stream is not None and self.stream.subscription.settled(self.versions)
@@ -311,7 +323,7 @@ class _Sidecar:
         self.complete = not wanted.missing
         if self.stream is not None:
             self.stream.changed.set()
-        self._progress.beat()
+        self.progress.beat()
 
 
 def _digest(token: str) -> bytes:
