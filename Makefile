@@ -1,5 +1,5 @@
 # `make demo` and `make test` install what they need first; each tells what it does.
-.PHONY: help demo test test-deep sim sim-many check proto bench clean
+.PHONY: help demo test test-deep sim sim-many fuzz check proto bench clean
 
 python := .venv/bin/python
 as_root := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI)
@@ -26,6 +26,10 @@ sim: ## one simulated run, with its trace: make sim SEED=n
 sim-many: ## simulated runs on every core until stopped; tells seeds/s and every seed that broke a promise
 	@scripts/setup test
 	@$(python) -m tests.sim --many
+
+fuzz: ## a million wrong inputs for every reader of what comes from outside
+	@scripts/setup test
+	@$(python) -m tests.fuzz
 
 check: ## lint, types, tidy tests; offline once set up
 	@$(python) -m ruff format --check .

@@ -120,16 +120,22 @@ class Broker:
 
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
-            node = _node_of(self._cluster, message.topic.value)
-            if node is None or not isinstance(message.payload, bytes) or len(message.payload) > MESSAGE_BYTES_MAX:
-                continue
             try:
-                presence = msgspec.json.decode(message.payload, type=PresenceMessage)
-            except msgspec.DecodeError as error:
-                self._log.warning("bad status message", node=node, reason=str(error))
+                node = gone_node(self._cluster, message.topic.value, message.payload)
+            except ValueError as error:
+                self._log.warning("bad status message", topic=message.topic.value[:200], reason=str(error))
                 continue
-            if presence.status == "gone":
+            if node is not None:
                 self._seen(LastWillSeen(node=node))
+
+
+def gone_node(cluster: str, topic: str, payload: object) -> NodeId | None:
+    """The node whose client vanished, if the message says so. Raises ValueError for one that makes no sense."""
+    node = _node_of(cluster, topic)
+    if node is None or not isinstance(payload, bytes) or len(payload) > MESSAGE_BYTES_MAX:
+        return None
+    presence = msgspec.json.decode(payload, type=PresenceMessage)
+    return node if presence.status == "gone" else None
 
 
 def event_topic(cluster: str, event: FleetEvent) -> str:

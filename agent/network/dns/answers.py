@@ -7,11 +7,25 @@ out its timeout on REFUSED, glibc asks again).
 import struct
 from collections.abc import Mapping
 
-from dnslib import CLASS, OPCODE, QR, QTYPE, RCODE, RR, A, DNSBuffer, DNSError, DNSHeader, DNSQuestion, DNSRecord
+from dnslib import (
+    CLASS,
+    OPCODE,
+    QR,
+    QTYPE,
+    RCODE,
+    RR,
+    A,
+    DNSBuffer,
+    DNSError,
+    DNSHeader,
+    DNSLabel,
+    DNSQuestion,
+    DNSRecord,
+)
 from dnslib.buffer import BufferError as DnsBufferError
 
 QUERY_BYTES_MAX = 4096
-_NAME_BYTES_MAX = 253  # RFC 1035, as dnslib counts
+_NAME_BYTES_MAX, _LABEL_BYTES_MAX = 253, 63  # RFC 1035, as dnslib counts
 # Addresses never change while a name has one; short, so that a name that goes away is gone soon.
 _TTL_S = 5
 
@@ -31,7 +45,7 @@ def answer(query: bytes, names: Mapping[str, str]) -> bytes:
         question = DNSQuestion.parse(buffer) if header.q == 1 else None
     except (DNSError, DnsBufferError, struct.error, ValueError, IndexError) as error:
         raise MalformedQueryError(str(error)) from error
-    if question is not None and len(question.qname) > _NAME_BYTES_MAX:
+    if question is not None and not _can_be_written(question.qname):
         raise MalformedQueryError("a longer name than there can be")  # it parses, and cannot be written again
     if header.qr != QR.QUERY:
         raise MalformedQueryError("a reply, not a question")
@@ -50,3 +64,7 @@ def answer(query: bytes, names: Mapping[str, str]) -> bytes:
             reply.add_answer(RR(question.qname, QTYPE.A, ttl=_TTL_S, rdata=A(address)))
         # Else it has the name but no such record, as with AAAA: an empty answer without an error.
     return bytes(reply.pack())
+
+
+def _can_be_written(name: DNSLabel) -> bool:
+    return len(name) <= _NAME_BYTES_MAX and all(len(label) <= _LABEL_BYTES_MAX for label in name.label)

@@ -100,3 +100,10 @@ def test_a_reply_survives_its_wire(reply: Reply) -> None:
 def test_a_request_that_makes_no_sense_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode_request(data)
+
+
+def test_a_label_that_is_too_long_is_dropped() -> None:
+    """It parses, and cannot be written again: found by the fuzzer."""
+    query = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + bytes([100]) + b"a" * 100 + b"\x00\x00\x01\x00\x01"
+    with pytest.raises(MalformedQueryError):
+        answer(query, {})
