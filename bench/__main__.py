@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("start", "footprint", "vm", "failover", "fleet", "propagation")
+NAMES = ("start", "footprint", "vm", "failover", "fleet", "propagation", "schedule")
 
 MODULES = {"fleet": "scale"}  # `bench.fleet` is the dev fleet that the others have
 

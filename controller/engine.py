@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, assert_never
 
+from controller import collector
 from controller.core import mesh_intent, views
 from controller.core.commands import (
     Append,
@@ -157,6 +158,7 @@ class Engine:
     async def open(self) -> None:
         """Replay the journal and begin an epoch. Raises JournalError."""
         records = await asyncio.get_running_loop().run_in_executor(self._thread, self._replay)
+        collector.calm()
         self._log.info("journal replayed", records=records, epoch=self.state.epoch)
 
     async def run(self, *, sessions: AgentSessions, mesh: MeshRecord) -> None:

@@ -12,7 +12,7 @@ from controller.core import table as columns
 from controller.core.groups import FamilyKey, GroupEntry
 from controller.core.records import Plan
 from controller.core.state import State
-from controller.core.table import Ints, Times
+from controller.core.table import Ints
 from outrider.model.attributes import describe
 
 
@@ -95,7 +95,7 @@ def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
     """No node gives what it has not, or runs what it must not."""
     nodes, size = state.nodes, len(state.nodes)
     ready = state.ready_nodes
-    taken: dict[str, Times] = {}
+    taken: dict[str, list[tuple[Ints, int]]] = {}
     for group, refs, _ in placed:
         if refs.max(initial=-1) >= size or refs.min(initial=0) < -1:
             raise PlanError(f"plan {plan.generation}: {group.family} on a node that nobody knows")
@@ -105,15 +105,17 @@ def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
                 bad = nodes.nodes[int(there[~passing[there]][0])].id
                 raise PlanError(f"plan {plan.generation}: {group.family} on {bad}, which {problem}")
         for what, wanted in _takes(group):
-            if wanted:
-                sums = taken.setdefault(what, np.zeros(size))
-                np.add.at(sums, there, wanted)
+            if wanted and len(there):
+                taken.setdefault(what, []).append((there, wanted))
     free = {"cpu": nodes.cpu_free, "memory": nodes.memory_free, "disk": nodes.disk_free}
-    for what, sums in taken.items():
-        left = free[what][:size] if what in free else nodes.device_free(what)
-        for ref in np.flatnonzero((sums > 0) & (sums > left)).tolist():
+    for what, parts in taken.items():
+        left = free[what] if what in free else nodes.device_free(what)
+        touched, which = np.unique(np.concatenate([there for there, _ in parts]), return_inverse=True)
+        wanted_each = np.repeat([wanted for _, wanted in parts], [len(there) for there, _ in parts])
+        sums = np.bincount(which, weights=wanted_each)
+        for ref, total in zip(touched[sums > left[touched]].tolist(), sums[sums > left[touched]].tolist(), strict=True):
             raise PlanError(
-                f"plan {plan.generation}: {nodes.nodes[ref].id} over-committed: {what} {sums[ref]:.0f} of {left[ref]}"
+                f"plan {plan.generation}: {nodes.nodes[ref].id} over-committed: {what} {total:.0f} of {left[ref]}"
             )
 
 

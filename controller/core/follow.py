@@ -103,7 +103,9 @@ def _job_applied(state: State, record: Record, now_s: float) -> None:
 
 def _job_changed(state: State, job: JobName) -> None:
     state.live.dirty_jobs[job] = None
-    state.live.mesh_intentions = True
+    versions = state.jobs[job].versions.values()
+    # To tell the mesh means to look at every job: not for those that have nothing to do with it.
+    state.live.mesh_intentions |= any(group.services for added in versions for group in added.job.groups)
     for key in state.current_groups(job):
         dependencies.health_changed(state, state.groups[key])  # what it offers is there, or is not any more
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from controller.core.attributes import Attributes, Demand
 from controller.core.groups import GroupEntry
-from controller.core.table import Bools, Ints, Shorts
+from controller.core.table import Bools, Ints, Shorts, Times
 from outrider.ids import NodeId
 from outrider.model.attributes import describe
 from outrider.model.job import Constraint
@@ -39,6 +39,9 @@ class NodeTable:
         self.cpu_total: Ints = np.zeros(_GROWTH, np.int64)
         self.memory_total: Ints = np.zeros(_GROWTH, np.int64)
         self.disk_total: Ints = np.zeros(_GROWTH, np.int64)
+        # The same to divide by: at least 1.
+        self.cpu_scale: Times = np.ones(_GROWTH)
+        self.memory_scale: Times = np.ones(_GROWTH)
         self.devices_free: dict[str, Ints] = {}
         self.devices_total: dict[str, Ints] = {}
         self.allocations: Ints = np.zeros(_GROWTH, np.int64)
@@ -72,6 +75,8 @@ class NodeTable:
         ):
             free[ref] += max(0, offered) - total[ref]
             total[ref] = max(0, offered)
+        self.cpu_scale[ref] = max(1, self.cpu_total[ref])
+        self.memory_scale[ref] = max(1, self.memory_total[ref])
         self._reserve_ports(ref, before)
         self.attributes.describe(ref, node)
         self._note_abilities(ref, found)

@@ -114,7 +114,7 @@ class Scores:
 
     def first(self) -> Times:
         """Of each node's next copy, balances left out; -inf where it does not fit."""
-        scores = self._base(1)
+        scores = self._base()
         if self.affinity is not None:
             scores += self.affinity
         scores[~self.fits] = -np.inf
@@ -133,8 +133,8 @@ class Scores:
             return -np.inf
         snapshot = self._snapshot
         left = min(
-            float(snapshot.cpu_free[ref] - k * self._need.cpu_millis) / float(snapshot.cpu_total[ref]),
-            float(snapshot.memory_free[ref] - k * self._need.memory_bytes) / float(snapshot.memory_total[ref]),
+            float(snapshot.cpu_free[ref] - k * self._need.cpu_millis) / float(snapshot.cpu_scale[ref]),
+            float(snapshot.memory_free[ref] - k * self._need.memory_bytes) / float(snapshot.memory_scale[ref]),
         )
         score = (1 - left) / 4 if self.packs else (0.5 * left - (int(self._have[ref]) + k - 1)) / self._unit
         return score if self.affinity is None else score + float(self.affinity[ref])
@@ -152,8 +152,8 @@ class Scores:
         spare = (fixed - threshold) * self._unit - self._have[refs] + 1
         found = np.full(len(refs), np.inf)
         for free, wanted, total in (
-            (snapshot.cpu_free, need.cpu_millis, snapshot.cpu_total),
-            (snapshot.memory_free, need.memory_bytes, snapshot.memory_total),
+            (snapshot.cpu_free, need.cpu_millis, snapshot.cpu_scale),
+            (snapshot.memory_free, need.memory_bytes, snapshot.memory_scale),
         ):
             slope = 0.5 * wanted / total[refs] + 1
             found = np.minimum(found, np.floor((0.5 * free[refs] / total[refs] + spare) / slope))
@@ -172,22 +172,26 @@ class Scores:
             found["spread"] = sum((one.terms()[one.codes] for one in self.balances), np.zeros(self._snapshot.size))
         return found
 
-    def _base(self, k: int) -> Times:
-        left = self._left(slice(None), k)
+    def _base(self) -> Times:
+        """Of each node's next copy. New memory is what this costs most: as little as can be."""
+        left = self._left(slice(None), 1)
         if self.packs:
-            return (1 - left) / 4
+            np.subtract(1, left, out=left)
+            left /= 4
+            return left
         left *= 0.5
-        left -= self._have + (k - 1)
+        left -= self._have
         left /= self._unit
         return left
 
     def _left(self, at: Ints | slice, k: Ints | int) -> Times:
         """What is left of the scarcer resource once the k-th copy is there."""
         snapshot, need = self._snapshot, self._need
-        cpu = (snapshot.cpu_free[at] - k * need.cpu_millis) / snapshot.cpu_total[at]
-        memory = (snapshot.memory_free[at] - k * need.memory_bytes) / snapshot.memory_total[at]
-        left: Times = np.minimum(cpu, memory)
-        return left
+        cpu: Times = np.subtract(snapshot.cpu_free[at], k * need.cpu_millis, dtype=np.float64)
+        cpu /= snapshot.cpu_scale[at]
+        memory: Times = np.subtract(snapshot.memory_free[at], k * need.memory_bytes, dtype=np.float64)
+        memory /= snapshot.memory_scale[at]
+        return np.minimum(cpu, memory, out=cpu)
 
 
 def _tally(codes: Shorts, values: int, near: Ints) -> Times:

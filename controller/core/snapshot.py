@@ -31,8 +31,8 @@ class Snapshot:
         self.disk_free: Ints = nodes.disk_free[:size].copy()
         self.ports_free: Ints = nodes.ports_free[:size].copy()
         self.devices_free: dict[str, Ints] = {}  # of those that somebody asked for
-        self.cpu_total: Times = np.maximum(nodes.cpu_total[:size], 1).astype(np.float64)
-        self.memory_total: Times = np.maximum(nodes.memory_total[:size], 1).astype(np.float64)
+        self.cpu_scale: Times = nodes.cpu_scale[:size]
+        self.memory_scale: Times = nodes.memory_scale[:size]
         self.holds = holds
         self._returned: set[tuple[int, int]] = set()
         self._given: dict[int, set[int]] = {}  # ports, by node, in this snapshot

@@ -6,7 +6,7 @@ class Interrupt(BaseException):
 
 
 class RemoteExit(Exception):  # noqa: N818 - the command's own end, told on
-    """A command in an allocation ended with this code, and so do we."""
+    """A command in an allocation ended with this code, or a plan has changes: it is the answer, and no error."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from outrider.cli.exits import RemoteExit
+
 if TYPE_CHECKING:
     from outrider.model.fleet import Explanation, JobPlan, PlannedStep
 
@@ -52,7 +54,7 @@ def plan(
         for line in _outcome(found):
             print(line)
     if detailed and (found.changed or found.steps):
-        raise typer.Exit(CHANGES_EXIT)
+        raise RemoteExit(CHANGES_EXIT)
 
 
 _TIMEOUT_S = 60.0
