@@ -10,7 +10,7 @@ from outrider.cli import output
 from outrider.cli.client import STREAM_TIMEOUT_S, Fleet
 from outrider.errors import PeerError, RefusedError
 from outrider.model.allocation import TERMINAL, Allocation, AllocStatus, CopyRole
-from outrider.model.fleet import JobState, JobStatus, RolloutState
+from outrider.model.fleet import JobState, JobStatus, RolloutState, VersionStatus
 from outrider.model.job import Job
 from outrider.v1 import operator_pb2
 
@@ -26,7 +26,7 @@ def wait(fleet: Fleet, job: str, version: int) -> JobStatus:
                 continue
             show(status)
             if status.job.version > version:
-                raise RefusedError("superseded", f"job {job}: version {status.job.version} has taken over")
+                raise _superseded(fleet, job, version, by=status.job.version)
             if status.rollout not in (RolloutState.RUNNING, RolloutState.PAUSED):
                 break
     match status.rollout:
@@ -43,6 +43,16 @@ def wait(fleet: Fleet, job: str, version: int) -> JobStatus:
             raise RefusedError("stopped", f"job {job}: was stopped meanwhile")
         case _:
             raise RefusedError("rollout-failed", _failure(status))
+
+
+def _superseded(fleet: Fleet, job: str, version: int, *, by: int) -> RefusedError:
+    """Another version came meanwhile: by somebody else, or because this one failed."""
+    history = fleet.call(fleet.stub.GetJobHistory, operator_pb2.GetJobRequest(job=job)).versions
+    versions = (codec.from_wire(one, VersionStatus) for one in history)
+    ended = next((one for one in versions if one.version.version == version), None)
+    if ended is not None and ended.rollout is RolloutState.FAILED:
+        return RefusedError("rollout-failed", f"job {job}, version {version}: {ended.reason}")
+    return RefusedError("superseded", f"job {job}: version {by} has taken over")
 
 
 def wait_stopped(fleet: Fleet, job: str) -> None:

@@ -260,7 +260,7 @@ class ControllerProcess(Process):
             case _:
                 raise AssertionError(message)
 
-    def call(self, wanted: Job | JobName, answered: Callable[[Reply], None]) -> None:
+    def call(self, wanted: Job | JobName | Callable[[RequestId], Event], answered: Callable[[Reply], None]) -> None:
         """An operator's; an answer may never come."""
         if not self.leads:
             return
@@ -268,6 +268,8 @@ class ControllerProcess(Process):
         self._requests[request] = answered
         if isinstance(wanted, Job):
             self._tell(JobSubmitted(request=request, job=wanted))
+        elif callable(wanted):
+            self._tell(wanted(request))
         else:
             self._tell(JobStopRequested(request=request, job=wanted))
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from controller.core import table as columns
 from controller.core import views
+from controller.core.entries import JobEntry
 from controller.core.records import Record
 from controller.core.state import State
 from outrider.ids import JobName, NodeId
@@ -97,16 +98,25 @@ def _check_job(state: State, name: JobName) -> list[Allocation]:
         if running:
             raise BrokenError(f"{name} is stopped and runs: {[one.id for one in running]}")
     elif entry.job.type is JobType.SERVICE:
-        if len(running) != group.count or not all(one.healthy for one in running):
+        if len(running) not in _counts(entry) or not all(one.healthy for one in running):
             raise BrokenError(
                 f"{name}: {len(running)} of {group.count} run, {sum(one.healthy for one in running)} healthy"
             )
         stale = {one.job_version for one in running} != {entry.latest}
-        if entry.rollout not in _SETTLED and not (entry.rollout is RolloutState.FAILED and stale) and group.count:
+        failed = entry.rollout is RolloutState.FAILED and (stale or entry.final)
+        if entry.rollout not in _SETTLED and not failed and group.count:
             raise BrokenError(f"{name}: its rollout is {entry.rollout}: {entry.rollout_reason}")
     elif entry.job.type is JobType.SYSTEM and len(running) != len(state.nodes):
         raise BrokenError(f"{name} runs on {len(running)} of {len(state.nodes)} nodes")
     return running
+
+
+def _counts(entry: JobEntry) -> set[int]:
+    """What may be: where canaries were not promoted the count of the version before holds."""
+    counts = {entry.job.groups[0].count}
+    if entry.rollout is RolloutState.FAILED and entry.base:
+        counts.add(entry.versions[entry.base].job.groups[0].count)
+    return counts
 
 
 _UNSETTLED = frozenset({AllocStatus.PENDING, AllocStatus.STARTING, AllocStatus.STOPPING})

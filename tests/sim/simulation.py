@@ -6,12 +6,23 @@ BrokenError where a promise does not hold.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from agent.core.events import TaskExit
 from controller.core.commands import Reply
+from controller.core.events import (
+    AllocSteerRequested,
+    Event,
+    JobRestartRequested,
+    NodeSteerRequested,
+    RequestId,
+    RolloutSteerRequested,
+)
 from controller.core.policy import Policy
 from outrider.ids import JobName
-from outrider.model.job import Job, JobType, ReschedulePolicy, RestartPolicy, UpdatePolicy
+from outrider.model.allocation import AllocAction
+from outrider.model.fleet import RolloutAction
+from outrider.model.job import DisconnectPolicy, Job, JobType, ReschedulePolicy, RestartPolicy, Survivor, UpdatePolicy
 from tests.scenarios.world import group, job, node, service
 from tests.sim import invariants
 from tests.sim.agents import AgentProcess
@@ -23,7 +34,8 @@ from tests.sim.store import NAME as KV
 from tests.sim.store import Store
 
 FAULTS_S = 30.0
-SETTLE_S = 90.0
+CALM_S = 20.0  # until somebody leads for certain, and hears operators
+SETTLE_S = 110.0
 QUIET_S = 20.0
 # The fleet's numbers, in proportion: what takes minutes there takes seconds here.
 POLICY = Policy(
@@ -91,6 +103,11 @@ class Fleet:
             (2, self._fail_steps),
             (12, self._submit),
             (3, self._stop),
+            (3, self._steer_rollout),
+            (1, self._restart_job),
+            (3, self._steer_alloc),
+            (3, self._drain),
+            (2, self._open_nodes),
         ]
 
     def _agent(self, name: str) -> AgentProcess:
@@ -105,6 +122,9 @@ class Fleet:
         self._trouble_next()
         self.kernel.run(FAULTS_S)
         self._heal()
+        self.kernel.run(FAULTS_S + CALM_S)
+        self._open_nodes()
+        self._resume_all()
         self.kernel.run(FAULTS_S + SETTLE_S)
         leader = self._leader()
         invariants.check_replay(self.store.records, leader.state)
@@ -144,7 +164,41 @@ class Fleet:
         if not reply.code:
             self.store.acknowledge(name, reply.version)
 
-    def _call(self, wanted: Job | JobName, answered: Callable[[Reply], None]) -> None:
+    def _steer_rollout(self) -> None:
+        name, action = JobName(self.kernel.rng.choice(JOBS)), self.kernel.rng.choice(list(RolloutAction))
+        self.kernel.note("op", f"{action}s {name}")
+        self._call(lambda request: RolloutSteerRequested(request=request, job=name, action=action), lambda _reply: None)
+
+    def _resume_all(self) -> None:
+        for name in JOBS:
+            resume = partial(RolloutSteerRequested, job=JobName(name), action=RolloutAction.RESUME)
+            self._call(lambda request, resume=resume: resume(request=request), lambda _reply: None)
+
+    def _restart_job(self) -> None:
+        name = JobName(self.kernel.rng.choice(JOBS))
+        self.kernel.note("op", f"restarts {name}")
+        self._call(lambda request: JobRestartRequested(request=request, job=name), lambda _reply: None)
+
+    def _steer_alloc(self) -> None:
+        allocs = sorted(alloc for agent in self.agents for alloc in agent.state.allocs)
+        if allocs:
+            alloc, action = self.kernel.rng.choice(allocs), self.kernel.rng.choice(list(AllocAction))
+            self.kernel.note("op", f"{action}s {alloc}")
+            self._call(lambda request: AllocSteerRequested(request=request, alloc=alloc, action=action),
+                       lambda _reply: None)  # fmt: skip
+
+    def _drain(self) -> None:
+        node, deadline_s = self.kernel.rng.choice(self.agents).node.id, self.kernel.rng.choice((None, 0.0, 3.0, 10.0))
+        drain = partial(NodeSteerRequested, node=node, eligible=False, drain=True, deadline_s=deadline_s)
+        self.kernel.note("op", f"drains {node} within {deadline_s}")
+        self._call(lambda request: drain(request=request), lambda _reply: None)
+
+    def _open_nodes(self) -> None:
+        for agent in self.agents:
+            steer = partial(NodeSteerRequested, node=agent.node.id, eligible=True)
+            self._call(lambda request, steer=steer: steer(request=request), lambda _reply: None)
+
+    def _call(self, wanted: Job | JobName | Callable[[RequestId], Event], answered: Callable[[Reply], None]) -> None:
         leaders = [one for one in self.controllers if one.leads]
         if leaders:
             leader = self.kernel.rng.choice(leaders)
@@ -286,7 +340,15 @@ def _job(name: str, count: int, command: str, memory_mib: int) -> Job:
         services=[service(name, upstreams=["shop"])] if meshed else [],
         memory_mib=memory_mib,
         command=command,
-        update=UpdatePolicy(max_parallel=2, auto_revert=name == "shop", healthy_deadline_s=8.0, min_healthy_s=0.3),
+        update=UpdatePolicy(
+            max_parallel=2,
+            auto_revert=name == "shop",
+            healthy_deadline_s=8.0,
+            min_healthy_s=0.3,
+            canary=1 if name == "api" else 0,
+            auto_promote=name == "api",
+        ),
+        disconnect=DisconnectPolicy(replace_after_s=2.0, survivor=Survivor.HEALTHY) if meshed else DisconnectPolicy(),
         restart=RestartPolicy(attempts=2, interval_s=10.0, delay_s=0.1, delay_max_s=1.0),
         reschedule=ReschedulePolicy(delay_s=0.5, delay_max_s=4.0, interval_s=20.0),
     )
