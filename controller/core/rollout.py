@@ -95,7 +95,7 @@ def _decide_ordinary(turn: Turn, key: int, guard: int | None, rows: Ints) -> Non
     draft.place(home_key, ready, ordinary[table.node[ordinary] < 0], rows, now_s=turn.now_s)
     leaving = moving.leaving(turn, newest, rows)
     if len(leaving):
-        leaving = moving.admit(turn, leaving, budget)
+        leaving = moving.admit(turn, leaving, budget - int((out & ~fresh).sum()))
         leaving = migration.take_along(state, draft, newest, leaving)
     waiting = successors[table.node[successors] < 0]
     progress.moving |= bool(len(successors))

@@ -108,6 +108,7 @@ def test_a_canary_proves_itself_and_is_promoted(jobs: Jobs) -> None:
     jobs.stop("canary")
 
 
+@pytest.mark.deep
 def test_a_canary_that_does_not_answer_is_taken_back(jobs: Jobs) -> None:
     jobs.run("spoilt", "1")
     before = jobs.ids("spoilt")
@@ -117,6 +118,7 @@ def test_a_canary_that_does_not_answer_is_taken_back(jobs: Jobs) -> None:
     jobs.stop("spoilt")
 
 
+@pytest.mark.deep
 def test_a_blue_green_update_switches_at_once(jobs: Jobs) -> None:
     jobs.run("bluegreen", "1")
     before = jobs.ids("bluegreen")
@@ -128,6 +130,7 @@ def test_a_blue_green_update_switches_at_once(jobs: Jobs) -> None:
     jobs.stop("bluegreen")
 
 
+@pytest.mark.deep
 def test_a_rollout_is_paused_resumed_and_given_up(jobs: Jobs) -> None:
     jobs.run("held", "1")
     jobs.run("held", "2", update=", canary: 1")
@@ -165,6 +168,7 @@ def test_one_allocation_is_restarted_where_it_is_and_stopped(jobs: Jobs) -> None
     jobs.stop("single")
 
 
+@pytest.mark.deep
 def test_a_job_is_restarted_a_few_at_a_time(jobs: Jobs) -> None:
     jobs.run("again", "1")
     before, since = jobs.ids("again"), jobs.events()[-1]["sequence"]
