@@ -60,11 +60,12 @@ def _ended(allocation: allocation_pb2.Allocation) -> bool:
 
 
 @contextlib.contextmanager
-def dev_fleet(nodes: int) -> Iterator[Fleet]:
-    """A fresh fleet; nothing of it is left afterwards."""
+def dev_fleet(nodes: int, agent_config: Path | None = None) -> Iterator[Fleet]:
+    """A fresh fleet; nothing of it is left afterwards. `agent_config`: more keys for its agents."""
     name = f"bench{os.getpid()}"
     command = [str(Path(sys.executable).with_name("outrider")), "dev"]
-    subprocess.run([*command, "--name", name, "--nodes", str(nodes), "--detach"], check=True, stdout=sys.stderr)
+    more = ["--agent-config", str(agent_config)] if agent_config is not None else []
+    subprocess.run([*command, "--name", name, "--nodes", str(nodes), "--detach", *more], check=True, stdout=sys.stderr)
     try:
         yield Fleet(name)
     finally:

@@ -147,7 +147,7 @@ async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_don
     filler = entry("filler", bytes(range(256)) * 4096 * 40)
     reference = await registry.push(layout(registry.directory / "a", shell_layer(filler)), "app:1")
     fleet.controller.assign(running(1, reference), full=True)
-    await until(lambda: any(f" {program} " in f" {line} " for line in fleet.processes()), f"{program} works")
+    await until(lambda: any(f"/{program} " in line for line in fleet.processes()), f"{program} works")
     fleet.kill()
     assert unpacked(fleet) == set()
     assert unfinished(fleet) != []

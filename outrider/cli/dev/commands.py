@@ -1,5 +1,6 @@
 """`outrider dev`: start, see, disturb and remove a fleet on this machine."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,12 +16,15 @@ def dev(
     nodes: Annotated[int, typer.Option(help="How many nodes, each a network namespace.")] = 3,
     name: Name = "dev",
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; `dev down` ends it.")] = False,
+    agent_config: Annotated[
+        Path | None, typer.Option(help="A YAML file whose keys every agent's configuration gets too.")
+    ] = None,
 ) -> None:
     """A fleet on this machine, until Ctrl-C; nothing of it is left afterwards. Needs root."""
     if context.invoked_subcommand is None:
         from outrider.cli.dev.front import start
 
-        start(name, nodes, detach=detach)
+        start(name, nodes, detach=detach, agent_config=agent_config)
 
 
 @app.command()

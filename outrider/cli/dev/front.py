@@ -20,6 +20,7 @@ from outrider.cli.address import Address
 from outrider.cli.client import Fleet, open_channel
 from outrider.cli.dev import removal
 from outrider.cli.dev.layout import CONTROL_ADDRESS, PROMETHEUS_PORT, Layout, claim, find, new_layout
+from outrider.cli.dev.programs import read_agent_keys, write_agent_keys
 from outrider.cli.exits import Interrupt
 from outrider.errors import HostError, PeerError
 from outrider.model.fleet import NodeState
@@ -33,18 +34,20 @@ _LOG_LINES = 8
 _TOOLS = ("crun", "conmon", "nft", "ip", "nsenter", "unshare", "setpriv")
 
 
-def start(name: str, node_count: int, *, detach: bool, hints: bool = True) -> None:
+def start(name: str, node_count: int, *, detach: bool, hints: bool = True, agent_config: Path | None = None) -> None:
     """Raises InputError, HostError. Without `detach`: until Ctrl-C or SIGTERM, and nothing of it is left.
 
-    `hints`: say what to do next.
+    `hints`: say what to do next. `agent_config`: keys for every agent's configuration.
     """
     layout = new_layout(name, node_count)
+    more = read_agent_keys(agent_config) if agent_config is not None else {}
     _check_host()
     claim(layout)
     began_s = time.monotonic()
     supervisor = None
     try:
         signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+        write_agent_keys(layout, more)
         supervisor = _spawn(layout, detach=detach)
         _wait_ready(layout, supervisor)
         output.say(f"fleet {name} is ready: {node_count} nodes in {time.monotonic() - began_s:.1f} s")

@@ -15,10 +15,12 @@ from outrider.cli.dev.layout import (
     JOIN_PORT,
     Layout,
 )
+from outrider.errors import InputError
 from outrider.ids import NodeId
 from outrider.tls import TlsFiles
 
 _BROKER_USER = "mosquitto"
+_AGENT_KEYS = "agent-keys.yaml"
 
 
 def write_controller(layout: Layout) -> Path:
@@ -55,7 +57,26 @@ def write_agent(layout: Layout, node: NodeId) -> Path:
     }
     if shutil.which("mosquitto"):
         config["mqtt"] = {"host": CONTROL_ADDRESS, "port": BROKER_PORT}
+    more = layout.config(_AGENT_KEYS)
+    if more.exists():
+        config |= yaml.safe_load(more.read_text())
     return _write(layout.config(f"{node}.yaml"), yaml.safe_dump(config))
+
+
+def read_agent_keys(path: Path) -> dict[str, object]:
+    """What a user wants in every agent's configuration. Raises InputError where it is none."""
+    try:
+        keys = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
+        raise InputError(f"{path}: expected keys and values of an agent's configuration")
+    return keys
+
+
+def write_agent_keys(layout: Layout, keys: dict[str, object]) -> None:
+    if keys:
+        _write(layout.config(_AGENT_KEYS), yaml.safe_dump(keys))
 
 
 def write_broker(layout: Layout) -> Path:
