@@ -3,6 +3,7 @@
 The controller stops on a PlanError: better no decision than one that cannot be carried out.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -95,27 +96,31 @@ def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
     """No node gives what it has not, or runs what it must not."""
     nodes, size = state.nodes, len(state.nodes)
     ready = state.ready_nodes
-    taken: dict[str, list[tuple[Ints, int]]] = {}
+    counted: list[tuple[GroupEntry, Ints]] = []
     for group, refs, _ in placed:
         if refs.max(initial=-1) >= size or refs.min(initial=0) < -1:
             raise PlanError(f"plan {plan.generation}: {group.family} on a node that nobody knows")
         there = refs[refs >= 0]
+        if not len(there):
+            continue
         for problem, passing in (("is not ready", ready), ("does not suit it", nodes.suited(group.demand))):
             if not passing[there].all():
                 bad = nodes.nodes[int(there[~passing[there]][0])].id
                 raise PlanError(f"plan {plan.generation}: {group.family} on {bad}, which {problem}")
-        for what, wanted in _takes(group):
-            if wanted and len(there):
-                taken.setdefault(what, []).append((there, wanted))
+        counted.append((group, there))
+    if not counted:
+        return
+    touched, which = np.unique(np.concatenate([there for _, there in counted]), return_inverse=True)
+    sizes = [len(there) for _, there in counted]
+    takes = [dict(_takes(group)) for group, _ in counted]
     free = {"cpu": nodes.cpu_free, "memory": nodes.memory_free, "disk": nodes.disk_free}
-    for what, parts in taken.items():
-        left = free[what] if what in free else nodes.device_free(what)
-        touched, which = np.unique(np.concatenate([there for there, _ in parts]), return_inverse=True)
-        wanted_each = np.repeat([wanted for _, wanted in parts], [len(there) for there, _ in parts])
-        sums = np.bincount(which, weights=wanted_each)
-        for ref, total in zip(touched[sums > left[touched]].tolist(), sums[sums > left[touched]].tolist(), strict=True):
+    for what in dict.fromkeys(itertools.chain.from_iterable(takes)):
+        sums = np.bincount(which, weights=np.repeat([each.get(what, 0) for each in takes], sizes))
+        left = (free[what] if what in free else nodes.device_free(what))[touched]
+        for at in np.flatnonzero((sums > 0) & (sums > left)).tolist():
             raise PlanError(
-                f"plan {plan.generation}: {nodes.nodes[ref].id} over-committed: {what} {total:.0f} of {left[ref]}"
+                f"plan {plan.generation}: {nodes.nodes[int(touched[at])].id} over-committed: "
+                f"{what} {sums[at]:.0f} of {left[at]}"
             )
 
 

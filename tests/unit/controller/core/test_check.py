@@ -9,6 +9,7 @@ from controller.core.records import LatePlacement, Plan, Run, Stop
 from controller.core.state import State
 from outrider.ids import JobName
 from outrider.model.allocation import Generation
+from outrider.model.job import Constraint, Operator, Resources
 from tests.scenarios.world import World, group, job, node, service
 
 
@@ -69,3 +70,35 @@ def test_a_good_plan_passes(state: State) -> None:
 def test_a_bad_plan_stops_the_controller(state: State, parts: dict[str, object], complaint: str) -> None:
     with pytest.raises(PlanError, match=complaint):
         check(state, plan(state, **parts))
+
+
+def important(world: World, name: str, priority: int) -> None:
+    world.submit(msgspec.structs.replace(job(name, group("web", memory_mib=1)), priority=priority))
+
+
+@pytest.mark.parametrize("priority", [50, 49])
+def test_nobody_goes_for_one_that_is_not_more_important(priority: int) -> None:
+    world = World()
+    world.join(node("n1"))
+    important(world, "humble", 50)
+    important(world, "other", priority)
+    stop = Stop(serials=serials(0), reason="", by=JobName("other"))
+    with pytest.raises(PlanError, match="is not less important than other"):
+        check(world.state, plan(world.state, stops=(stop,)))
+
+
+def test_devices_and_distinct_values_are_not_given_twice() -> None:
+    world = World()
+    world.join(node("n1", devices={"gpu": 1}, meta={"rack": "a"}), node("n2", meta={"rack": "a"}))
+    apart = Constraint(attribute="meta.rack", operator=Operator.DISTINCT, value="1")
+    world.submit(job("shop", msgspec.structs.replace(group("web"), constraints=(apart,))))
+    with pytest.raises(PlanError, match="rack does not hold"):
+        check(world.state, plan(world.state, runs=(run(first_serial=1, nodes=ints(1), ports=b""),)))
+    task = msgspec.structs.replace(group().tasks[0], resources=Resources(devices={"gpu": 1}))
+    world.submit(job("learn", msgspec.structs.replace(group("web"), tasks=(task,))))
+    again = run(job=JobName("learn"), first_serial=2, ports=b"")
+    with pytest.raises(PlanError, match="n1 over-committed: gpu 1 of 0"):
+        check(world.state, plan(world.state, runs=(again,)))
+    elsewhere = run(job=JobName("learn"), first_serial=2, nodes=ints(1), ports=b"")
+    with pytest.raises(PlanError, match="n2 over-committed"):
+        check(world.state, plan(world.state, runs=(elsewhere,)))
