@@ -46,6 +46,7 @@ from agent.pull.cache import Cache
 from agent.pull.gate import Gate
 from agent.pull.keeper import Keeper
 from agent.pull.puller import Puller, Registries
+from agent.qmp.guest_agent import GuestAgents
 from agent.record_writer import RecordWriter
 from agent.renewal import Renewal
 from agent.snapshots import Snapshots
@@ -150,6 +151,7 @@ class Agent:
             kvm=self._kvm_works,
             changed=self._snapshots_changed,
         )
+        self._guest_agents = GuestAgents()
         self._vms = Vms(images=Images(config.data / "images"), states=self._states, kvm=self._kvm_works)
         self._peers = Peers(cluster=config.cluster, tls=config.tls, log=log)
         self._migration = Migration(
@@ -188,6 +190,7 @@ class Agent:
             runtime=host.runtime,
             held=self._executor.held,
             operations=self._operations(),
+            agents=self._guest_agents,
             volumes=self._volumes,
         )
         self._load = Load(
@@ -369,6 +372,7 @@ class Agent:
             held=self._executor.held,
             vms=self._vms,
             states=self._states,
+            agents=self._guest_agents,
         )
 
     def _guest_came(self, alloc: AllocId) -> bool:

@@ -114,6 +114,11 @@ class Guests:
             self.cancel_move(alloc)
             departure = None
         if move is None:
+            task = next(task for task in assignment.group.tasks if task.driver is Driver.VM)
+            place = self.place(alloc, task)
+            if left_for(place.sandbox) is not None:  # it was given away, and does not run there any more
+                stays(place.sandbox)
+                self._tasks.create_task(wake(place.directory), name=f"{alloc}-wake")
             return
         if departure is None:
             departure = self._departures[alloc] = Departure(move)

@@ -8,12 +8,13 @@ from agent.console import Console, open_console
 from agent.drivers.process import sandbox_id
 from agent.drivers.vm import AGENT, CONSOLE
 from agent.held import SIDECAR, Held, sandbox_directory
+from agent.operation import Operation
 from agent.qmp.guest_agent import GuestAgents, GuestProgram
 from agent.sandbox import logs
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.runtime import SandboxRuntime
 from agent.store import Store
-from agent.vm_operations import Operation, VmOperations
+from agent.vm_operations import VmOperations
 from agent.vms import guest_directory
 from outrider.errors import RefusedError
 from outrider.ids import AllocId, TaskName
@@ -32,6 +33,7 @@ class Sources:
         runtime: SandboxRuntime,
         held: Callable[[], tuple[Held, ...]],
         operations: VmOperations,
+        agents: GuestAgents,
         volumes: Volumes,
     ) -> None:
         self._volumes = volumes
@@ -39,7 +41,7 @@ class Sources:
         self._store = store
         self._runtime = runtime
         self._held = held
-        self._agents = GuestAgents()
+        self._agents = agents
         self._consoles: set[Path] = set()  # those that somebody sits at
 
     async def exec(

@@ -11,13 +11,17 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from agent.drivers.process import sandbox_id
+from agent.drivers.vm import AGENT
+from agent.guest_files import Download, GuestFile, Upload
 from agent.guest_states import GuestStates
 from agent.held import Held, sandbox_directory
+from agent.operation import Operation
+from agent.qmp.guest_agent import GuestAgents
 from agent.sandbox.descriptors import readable, writable
 from agent.sandbox.runtime import SandboxRuntime
 from agent.snapshot_files import read_snapshot, write_snapshot
@@ -46,14 +50,16 @@ class VmOperations:
         held: Callable[[], tuple[Held, ...]],
         vms: Vms,
         states: GuestStates,
+        agents: GuestAgents,
     ) -> None:
         self._store = store
         self._runtime = runtime
         self._held = held
         self._vms = vms
         self._states = states
+        self._agents = agents
 
-    async def start(self, alloc: AllocId, command: VmCommand) -> "Operation":
+    async def start(self, alloc: AllocId, command: VmCommand) -> Operation:  # noqa: PLR0911 - one for each verb
         """Raises RefusedError where there is no such verb, or no such guest."""
         name = command.snapshot
         match command.verb:
@@ -71,6 +77,10 @@ class VmOperations:
                 return Export(lambda pipe: write_snapshot(snapshots, manifest, pipe))
             case VmVerb.VM_VERB_IMPORT:
                 return Import(lambda pipe: read_snapshot(self._states.snapshots, name, pipe), self._states.changed)
+            case VmVerb.VM_VERB_READ:
+                return Download(await self._open(alloc, command.path, "r"))
+            case VmVerb.VM_VERB_WRITE:
+                return Upload(await self._open(alloc, command.path, "w"))
             case verb:
                 raise RefusedError("unsupported", f"no operation {verb} on a vm: the caller is of a newer version")
 
@@ -100,6 +110,13 @@ class VmOperations:
             raise RefusedError("not-restored", failure)
         return ""
 
+    async def _open(self, alloc: AllocId, path: str, mode: str) -> GuestFile:
+        held, task = self._guest(alloc)
+        line = guest_directory(self._sandbox(held.assignment.alloc, task)) / AGENT
+        file = GuestFile(self._agents, line, path)
+        await file.open(mode)
+        return file
+
     async def _list(self) -> str:
         manifests = await asyncio.to_thread(lambda: tuple(self._states.snapshots.all()))
         return "".join(map(_line, manifests))
@@ -120,34 +137,6 @@ class VmOperations:
 
     def _sandbox(self, alloc: AllocId, task: Task) -> Path:
         return sandbox_directory(self._store.allocation_directory(alloc), TaskName(task.name))
-
-
-class Operation:
-    """As `agent.tunnels.Process` has it: what takes no input, has no terminal and cannot be killed half-way."""
-
-    async def read(self) -> tuple[str, bytes] | None:
-        raise NotImplementedError
-
-    async def write(self, data: bytes) -> None:
-        """Nothing is expected."""
-
-    def close_stdin(self) -> None:
-        """Nothing is expected."""
-
-    def resize(self, rows: int, columns: int) -> None:
-        """There is no terminal."""
-
-    def kill(self) -> None:
-        """Its end is `__aexit__`'s."""
-
-    async def wait(self) -> int:
-        return 0
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        """Nothing is held."""
 
 
 class Said(Operation):

@@ -23,7 +23,7 @@ from outrider.ids import GroupName, JobName, PortName, ServiceName
 from outrider.jobspec.reader import read_job
 from outrider.model.job import Check, CheckKind, Group, Job, Network, Port, Protocol, Service
 
-ROUNDS = 10
+ROUNDS = 6
 _BARE_S = 60.0
 
 

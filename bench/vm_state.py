@@ -26,7 +26,7 @@ ROUNDS = 5
 MOVES = 4
 
 # Asks as fast as it is answered, a new connection each time; says every half second how it fared so far.
-_LOADER = """
+LOADER = """
 import http.client, json, time
 asked = failed = 0
 longest_s, told_s = 0.0, time.monotonic()
@@ -131,7 +131,7 @@ def _from_snapshot(target: Job) -> Job:
 
 def _loader() -> Job:
     """Under the prober's name, whom the target lets in."""
-    task = Task(name=TaskName("loader"), command=("/usr/bin/python3", "-c", _LOADER))
+    task = Task(name=TaskName("loader"), command=("/usr/bin/python3", "-c", LOADER))
     upstream = Upstream(service=ServiceName("target"))
     service = Service(name=ServiceName("prober"), protocol=Protocol.TCP, upstreams=(upstream,))
     return Job(name=JobName("prober"), groups=(Group(name=GroupName("prober"), tasks=(task,), services=(service,)),))

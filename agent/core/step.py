@@ -11,6 +11,7 @@ from agent.core.report import alloc_record, alloc_report, stray_report
 from agent.core.state import AllocState, State, Stray, Turn, deadline_s, new_alloc
 from outrider.ids import AllocId
 from outrider.model.allocation import AllocReport, Assignment, Desired
+from outrider.model.job import has_guest
 
 _STRAY_RETRY_S = 5.0
 
@@ -84,7 +85,7 @@ def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
             if renewed:
                 turn.emit(RenewBelongings(assignment=assignment))
             amend.take_up(alloc, turn)
-            if assignment.move_to is not None or alloc.move is not None:
+            if has_guest(assignment.group):
                 allocation.move(alloc, turn)
     _keep(state, alloc, turn)
 

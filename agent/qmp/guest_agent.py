@@ -41,6 +41,11 @@ class GuestAgents:
         return GuestProgram(self, path, pid)
 
     async def ask(self, path: Path, command: str, arguments: Mapping[str, object]) -> dict[str, object]:
+        """As `call`, of what answers with several values."""
+        answer = await self.call(path, command, arguments)
+        return answer if isinstance(answer, dict) else {}
+
+    async def call(self, path: Path, command: str, arguments: Mapping[str, object]) -> object:
         """Raises RefusedError where nobody answers, ExecuteError where the guest's agent objects."""
         client = QMPClient()
         client.await_greeting = client.negotiate = False
@@ -60,7 +65,7 @@ class GuestAgents:
             if isinstance(error, ExecuteError):
                 raise
             raise HostError(f"guest agent at {path}", step=str(error)) from error
-        return answer if isinstance(answer, dict) else {}
+        return answer
 
 
 class GuestProgram:

@@ -117,12 +117,13 @@ def operate_into(
     *,
     alloc: str = "",
     node: str = "",
+    path: str = "",
     source: BinaryIO | None = None,
 ) -> None:
     """The same, what it gives into `target`. Raises RefusedError with what the node objects to."""
-    command = fleet_pb2.VmCommand(verb=verb, snapshot=snapshot)
+    command = fleet_pb2.VmCommand(verb=verb, snapshot=snapshot, path=path)
     start = fleet_pb2.ExecRequest(alloc=alloc, node=node, vm=command)
-    _converse(fleet, start, snapshot or node, source=source or io.BytesIO(), target=target)
+    _converse(fleet, start, snapshot or path or node, source=source or io.BytesIO(), target=target)
 
 
 def _converse(

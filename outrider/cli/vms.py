@@ -29,6 +29,38 @@ def console(target: Target) -> None:
 
 
 @app.command()
+def cp(
+    source: Annotated[str, typer.Argument(metavar="FILE|ALLOC:PATH", help="What to copy.")],
+    target: Annotated[str, typer.Argument(metavar="FILE|ALLOC:PATH", help="Where to. One of the two is in a guest.")],
+) -> None:
+    """Copy a file into a guest, or out of it, through its qemu-guest-agent."""
+    import io
+
+    from outrider.cli.client import connect
+    from outrider.cli.streams import allocation_of, operate_into
+    from outrider.errors import InputError
+    from outrider.v1.fleet_pb2 import VmVerb
+
+    (outer, _, inside_source), (into, _, inside_target) = source.partition(":"), target.partition(":")
+    if bool(inside_source) == bool(inside_target):
+        raise InputError("one of the two is in a guest, as ALLOC:PATH, and the other is here")
+    try:
+        with connect() as fleet:
+            if inside_source:
+                with Path(target).open("wb") as file:
+                    alloc = allocation_of(fleet, outer)
+                    operate_into(fleet, file, VmVerb.VM_VERB_READ, "", alloc=alloc, path=inside_source)
+            else:
+                with Path(source).open("rb") as file:
+                    alloc = allocation_of(fleet, into)
+                    nowhere = io.BytesIO()
+                    verb = VmVerb.VM_VERB_WRITE
+                    operate_into(fleet, nowhere, verb, "", alloc=alloc, path=inside_target, source=file)
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from error
+
+
+@app.command()
 def migrate(
     target: Target,
     to: Annotated[str, typer.Option(help="The node to go to; else any that suits.")] = "",

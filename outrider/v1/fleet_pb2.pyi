@@ -83,6 +83,10 @@ class _VmVerbEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VmVerb.ValueTy
     """stdout is the file"""
     VM_VERB_IMPORT: _VmVerb.ValueType  # 6
     """stdin is"""
+    VM_VERB_READ: _VmVerb.ValueType  # 7
+    """stdout is what the file at `path` inside has"""
+    VM_VERB_WRITE: _VmVerb.ValueType  # 8
+    """stdin is what it shall have"""
 
 class VmVerb(_VmVerb, metaclass=_VmVerbEnumTypeWrapper): ...
 
@@ -98,6 +102,10 @@ VM_VERB_EXPORT: VmVerb.ValueType  # 5
 """stdout is the file"""
 VM_VERB_IMPORT: VmVerb.ValueType  # 6
 """stdin is"""
+VM_VERB_READ: VmVerb.ValueType  # 7
+"""stdout is what the file at `path` inside has"""
+VM_VERB_WRITE: VmVerb.ValueType  # 8
+"""stdin is what it shall have"""
 Global___VmVerb: _TypeAlias = VmVerb  # noqa: Y015
 
 @_typing.final
@@ -772,17 +780,20 @@ class VmCommand(_message.Message):
 
     VERB_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     verb: Global___VmVerb.ValueType
     snapshot: _builtins.str
+    path: _builtins.str
     def __init__(
         self,
         *,
         verb: Global___VmVerb.ValueType = ...,
         snapshot: _builtins.str = ...,
+        path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "snapshot", b"snapshot", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,16 +61,22 @@ async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is
 
 
 async def operated(
-    fleet: AgentFleet, verb: VmVerb.ValueType, snapshot: str = "", *, alloc: str = "", given: bytes | None = None
+    fleet: AgentFleet,
+    verb: VmVerb.ValueType,
+    snapshot: str = "",
+    *,
+    alloc: str = "",
+    path: str = "",
+    given: bytes | None = None,
 ) -> tuple[bytes, str]:
     """What the agent gave, and what it objected to."""
-    command = fleet_pb2.VmCommand(verb=verb, snapshot=snapshot)
+    command = fleet_pb2.VmCommand(verb=verb, snapshot=snapshot, path=path)
     tunnel = fleet.controller.open_tunnel(exec=fleet_pb2.ExecRequest(alloc=alloc, vm=command))
     if given is not None:
         for at in range(0, len(given), 1 << 20):
             fleet.controller.tunnel_inputs[tunnel].put_nowait(fleet_pb2.TunnelFrame(stdin=given[at : at + (1 << 20)]))
         fleet.controller.tunnel_inputs[tunnel].put_nowait(fleet_pb2.TunnelFrame(stdin_closed=True))
-    output, end = await fleet.controller.tunnelled(tunnel, timeout_s=60)
+    output, end = await fleet.controller.tunnelled(tunnel, timeout_s=240)
     return output, end.error
 
 
@@ -105,6 +111,10 @@ async def test_a_guest_is_kept_put_back_cloned_and_carried_to_another_node(fleet
     assert "is no vm" in (await operated(fleet, VmVerb.VM_VERB_SNAPSHOT, "other", alloc=API))[1]
     assert "no snapshot 'absent'" in (await operated(fleet, VmVerb.VM_VERB_RESTORE, "absent", alloc=GUEST))[1]
 
+    large = os.urandom(300_000)
+    assert await operated(fleet, VmVerb.VM_VERB_WRITE, alloc=GUEST, path="/large", given=large) == (b"", "")
+    assert await operated(fleet, VmVerb.VM_VERB_READ, alloc=GUEST, path="/large") == (large, "")
+    assert "the guest says" in (await operated(fleet, VmVerb.VM_VERB_READ, alloc=GUEST, path="/nowhere"))[1]
     await ran(fleet, "sh", "-c", "echo lost > /memory; rm /tmp/note")
     assert (await operated(fleet, VmVerb.VM_VERB_RESTORE, "warm", alloc=GUEST))[1] == ""
     await until(lambda: controller.passing(GUEST), "serves again")
@@ -163,7 +173,7 @@ async def until_said(fleet: AgentFleet, alloc: AllocId, text: str) -> None:
 
 async def refuses_what_was_tampered_with(fleet: AgentFleet, exported: bytes) -> None:
     flipped = bytearray(exported)
-    flipped[len(exported) // 2] ^= 1
+    flipped[2 << 20] ^= 1  # of its memory
     with tarfile.open(fileobj=io.BytesIO(exported)) as tar:
         members = list(tar)
     text = bytearray(exported)
@@ -175,8 +185,8 @@ async def refuses_what_was_tampered_with(fleet: AgentFleet, exported: bytes) -> 
         tar.addfile(escape)
     bad = {
         "is not what its manifest says": bytes(flipped),
-        "manifest.json is not what was exported": bytes(text),
-        "no whole export": exported[: len(exported) // 2],
+        "manifest.json is not what was exported": bytes(text[: 2 << 20]),
+        "no whole export": exported[: 4 << 20],
         "expected manifest.sha256, and found": led.getvalue(),
         "empty file": b"",
     }
