@@ -104,7 +104,9 @@ class Sources:
     ) -> AsyncIterator[tuple[str, bytes]]:
         """Pieces as (stream, bytes); followed over restarts of the task, until the allocation has ended."""
         task = self._task(alloc, task)
-        directory = sandbox_directory(self._store.allocation_directory(alloc), task)
+        lives = bool(self._store.tasks(alloc))
+        kept = self._store.allocation_directory(alloc) if lives else self._store.ended.directory(alloc)
+        directory = sandbox_directory(kept, task)
 
         def following() -> bool:
             return follow and any(held.assignment.alloc == alloc for held in self._held())
@@ -119,7 +121,7 @@ class Sources:
 
     def _task(self, alloc: AllocId, task: TaskName) -> TaskName:
         """The one that is meant. Raises RefusedError where it cannot be known."""
-        tasks = self._store.tasks(alloc)
+        tasks = self._store.tasks(alloc) or self._store.ended.tasks(alloc)
         known = [task.name for task in tasks]
         if not known:
             raise RefusedError("not-found", f"allocation {alloc} is not on this node, or was forgotten")

@@ -3,6 +3,7 @@
     DATA/agent.json                     Generation acknowledged
     DATA/allocations/ID/state.json      AllocRecord, the core's
     DATA/allocations/ID/...             the sandboxes' directories: bundles, exit statuses, logs
+    DATA/ended/...                      logs of allocations that are forgotten (`ended`)
 
 Every write is whole or not at all: a new file, fsync, rename, fsync of the directory. A file that cannot be read is
 set aside under `*.damaged` and told of; the agent goes on with what the host itself shows. Owns no thread: the caller
@@ -17,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from agent.core.events import AllocRecord
+from agent.ended import EndedLogs
 from outrider.errors import HostError
 from outrider.ids import AllocId
 from outrider.model.allocation import Generation
@@ -46,8 +48,10 @@ class Store:
         self._data = data
         self._node = node
         self._allocations = data / "allocations"
+        self.ended = EndedLogs(data / "ended")
         try:
             self._allocations.mkdir(mode=0o711, parents=True, exist_ok=True)
+            self.ended.open()
         except OSError as error:
             raise HostError(str(data), step=f"make the directory: {error.strerror}") from error
 
@@ -98,8 +102,9 @@ class Store:
             raise HostError(str(self._data), step=f"write agent.json: {error.strerror}") from error
 
     def forget(self, alloc: AllocId) -> None:
-        """Record, logs and all. What cannot be removed now is removed when it is found again."""
+        """Record and all, but for the newest logs. What cannot be removed now is removed when it is found again."""
         directory = self.allocation_directory(alloc)
+        self.ended.keep(alloc, self.tasks(alloc), directory)
         (directory / _STATE).unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -95,6 +95,10 @@ def test_a_batch_job_does_not_wait_for_its_helper(jobs: Jobs) -> None:
     said = jobs.run(ROLES.format(kind="batch", second="true", server="echo works").replace("roles", "roles-batch"))
     assert "job roles-batch, version 1: is complete" in said
     assert jobs.status("roles-batch")["state"] == "complete"
+    said = jobs.outrider("logs", "roles-batch", "shipper")
+    assert "shipper begins" in said, "its logs outlive it"
+    assert "shipper ends" in said
+    assert "works" in jobs.outrider("logs", "roles-batch"), "the main task's, where none is named"
 
 
 def test_an_init_task_that_fails_keeps_the_others_from_running_and_says_so(jobs: Jobs) -> None:
