@@ -7,6 +7,8 @@ import pytest
 
 from agent.core.events import AllocRecord
 from agent.ended import EndedLogs
+from agent.held import sandbox_directory
+from agent.sandbox import logs
 from agent.store import Store
 from outrider.ids import AllocId, GroupName, JobName, TaskName
 from outrider.model.allocation import Assignment
@@ -74,3 +76,10 @@ def test_what_never_said_anything_leaves_nothing(tmp_path: Path) -> None:
     store.forget(alloc(9))
     assert kept(tmp_path) == []
     assert EndedLogs(tmp_path / "ended").tasks(alloc(9)) == ()
+
+
+async def test_they_are_read_like_those_of_what_runs(tmp_path: Path) -> None:
+    store = Store(tmp_path, "n1")
+    one = ended(store, 1, "2026-11-26T12:00:00.0Z stdout F first\n2026-11-26T12:00:01.0Z stderr F second\n")
+    read = logs.read(str(sandbox_directory(store.ended.directory(one), TaskName("main"))))
+    assert [(piece.stream, piece.data) async for piece in read] == [("stdout", b"first\n"), ("stderr", b"second\n")]
