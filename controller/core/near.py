@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from controller.core import table as columns
+from controller.core.copies import running
 from controller.core.groups import GroupEntry
 from controller.core.scores import Near
 from controller.core.state import State
@@ -27,10 +27,3 @@ def neighbours(state: State, group: GroupEntry, rows: Ints, given: Iterable[Ints
     for nodes in given:
         of_job += np.bincount(nodes, minlength=size)
     return Near(of_group, of_job)
-
-
-def running(state: State, rows: Ints) -> Ints:
-    """Those that live and are to run."""
-    table = state.table
-    found: Ints = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)]
-    return found

@@ -15,6 +15,7 @@ import numpy as np
 from controller.core import liveness
 from controller.core import table as columns
 from controller.core.commands import Append, Command, Reply, SendAssignments, WithdrawEndpoints
+from controller.core.copies import running
 from controller.core.events import (
     AgentReported,
     Appended,
@@ -24,7 +25,6 @@ from controller.core.events import (
     RequestId,
     Tick,
 )
-from controller.core.near import running
 from controller.core.policy import Policy
 from controller.core.records import Record
 from controller.core.state import State

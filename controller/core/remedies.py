@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from controller.core.copies import running
 from controller.core.groups import GroupEntry
-from controller.core.near import neighbours, running
+from controller.core.near import neighbours
 from controller.core.reasons import Filter, amount, counted_out, filters, shortages
 from controller.core.scores import Near
 from controller.core.snapshot import Hold, Snapshot

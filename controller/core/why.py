@@ -9,8 +9,9 @@ import numpy as np
 
 from controller.core import table as columns
 from controller.core import views
+from controller.core.copies import running
 from controller.core.groups import GroupEntry
-from controller.core.near import neighbours, running
+from controller.core.near import neighbours
 from controller.core.reasons import counted_out
 from controller.core.remedies import as_seen_by, remedies
 from controller.core.scores import Near, Scores
