@@ -16,6 +16,9 @@ from envoy.config.route.v3 import route_pb2
 from envoy.extensions.access_loggers.filters.cel.v3 import cel_pb2
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2
 from envoy.extensions.access_loggers.stream.v3 import stream_pb2
+from envoy.extensions.filters.common.fault.v3 import fault_pb2 as common_fault_pb2
+from envoy.extensions.filters.http.fault.v3 import fault_pb2
+from envoy.extensions.filters.http.local_ratelimit.v3 import local_rate_limit_pb2
 from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
@@ -26,15 +29,18 @@ from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2, tls_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from envoy.service.discovery.v3 import discovery_pb2
+from envoy.type.matcher.v3 import http_inputs_pb2
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from outrider.model.job import Protocol
+from outrider.model.traffic import Balancing, Limits, Outliers
 from sidecar.access_log import Config
 from sidecar.core.resources import (
     AccessRules,
     EndpointSet,
     InboundListener,
+    InboundRoutes,
     Kind,
     LeafSecret,
     LocalCluster,
@@ -52,14 +58,18 @@ from sidecar.render_listener import (
     access_rules,
     inbound_listener,
     outbound_listener,
-    upstream_routes,
 )
+from sidecar.render_routes import inbound_routes, upstream_routes
 
 # Named by type URL inside configurations: they must be loaded for the JSON form to be read.
 _BY_TYPE_URL = (
     cel_pb2,
     als_pb2,
     stream_pb2,
+    common_fault_pb2,
+    fault_pb2,
+    local_rate_limit_pb2,
+    http_inputs_pb2,
     http_rbac_pb2,
     router_pb2,
     http_connection_manager_pb2,
@@ -84,6 +94,13 @@ _OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _CONTENTS_KEPT = 4096
 _LIMIT = 1 << 20  # concurrency is the workload's business: no breaker trips before memory does
 _TCP_LEVEL, _TCP_USER_TIMEOUT = 6, 18
+_BALANCING = {
+    Balancing.LEAST_REQUEST: "LEAST_REQUEST",
+    Balancing.ROUND_ROBIN: "ROUND_ROBIN",
+    Balancing.RANDOM: "RANDOM",
+    Balancing.RING_HASH: "RING_HASH",
+    Balancing.MAGLEV: "MAGLEV",
+}
 
 
 @lru_cache(maxsize=_CONTENTS_KEPT)
@@ -113,6 +130,8 @@ def _message(resource: Resource) -> Message:
             message = json_format.ParseDict(outbound_listener(resource), listener_pb2.Listener())
         case UpstreamRoutes():
             message = json_format.ParseDict(upstream_routes(resource), route_pb2.RouteConfiguration())
+        case InboundRoutes():
+            message = json_format.ParseDict(inbound_routes(resource), route_pb2.RouteConfiguration())
         case AccessRules():
             config = {"name": resource.name, "typed_config": access_rules(resource)}
             message = json_format.ParseDict(config, extension_pb2.TypedExtensionConfig())
@@ -127,7 +146,7 @@ def _local_cluster(cluster: LocalCluster) -> Config:
         "name": cluster.name,
         "type": "STATIC",
         "connect_timeout": "1s",
-        "circuit_breakers": _breakers(),
+        "circuit_breakers": _breakers(Limits(), 50),
         "load_assignment": {
             "cluster_name": cluster.name,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
@@ -140,16 +159,17 @@ def _local_cluster(cluster: LocalCluster) -> Config:
 
 
 def _upstream_cluster(cluster: UpstreamCluster) -> Config:
+    policy = cluster.backend.policy
     config: Config = {
         "name": cluster.name,
         "alt_stat_name": f"outbound.{cluster.source}.{cluster.destination}",
         "type": "EDS",
-        "eds_cluster_config": {"eds_config": ADS, "service_name": cluster.destination},
-        "connect_timeout": "0.25s",
-        "lb_policy": "LEAST_REQUEST",
+        "eds_cluster_config": {"eds_config": ADS, "service_name": cluster.backend.endpoints},
+        "connect_timeout": f"{policy.connect_timeout_s:g}s",
+        "lb_policy": _BALANCING[policy.balance],
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
-        "circuit_breakers": _breakers(),
-        "outlier_detection": _outliers(),
+        "circuit_breakers": _breakers(policy.limits, policy.budget_percent),
+        "outlier_detection": _outliers(policy.outliers),
         "upstream_bind_config": {"socket_options": [_user_timeout(1000)]},
         "upstream_connection_options": {
             "tcp_keepalive": {"keepalive_probes": 3, "keepalive_time": 5, "keepalive_interval": 1}
@@ -175,12 +195,12 @@ def _upstream_http(protocol: Protocol) -> Config:
 
 
 def _upstream_tls(cluster: UpstreamCluster) -> Config:
-    peer = {"san_type": "URI", "matcher": {"exact": cluster.peer_spiffe}}
+    peers = [{"san_type": "URI", "matcher": {"exact": peer}} for peer in cluster.peers]
     context: Config = {
         "tls_params": TLS_PARAMETERS,
         "tls_certificate_sds_secret_configs": [{"name": leaf_name(cluster.source), "sds_config": ADS}],
         "combined_validation_context": {
-            "default_validation_context": {"match_typed_subject_alt_names": [peer]},
+            "default_validation_context": {"match_typed_subject_alt_names": peers},
             "validation_context_sds_secret_config": {"name": "roots", "sds_config": ADS},
         },
     }
@@ -194,27 +214,33 @@ def _upstream_tls(cluster: UpstreamCluster) -> Config:
     }
 
 
-def _outliers() -> Config:
-    """Only what this side saw fail (connects, resets, timeouts): an answer, even a 503, is the workload's."""
+def _outliers(outliers: Outliers) -> Config:
+    """What this side saw fail (connects, resets, timeouts); an answer, even a 503, is the workload's unless the
+    service's policy says otherwise."""
     return {
         "split_external_local_origin_errors": True,
         "consecutive_local_origin_failure": 3,
         "enforcing_consecutive_local_origin_failure": 100,
         "enforcing_local_origin_success_rate": 0,
-        "enforcing_consecutive_5xx": 0,
+        "consecutive_5xx": outliers.errors or 5,
+        "enforcing_consecutive_5xx": 100 if outliers.errors else 0,
         "enforcing_consecutive_gateway_failure": 0,
         "enforcing_success_rate": 0,
-        "interval": "1s",
-        "base_ejection_time": "2s",
-        "max_ejection_time": "10s",
-        "max_ejection_percent": 50,  # never the only one: trying it beats refusing
+        "interval": f"{outliers.interval_s:g}s",
+        "base_ejection_time": f"{outliers.ejection_s:g}s",
+        "max_ejection_time": f"{5 * outliers.ejection_s:g}s",
+        "max_ejection_percent": outliers.percent,  # never the only one: trying it beats refusing
     }
 
 
-def _breakers() -> Config:
-    limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), _LIMIT)
-    retries = {"budget_percent": {"value": 50}, "min_retry_concurrency": 64}
-    return {"thresholds": [{**limits, "retry_budget": retries}]}
+def _breakers(limits: Limits, budget_percent: int) -> Config:
+    bounds = {
+        "max_connections": limits.connections or _LIMIT,
+        "max_pending_requests": limits.pending or _LIMIT,
+        "max_requests": limits.requests or _LIMIT,
+    }
+    retries = {"budget_percent": {"value": budget_percent}, "min_retry_concurrency": 64 if budget_percent else 0}
+    return {"thresholds": [{**bounds, "retry_budget": retries}]}
 
 
 def _user_timeout(milliseconds: int) -> Config:
@@ -229,9 +255,9 @@ def _user_timeout(milliseconds: int) -> Config:
 
 def _endpoints(endpoints: EndpointSet) -> endpoint_pb2.ClusterLoadAssignment:
     assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=endpoints.name)
-    if endpoints.addresses:
-        locality = assignment.endpoints.add()
-        for address, port in endpoints.addresses:
+    for priority, tier in enumerate(endpoints.tiers):
+        locality = assignment.endpoints.add(priority=priority)
+        for address, port in tier:
             socket = locality.lb_endpoints.add().endpoint.address.socket_address
             socket.address, socket.port_value = address, port
     return assignment

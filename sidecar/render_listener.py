@@ -1,14 +1,17 @@
 """Listeners, routes and access rules as Envoy configuration (JSON form). Holds no state, sends nothing."""
 
+import re
+
 from outrider.ids import ServiceName
 from outrider.model.mesh import Action, spiffe_id
+from outrider.model.traffic import HttpMatch, TextMatch
 from sidecar.access_log import MARKER_HEADER, Config, inbound_log, outbound_log
 from sidecar.core.access import ANYONE, DEFAULT_DENY, AccessRule
 from sidecar.core.resources import (
     AccessRules,
     InboundListener,
     OutboundListener,
-    UpstreamRoutes,
+    inbound_name,
     is_http,
     leaf_name,
     local_cluster_name,
@@ -21,12 +24,19 @@ _HTTP_RBAC = _TYPE + "extensions.filters.http.rbac.v3.RBAC"
 _TCP_RBAC = _TYPE + "extensions.filters.network.rbac.v3.RBAC"
 ADS: Config = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 TLS_PARAMETERS: Config = {"tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3"}
+RATE_LIMIT, FAULT = "rate_limit", "fault"
+FILTERS = {
+    RATE_LIMIT: _TYPE + "extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+    FAULT: _TYPE + "extensions.filters.http.fault.v3.HTTPFault",
+}
+_IDLE: dict[str, Config] = {RATE_LIMIT: {"stat_prefix": RATE_LIMIT}, FAULT: {}}
 # Values of MARKER_HEADER on a response that a server's sidecar made itself.
 UNREACHED = "unreached"  # the workload never saw the request
 INTERRUPTED = "interrupted"  # it may have
 _UNREACHED_FLAGS = ["UF", "UH", "UO", "NC"]
 _INTERRUPTED_FLAGS = ["UC", "UR", "LR", "URX", "UPE"]
-_IDEMPOTENT = "GET|HEAD|OPTIONS|PUT|DELETE|TRACE"
+_AMBIGUOUS = r"[^?]*(?://|%2[fF]|%5[cC]|%00)[^?]*(?:\?.*)?"
+_QUERY = r"(?:\?.*)?"
 
 
 # On public listeners, and so on what they accept: callers on a host that died must not hold connections for ever.
@@ -63,34 +73,9 @@ def outbound_listener(listener: OutboundListener) -> Config:
     return _listener(listener, {"name": "all", "filters": filters}, "OUTBOUND")
 
 
-def upstream_routes(routes: UpstreamRoutes) -> Config:
-    cluster = outbound_name(routes.source, routes.destination)
-    idempotent = {"name": ":method", "string_match": {"safe_regex": {"regex": _IDEMPOTENT}}}
-    safe = _retries("connect-failure,refused-stream,reset,retriable-headers", {"present_match": True})
-    careful = _retries(
-        "connect-failure,refused-stream,reset-before-request,retriable-headers",
-        {"string_match": {"exact": UNREACHED}},
-    )
-    return {
-        "name": routes.name,
-        "virtual_hosts": [
-            {
-                "name": routes.destination,
-                "domains": ["*"],
-                "routes": [
-                    _route({"prefix": "/", "headers": [idempotent]}, cluster, safe),
-                    _route({"prefix": "/"}, cluster, careful),
-                ],
-            }
-        ],
-        # After retries have read it: the mark is between sidecars.
-        "response_headers_to_remove": [MARKER_HEADER],
-    }
-
-
 def access_rules(rules: AccessRules) -> Config:
     """An ECDS resource's filter configuration: an ordered list, the first match decides, nothing matched is denied."""
-    matchers = [_matcher(rule, rules) for rule in rules.rules]
+    matchers = [matcher for rule in rules.rules for matcher in _matchers(rule, rules)]
     tree: Config = {"on_no_match": _verdict(DEFAULT_DENY, Action.DENY)}
     if matchers:
         tree["matcher_list"] = {"matchers": matchers}
@@ -146,19 +131,12 @@ def _outbound_tcp(listener: OutboundListener) -> list[Config]:
 
 def _inbound_http(listener: InboundListener) -> list[Config]:
     service = listener.service
-    route = {"match": {"prefix": "/"}, "route": {"cluster": local_cluster_name(service), "timeout": "0s"}}
     return [
         _http_manager(
             f"inbound.{service}",
             {
-                "route_config": {
-                    "name": f"inbound/{service}",
-                    "validate_clusters": False,
-                    # The workload cannot pose as its sidecar.
-                    "response_headers_to_remove": [MARKER_HEADER],
-                    "virtual_hosts": [{"name": service, "domains": ["*"], "routes": [route]}],
-                },
-                "http_filters": [_discovered_rules(service, _HTTP_RBAC), _router()],
+                "rds": {"route_config_name": inbound_name(service), "config_source": ADS},
+                "http_filters": [_discovered_rules(service, _HTTP_RBAC), dormant(RATE_LIMIT), _router()],
                 # Who calls, proven by the certificate, replaces whatever the caller wrote there.
                 "forward_client_cert_details": "SANITIZE_SET",
                 "set_current_client_cert_details": {"uri": True},
@@ -187,8 +165,13 @@ def _inbound_replies(service: ServiceName) -> list[Config]:
             f"outrider: %DOWNSTREAM_PEER_URI_SAN% may not call service {service}: %RESPONSE_CODE_DETAILS%\n"
         ),
     }
+    limited: Config = {
+        "filter": {"status_code_filter": {"comparison": {"op": "EQ", "value": _runtime(429)}}},
+        "body_format_override": _text(f"outrider: an instance of service {service} takes no more requests a second\n"),
+    }
     return [
         forbidden,
+        limited,
         marked(_UNREACHED_FLAGS, UNREACHED, f"outrider: the workload of service {service} is not reachable\n"),
         marked(_INTERRUPTED_FLAGS, INTERRUPTED, f"outrider: the workload of service {service} broke off the request\n"),
     ]
@@ -199,6 +182,20 @@ def _outbound_http(listener: OutboundListener) -> list[Config]:
     nobody: Config = {
         "filter": {"response_flag_filter": {"flags": ["UH"]}},
         "body_format_override": _text(f"outrider: service {destination} has no healthy endpoint\n"),
+    }
+    full: Config = {
+        "filter": {"response_flag_filter": {"flags": ["UO"]}},
+        "body_format_override": _text(
+            f"outrider: as many calls of service {destination} are under way as its `limits` allow\n"
+        ),
+    }
+    late: Config = {
+        "filter": {"response_flag_filter": {"flags": ["UT"]}},
+        "body_format_override": _text(f"outrider: service {destination} took longer than its `timeout` allows\n"),
+    }
+    broken: Config = {
+        "filter": {"response_flag_filter": {"flags": ["FI"]}},
+        "body_format_override": _text(f"outrider: a `fault` made on purpose for calls of service {destination}\n"),
     }
     unreachable: Config = {
         "filter": {"response_flag_filter": {"flags": ["UF", "UC", "UR", "URX", "NC"]}},
@@ -212,8 +209,8 @@ def _outbound_http(listener: OutboundListener) -> list[Config]:
             f"outbound.{source}.{destination}",
             {
                 "rds": {"route_config_name": outbound_name(source, destination), "config_source": ADS},
-                "http_filters": [_router()],
-                "local_reply_config": {"mappers": [nobody, unreachable]},
+                "http_filters": [dormant(FAULT), _router()],
+                "local_reply_config": {"mappers": [nobody, full, late, broken, unreachable]},
                 "access_log": outbound_log(source, destination, http=True),
             },
         )
@@ -228,11 +225,17 @@ def _http_manager(stat_prefix: str, more: Config) -> Config:
         "stream_idle_timeout": "0s",  # how long an answer may take is for the workloads to say
         "http2_protocol_options": {"allow_connect": True},
         "upgrade_configs": [{"upgrade_type": "websocket"}],
+        "normalize_path": True,  # rules and routes see what the workload sees
         "preserve_external_request_id": True,  # one id in the logs of both sides
         "server_header_transformation": "PASS_THROUGH",
         **more,
     }
     return {"name": "http", "typed_config": manager}
+
+
+def dormant(name: str) -> Config:
+    """A filter that costs nothing until a route wakes it: listeners never change."""
+    return {"name": name, "disabled": True, "typed_config": {"@type": FILTERS[name], **_IDLE[name]}}
 
 
 def _router() -> Config:
@@ -245,33 +248,81 @@ def _discovered_rules(service: ServiceName, filter_type: str) -> Config:
     return {"name": rules_name(service), "config_discovery": {"config_source": ADS, "type_urls": [filter_type]}}
 
 
-def _route(match: Config, cluster: str, retries: Config) -> Config:
-    return {"match": match, "route": {"cluster": cluster, "timeout": "0s", "retry_policy": retries}}
+def _matchers(rule: AccessRule, rules: AccessRules) -> list[Config]:
+    """In order: the rule's permissions, and what is left to its action."""
+    source = _source(rule, rules)
+    if not rule.permissions or not is_http(rules.protocol):
+        return [{"predicate": source, "on_match": _verdict(rule.name, rule.action)}]
+    # What a prefix or an exact path means must not hang on who reads it: such paths are for nobody.
+    ambiguous: Config = {"single_predicate": {"input": _header(":path"), "value_match": _regex(_AMBIGUOUS)}}
+    found: list[Config] = [
+        {"predicate": _all(source, ambiguous), "on_match": _verdict(f"{rule.name} ambiguous path", Action.DENY)}
+    ]
+    for permission in rule.permissions:
+        action = Action(permission.action.value)
+        predicate = _all(source, *_request(permission.match))
+        found.append({"predicate": predicate, "on_match": _verdict(rule.name, action)})
+    return [*found, {"predicate": source, "on_match": _verdict(rule.name, rule.action)}]
 
 
-def _retries(retry_on: str, marker: Config) -> Config:
-    previous = _TYPE + "extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
-    return {
-        "retry_on": retry_on,
-        "retriable_headers": [{"name": MARKER_HEADER, **marker}],
-        "num_retries": 3,
-        "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.1s"},
-        "retry_host_predicate": [{"name": "previous_hosts", "typed_config": {"@type": previous}}],
-        # A dead workload's sidecar answers at once, so least request favours it, 3 to 1 of two: ask until another.
-        "host_selection_retry_max_attempts": "30",
-    }
-
-
-def _matcher(rule: AccessRule, rules: AccessRules) -> Config:
+def _source(rule: AccessRule, rules: AccessRules) -> Config:
     if rule.source == ANYONE:
         # Any service; not Consul's own agents, whose certificates the same authority signs. One name, so no comma.
         anyone = spiffe_id(rules.trust_domain, rules.datacenter, ServiceName("")).replace(".", r"\.")
-        match: Config = {"safe_regex": {"google_re2": {}, "regex": anyone + "[a-z0-9-]+"}}
+        match = _regex(anyone + "[a-z0-9-]+")
     else:
         match = {"exact": rule.source}
     san = {"@type": _TYPE + "extensions.matching.common_inputs.ssl.v3.UriSanInput"}
-    predicate = {"single_predicate": {"input": {"name": "uri_san", "typed_config": san}, "value_match": match}}
-    return {"predicate": predicate, "on_match": _verdict(rule.name, rule.action)}
+    return {"single_predicate": {"input": {"name": "uri_san", "typed_config": san}, "value_match": match}}
+
+
+def _request(match: HttpMatch) -> list[Config]:
+    """What a request must be like. Envoy's `:path` has the query; permissions look at the path alone."""
+    found: list[Config] = []
+    if match.path_exact:
+        found.append(_text_predicate(":path", _regex(_escaped(match.path_exact) + _QUERY)))
+    if match.path_prefix:
+        found.append(_text_predicate(":path", {"prefix": match.path_prefix}))
+    if match.path_regex:
+        found.append(_text_predicate(":path", _regex(f"(?:{match.path_regex}){_QUERY}")))
+    if match.methods:
+        found.append(_text_predicate(":method", _regex("|".join(match.methods))))
+    for header in match.headers:
+        predicate = _text_predicate(header.name.lower(), text_match(header))
+        found.append({"not_matcher": predicate} if header.invert else predicate)
+    return found
+
+
+def text_match(text: TextMatch) -> Config:
+    """Envoy's StringMatcher; a value that is only to be there matches anything."""
+    if text.exact:
+        return {"exact": text.exact}
+    if text.prefix:
+        return {"prefix": text.prefix}
+    if text.suffix:
+        return {"suffix": text.suffix}
+    return _regex(text.regex or ".*")
+
+
+def _text_predicate(header: str, match: Config) -> Config:
+    return {"single_predicate": {"input": _header(header), "value_match": match}}
+
+
+def _header(name: str) -> Config:
+    config = {"@type": _TYPE + "type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": name}
+    return {"name": name, "typed_config": config}
+
+
+def _all(*predicates: Config) -> Config:
+    return predicates[0] if len(predicates) == 1 else {"and_matcher": {"predicate": list(predicates)}}
+
+
+def _regex(regex: str) -> Config:
+    return {"safe_regex": {"google_re2": {}, "regex": regex}}
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([^A-Za-z0-9/_-])", r"\\\1", text)
 
 
 def _verdict(name: str, action: Action) -> Config:

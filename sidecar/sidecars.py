@@ -25,6 +25,7 @@ from sidecar.core.access import access_rules, refused_by, remember
 from sidecar.core.intent import SidecarSpec, SidecarStats
 from sidecar.core.resources import Kind, ResourceSet, resources
 from sidecar.core.subscription import Rejection, Versions
+from sidecar.core.traffic import used_services
 from sidecar.directory import Directories, SidecarState
 from sidecar.render import render
 from sidecar.stats import sidecar_stats
@@ -294,17 +295,22 @@ class _Sidecar:
         listener stays, for what was sent once never goes."""
         for service in self.spec.services:
             for upstream in service.upstreams:
-                name = upstream.service
-                if name in view.services:
-                    self._services[name] = view.services[name]
-                elif name in self._services and self._services[name].endpoints:
-                    last = self._services[name]
-                    self._services[name] = MeshService(
-                        name=name, virtual_address=last.virtual_address, protocol=last.protocol
-                    )
+                self._take(view, upstream.service)
+                for name in (
+                    used_services(self._services[upstream.service]) if upstream.service in self._services else ()
+                ):
+                    self._take(view, ServiceName(name))
         own = tuple(service.service for service in self.spec.services)
         intentions = {name: view.intentions[name] for name in own if name in view.intentions}
-        return MeshView(services=dict(self._services), intentions=intentions, roots=view.roots)
+        rates = {name: view.rates[name] for name in own if name in view.rates}
+        return MeshView(services=dict(self._services), intentions=intentions, rates=rates, roots=view.roots)
+
+    def _take(self, view: MeshView, name: ServiceName) -> None:
+        if name in view.services:
+            self._services[name] = view.services[name]
+        elif name in self._services and self._services[name].endpoints:
+            last = self._services[name]
+            self._services[name] = MeshService(name=name, virtual_address=last.virtual_address, protocol=last.protocol)
 
     def _install(self, wanted: ResourceSet) -> None:
         self._missing = wanted.missing

@@ -7,10 +7,13 @@ def updated(view: MeshView, update: MeshUpdate) -> MeshView:
     """`view` after `update`; a full one replaces all but roots that it does not carry."""
     services = {} if update.full else dict(view.services)
     intentions = {} if update.full else dict(view.intentions)
+    rates = {} if update.full else dict(view.rates)
     for name in update.services_removed:
         services.pop(name, None)
     for name in update.intentions_removed:
         intentions.pop(name, None)
+        rates.pop(name, None)
     services |= {service.name: service for service in update.services}
     intentions |= {each.service: each.intentions for each in update.intentions}
-    return MeshView(services=services, intentions=intentions, roots=update.roots or view.roots)
+    rates |= {each.service: each.rate for each in update.intentions}
+    return MeshView(services=services, intentions=intentions, rates=rates, roots=update.roots or view.roots)

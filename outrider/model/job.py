@@ -20,6 +20,7 @@ from outrider.ids import (
     TaskName,
 )
 from outrider.model.belongings import Artifact, SecretUse, Template, VolumeUse
+from outrider.model.traffic import Traffic
 
 MIB = 1024 * 1024
 
@@ -196,6 +197,8 @@ class Service(Value, frozen=True, kw_only=True):
     check: Check | None = None
     upstreams: tuple[Upstream, ...] = ()
     allow: tuple[ServiceName, ...] = ()  # who may call it; "*" is everybody in the mesh
+    traffic: Traffic | None = None  # None: nothing but what sidecars do anyway
+    meta: Mapping[str, str] = {}  # shown in Consul; subsets choose by it
 
 
 class GuestFile(Value, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Group, Protocol, Value, has_guest
+from outrider.model.traffic import Permission, RateLimit, ServiceTraffic
 
 MESH_DOMAIN = "mesh"  # services answer as NAME.mesh
 # Inside every allocation's namespace, the same in each (DESIGN, decision 10). RFC 2544's range: on no real network.
@@ -45,6 +46,7 @@ class Endpoint(Value, frozen=True, kw_only=True):
     healthy: bool = True
     alloc: AllocId | None = None  # None: a service outside Outrider
     outrider: bool = False  # both ends ours: HTTP/2 between sidecars, ALPN
+    subsets: tuple[str, ...] = ()  # of its service, to which it belongs
 
 
 class Action(StrEnum):
@@ -62,6 +64,7 @@ class Intention(Value, frozen=True, kw_only=True):
     precedence: int = 0  # Consul's: 9 for exact -> exact, 8 * -> exact, 6 exact -> *, 5 * -> *
     owner: str = ""  # the job whose `allow:` line made it; "" by hand
     description: str = ""
+    permissions: tuple[Permission, ...] = ()  # for HTTP; the action is then what no permission matches gets: deny
 
 
 class MeshService(Value, frozen=True, kw_only=True):
@@ -71,6 +74,7 @@ class MeshService(Value, frozen=True, kw_only=True):
     virtual_address: str
     protocol: Protocol = Protocol.TCP
     endpoints: tuple[Endpoint, ...] = ()
+    traffic: ServiceTraffic = ServiceTraffic()
 
 
 class TrustRoots(Value, frozen=True, kw_only=True):
@@ -84,6 +88,7 @@ class MeshView(Value, frozen=True, kw_only=True):
 
     services: Mapping[ServiceName, MeshService] = {}
     intentions: Mapping[ServiceName, tuple[Intention, ...]] = {}  # in order of precedence, highest first
+    rates: Mapping[ServiceName, RateLimit | None] = {}  # of the same services
     roots: TrustRoots = TrustRoots()
 
 
@@ -102,6 +107,7 @@ class MeshUpdate(Value, frozen=True, kw_only=True):
 class ServiceIntentions(Value, frozen=True, kw_only=True):
     service: ServiceName
     intentions: tuple[Intention, ...] = ()
+    rate: RateLimit | None = None
 
 
 class Leaf(Value, frozen=True, kw_only=True):

@@ -23,31 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from outrider.v1 import job_pb2 as outrider_dot_v1_dot_job__pb2
+from outrider.v1 import traffic_pb2 as outrider_dot_v1_dot_traffic__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16outrider/v1/mesh.proto\x12\x0boutrider.v1\x1a\x15outrider/v1/job.proto\"\xaf\x01\n\x08\x45ndpoint\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\x12\x15\n\rlocal_address\x18\x05 \x01(\t\x12\x12\n\nlocal_port\x18\x06 \x01(\x05\x12\x0f\n\x07healthy\x18\x07 \x01(\x08\x12\x12\n\x05\x61lloc\x18\x08 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08outrider\x18\t \x01(\x08\x42\x08\n\x06_alloc\"\x99\x01\n\tIntention\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12#\n\x06\x61\x63tion\x18\x03 \x01(\x0e\x32\x13.outrider.v1.Action\x12\n\n\x02id\x18\x04 \x01(\t\x12\x12\n\nprecedence\x18\x05 \x01(\x05\x12\r\n\x05owner\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\"\x87\x01\n\x0bMeshService\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fvirtual_address\x18\x02 \x01(\t\x12\'\n\x08protocol\x18\x03 \x01(\x0e\x32\x15.outrider.v1.Protocol\x12(\n\tendpoints\x18\x04 \x03(\x0b\x32\x15.outrider.v1.Endpoint\"P\n\nTrustRoots\x12\x12\n\ndatacenter\x18\x01 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x02 \x01(\t\x12\x18\n\x10\x63\x65rtificates_pem\x18\x03 \x03(\t\"P\n\x11ServiceIntentions\x12\x0f\n\x07service\x18\x01 \x01(\t\x12*\n\nintentions\x18\x02 \x03(\x0b\x32\x16.outrider.v1.Intention\"\xe9\x01\n\nMeshUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0c\n\x04\x66ull\x18\x02 \x01(\x08\x12*\n\x08services\x18\x03 \x03(\x0b\x32\x18.outrider.v1.MeshService\x12\x18\n\x10services_removed\x18\x04 \x03(\t\x12\x32\n\nintentions\x18\x05 \x03(\x0b\x32\x1e.outrider.v1.ServiceIntentions\x12\x1a\n\x12intentions_removed\x18\x06 \x03(\t\x12&\n\x05roots\x18\x07 \x01(\x0b\x32\x17.outrider.v1.TrustRoots\"g\n\x04Leaf\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x02 \x01(\t\x12\x0f\n\x07key_pem\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x01\x12\x0e\n\x06serial\x18\x05 \x01(\t\"w\n\x0fObservedRefusal\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05\x61lloc\x18\x03 \x01(\t\x12\x15\n\rsource_spiffe\x18\x04 \x01(\t\x12\x0c\n\x04rule\x18\x05 \x01(\t\x12\x14\n\x0cintention_id\x18\x06 \x01(\t*C\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_ALLOW\x10\x01\x12\x0f\n\x0b\x41\x43TION_DENY\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16outrider/v1/mesh.proto\x12\x0boutrider.v1\x1a\x15outrider/v1/job.proto\x1a\x19outrider/v1/traffic.proto\"\xc0\x01\n\x08\x45ndpoint\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\x05\x12\x15\n\rlocal_address\x18\x05 \x01(\t\x12\x12\n\nlocal_port\x18\x06 \x01(\x05\x12\x0f\n\x07healthy\x18\x07 \x01(\x08\x12\x12\n\x05\x61lloc\x18\x08 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08outrider\x18\t \x01(\x08\x12\x0f\n\x07subsets\x18\x32 \x03(\tB\x08\n\x06_alloc\"\xc7\x01\n\tIntention\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12#\n\x06\x61\x63tion\x18\x03 \x01(\x0e\x32\x13.outrider.v1.Action\x12\n\n\x02id\x18\x04 \x01(\t\x12\x12\n\nprecedence\x18\x05 \x01(\x05\x12\r\n\x05owner\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\x12,\n\x0bpermissions\x18\x32 \x03(\x0b\x32\x17.outrider.v1.Permission\"\xb5\x01\n\x0bMeshService\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fvirtual_address\x18\x02 \x01(\t\x12\'\n\x08protocol\x18\x03 \x01(\x0e\x32\x15.outrider.v1.Protocol\x12(\n\tendpoints\x18\x04 \x03(\x0b\x32\x15.outrider.v1.Endpoint\x12,\n\x07traffic\x18\x32 \x01(\x0b\x32\x1b.outrider.v1.ServiceTraffic\"P\n\nTrustRoots\x12\x12\n\ndatacenter\x18\x01 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x02 \x01(\t\x12\x18\n\x10\x63\x65rtificates_pem\x18\x03 \x03(\t\"v\n\x11ServiceIntentions\x12\x0f\n\x07service\x18\x01 \x01(\t\x12*\n\nintentions\x18\x02 \x03(\x0b\x32\x16.outrider.v1.Intention\x12$\n\x04rate\x18\x32 \x01(\x0b\x32\x16.outrider.v1.RateLimit\"\xe9\x01\n\nMeshUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0c\n\x04\x66ull\x18\x02 \x01(\x08\x12*\n\x08services\x18\x03 \x03(\x0b\x32\x18.outrider.v1.MeshService\x12\x18\n\x10services_removed\x18\x04 \x03(\t\x12\x32\n\nintentions\x18\x05 \x03(\x0b\x32\x1e.outrider.v1.ServiceIntentions\x12\x1a\n\x12intentions_removed\x18\x06 \x03(\t\x12&\n\x05roots\x18\x07 \x01(\x0b\x32\x17.outrider.v1.TrustRoots\"g\n\x04Leaf\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x02 \x01(\t\x12\x0f\n\x07key_pem\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x01\x12\x0e\n\x06serial\x18\x05 \x01(\t\"w\n\x0fObservedRefusal\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\r\n\x05\x61lloc\x18\x03 \x01(\t\x12\x15\n\rsource_spiffe\x18\x04 \x01(\t\x12\x0c\n\x04rule\x18\x05 \x01(\t\x12\x14\n\x0cintention_id\x18\x06 \x01(\t*C\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_ALLOW\x10\x01\x12\x0f\n\x0b\x41\x43TION_DENY\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'outrider.v1.mesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTION']._serialized_start=1160
-  _globals['_ACTION']._serialized_end=1227
-  _globals['_ENDPOINT']._serialized_start=63
-  _globals['_ENDPOINT']._serialized_end=238
-  _globals['_INTENTION']._serialized_start=241
-  _globals['_INTENTION']._serialized_end=394
-  _globals['_MESHSERVICE']._serialized_start=397
-  _globals['_MESHSERVICE']._serialized_end=532
-  _globals['_TRUSTROOTS']._serialized_start=534
-  _globals['_TRUSTROOTS']._serialized_end=614
-  _globals['_SERVICEINTENTIONS']._serialized_start=616
-  _globals['_SERVICEINTENTIONS']._serialized_end=696
-  _globals['_MESHUPDATE']._serialized_start=699
-  _globals['_MESHUPDATE']._serialized_end=932
-  _globals['_LEAF']._serialized_start=934
-  _globals['_LEAF']._serialized_end=1037
-  _globals['_OBSERVEDREFUSAL']._serialized_start=1039
-  _globals['_OBSERVEDREFUSAL']._serialized_end=1158
+  _globals['_ACTION']._serialized_start=1334
+  _globals['_ACTION']._serialized_end=1401
+  _globals['_ENDPOINT']._serialized_start=90
+  _globals['_ENDPOINT']._serialized_end=282
+  _globals['_INTENTION']._serialized_start=285
+  _globals['_INTENTION']._serialized_end=484
+  _globals['_MESHSERVICE']._serialized_start=487
+  _globals['_MESHSERVICE']._serialized_end=668
+  _globals['_TRUSTROOTS']._serialized_start=670
+  _globals['_TRUSTROOTS']._serialized_end=750
+  _globals['_SERVICEINTENTIONS']._serialized_start=752
+  _globals['_SERVICEINTENTIONS']._serialized_end=870
+  _globals['_MESHUPDATE']._serialized_start=873
+  _globals['_MESHUPDATE']._serialized_end=1106
+  _globals['_LEAF']._serialized_start=1108
+  _globals['_LEAF']._serialized_end=1211
+  _globals['_OBSERVEDREFUSAL']._serialized_start=1213
+  _globals['_OBSERVEDREFUSAL']._serialized_end=1332
 # @@protoc_insertion_point(module_scope)

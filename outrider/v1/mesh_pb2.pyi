@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from outrider.v1 import job_pb2 as _job_pb2
+from outrider.v1 import traffic_pb2 as _traffic_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -52,6 +53,7 @@ class Endpoint(_message.Message):
     HEALTHY_FIELD_NUMBER: _builtins.int
     ALLOC_FIELD_NUMBER: _builtins.int
     OUTRIDER_FIELD_NUMBER: _builtins.int
+    SUBSETS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     node: _builtins.str
     address: _builtins.str
@@ -61,6 +63,8 @@ class Endpoint(_message.Message):
     healthy: _builtins.bool
     alloc: _builtins.str
     outrider: _builtins.bool
+    @_builtins.property
+    def subsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -73,10 +77,11 @@ class Endpoint(_message.Message):
         healthy: _builtins.bool = ...,
         alloc: _builtins.str | None = ...,
         outrider: _builtins.bool = ...,
+        subsets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alloc", b"_alloc", "alloc", b"alloc"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alloc", b"_alloc", "address", b"address", "alloc", b"alloc", "healthy", b"healthy", "id", b"id", "local_address", b"local_address", "local_port", b"local_port", "node", b"node", "outrider", b"outrider", "port", b"port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alloc", b"_alloc", "address", b"address", "alloc", b"alloc", "healthy", b"healthy", "id", b"id", "local_address", b"local_address", "local_port", b"local_port", "node", b"node", "outrider", b"outrider", "port", b"port", "subsets", b"subsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alloc: _TypeAlias = _typing.Literal["alloc"]  # noqa: Y015
     _WhichOneofArgType__alloc: _TypeAlias = _typing.Literal["_alloc", b"_alloc"]  # noqa: Y015
@@ -95,6 +100,7 @@ class Intention(_message.Message):
     PRECEDENCE_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     destination: _builtins.str
     action: Global___Action.ValueType
@@ -102,6 +108,8 @@ class Intention(_message.Message):
     precedence: _builtins.int
     owner: _builtins.str
     description: _builtins.str
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedCompositeFieldContainer[_traffic_pb2.Permission]: ...
     def __init__(
         self,
         *,
@@ -112,10 +120,11 @@ class Intention(_message.Message):
         precedence: _builtins.int = ...,
         owner: _builtins.str = ...,
         description: _builtins.str = ...,
+        permissions: _abc.Iterable[_traffic_pb2.Permission] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "description", b"description", "destination", b"destination", "id", b"id", "owner", b"owner", "precedence", b"precedence", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "description", b"description", "destination", b"destination", "id", b"id", "owner", b"owner", "permissions", b"permissions", "precedence", b"precedence", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -129,11 +138,14 @@ class MeshService(_message.Message):
     VIRTUAL_ADDRESS_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
     ENDPOINTS_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     virtual_address: _builtins.str
     protocol: _job_pb2.Protocol.ValueType
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endpoint]: ...
+    @_builtins.property
+    def traffic(self) -> _traffic_pb2.ServiceTraffic: ...
     def __init__(
         self,
         *,
@@ -141,10 +153,11 @@ class MeshService(_message.Message):
         virtual_address: _builtins.str = ...,
         protocol: _job_pb2.Protocol.ValueType = ...,
         endpoints: _abc.Iterable[Global___Endpoint] | None = ...,
+        traffic: _traffic_pb2.ServiceTraffic | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "name", b"name", "protocol", b"protocol", "virtual_address", b"virtual_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "name", b"name", "protocol", b"protocol", "traffic", b"traffic", "virtual_address", b"virtual_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,18 +195,22 @@ class ServiceIntentions(_message.Message):
 
     SERVICE_FIELD_NUMBER: _builtins.int
     INTENTIONS_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     @_builtins.property
     def intentions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Intention]: ...
+    @_builtins.property
+    def rate(self) -> _traffic_pb2.RateLimit: ...
     def __init__(
         self,
         *,
         service: _builtins.str = ...,
         intentions: _abc.Iterable[Global___Intention] | None = ...,
+        rate: _traffic_pb2.RateLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["intentions", b"intentions", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["intentions", b"intentions", "rate", b"rate", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,11 +6,15 @@ Owns names and contents of resources; never their encoding, versions or delivery
 from collections.abc import Mapping
 from enum import StrEnum
 
+import msgspec
+
 from outrider.ids import NodeId, ServiceName
 from outrider.model.job import Protocol, Value
-from outrider.model.mesh import VIRTUAL_PORT, Endpoint, Leaf, MeshService, MeshView, TrustRoots, spiffe_id
+from outrider.model.mesh import VIRTUAL_PORT, Leaf, MeshService, MeshView, spiffe_id
+from outrider.model.traffic import HttpFault, RateLimit
 from sidecar.core.access import AccessHistory, AccessRule
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
+from sidecar.core.traffic import Backend, Backends, PairRoute, Shadow, leg_name, pair_routes
 
 ROOTS = "roots"
 LOOPBACK = "127.0.0.1"
@@ -44,14 +48,16 @@ class UpstreamCluster(Value, frozen=True, kw_only=True):
     destination: ServiceName
     protocol: Protocol
     sni: str
-    peer_spiffe: str
+    backend: Backend
+    peers: tuple[str, ...]  # SPIFFE ids: one of them is expected
 
 
 class EndpointSet(Value, frozen=True, kw_only=True):
     """Healthy endpoints of a service as this node dials them. The same value for all sidecars of the node."""
 
     name: str
-    addresses: tuple[tuple[str, int], ...]
+    # In order: the next ones are for when those before are gone.
+    tiers: tuple[tuple[tuple[str, int], ...], ...] = ()
 
 
 class LeafSecret(Value, frozen=True, kw_only=True):
@@ -89,6 +95,17 @@ class UpstreamRoutes(Value, frozen=True, kw_only=True):
     name: str
     source: ServiceName
     destination: ServiceName
+    routes: tuple[PairRoute, ...]
+    mirror: Shadow | None = None
+    fault: HttpFault | None = None
+
+
+class InboundRoutes(Value, frozen=True, kw_only=True):
+    """The one way from a public HTTP listener to its workload, and how much may take it."""
+
+    name: str
+    service: ServiceName
+    rate: RateLimit | None = None
 
 
 class AccessRules(Value, frozen=True, kw_only=True):
@@ -111,6 +128,7 @@ Resource = (
     | InboundListener
     | OutboundListener
     | UpstreamRoutes
+    | InboundRoutes
     | AccessRules
 )
 
@@ -159,7 +177,7 @@ def resources(
                 source=service.service,
                 upstream=upstream,
                 known=known,
-                roots=view.roots,
+                view=view,
                 virtual_taken=virtual_taken,
             )
     return ResourceSet(resources=found, missing=tuple(missing))
@@ -180,6 +198,11 @@ def local_cluster_name(service: ServiceName) -> str:
 def outbound_name(source: ServiceName, destination: ServiceName) -> str:
     """Names the cluster and the routes of a pair."""
     return f"outbound/{source}/{destination}"
+
+
+def inbound_name(service: ServiceName) -> str:
+    """Names the listener and the routes of a service."""
+    return f"inbound/{service}"
 
 
 def is_http(protocol: Protocol) -> bool:
@@ -207,13 +230,13 @@ def _add_inbound(
         protocol=service.protocol,
     )
     listener = InboundListener(
-        name=f"inbound/{name}",
+        name=inbound_name(name),
         service=name,
         address=spec.local_address,
         port=service.public_port,
         protocol=service.protocol,
-        # HTTP asks its rules for every request; only L4 connections outlive a revocation.
-        revision=0 if is_http(service.protocol) else past.revision,
+        # HTTP asks its rules for every request; connections and long streams outlive a revocation, and are cut.
+        revision=past.revision,
     )
     rules = AccessRules(
         name=rules_name(name),
@@ -226,6 +249,9 @@ def _add_inbound(
     found[Kind.CLUSTER][cluster.name] = cluster
     found[Kind.LISTENER][listener.name] = listener
     found[Kind.RULES][rules.name] = rules
+    if is_http(service.protocol):
+        routes = InboundRoutes(name=inbound_name(name), service=name, rate=view.rates.get(name))
+        found[Kind.ROUTES][routes.name] = routes
 
 
 def _add_outbound(
@@ -235,25 +261,29 @@ def _add_outbound(
     source: ServiceName,
     upstream: SidecarUpstream,
     known: MeshService,
-    roots: TrustRoots,
+    view: MeshView,
     virtual_taken: set[ServiceName],
 ) -> None:
     destination = upstream.service
     pair = outbound_name(source, destination)
-    found[Kind.CLUSTER][pair] = UpstreamCluster(
-        name=pair,
-        source=source,
-        destination=destination,
-        protocol=known.protocol,
-        # Consul's form: its own proxies and gateways route by it.
-        sni=f"{destination}.default.{roots.datacenter}.internal.{roots.trust_domain}",
-        peer_spiffe=spiffe_id(roots.trust_domain, roots.datacenter, destination),
-    )
-    found[Kind.ENDPOINTS][destination] = EndpointSet(
-        name=destination, addresses=tuple(_dialled(endpoint, node) for endpoint in known.endpoints if endpoint.healthy)
-    )
+    backends = Backends(view, node)
     if is_http(known.protocol):
-        found[Kind.ROUTES][pair] = UpstreamRoutes(name=pair, source=source, destination=destination)
+        routes, mirror = pair_routes(known)
+        found[Kind.ROUTES][pair] = UpstreamRoutes(
+            name=pair,
+            source=source,
+            destination=destination,
+            routes=routes,
+            mirror=mirror,
+            fault=known.traffic.fault,
+        )
+        legs = {leg for route in routes for leg, _ in route.legs} | ({mirror.leg} if mirror is not None else set())
+        for leg in sorted(legs):
+            _add_backend(found, source=source, name=leg_name(source, leg), backend=backends.of(leg), view=view)
+    else:
+        target = known.traffic.target
+        leg = (target.service, target.subset) if target is not None else (destination, "")
+        _add_backend(found, source=source, name=pair, backend=backends.of(leg), view=view)
     places = []
     if destination not in virtual_taken:
         # One address, one caller: where two services of an allocation share an upstream, the first is its name there.
@@ -268,7 +298,18 @@ def _add_outbound(
         )
 
 
-def _dialled(endpoint: Endpoint, node: NodeId) -> tuple[str, int]:
-    if endpoint.node == node and endpoint.local_address:
-        return endpoint.local_address, endpoint.local_port
-    return endpoint.address, endpoint.port
+def _add_backend(
+    found: dict[Kind, dict[str, Resource]], *, source: ServiceName, name: str, backend: Backend, view: MeshView
+) -> None:
+    roots = view.roots
+    found[Kind.CLUSTER][name] = UpstreamCluster(
+        name=name,
+        source=source,
+        destination=ServiceName(backend.service),
+        protocol=backend.protocol,
+        # Consul's form: its own proxies and gateways route by it.
+        sni=f"{backend.service}.default.{roots.datacenter}.internal.{roots.trust_domain}",
+        backend=msgspec.structs.replace(backend, tiers=()),
+        peers=tuple(spiffe_id(roots.trust_domain, roots.datacenter, ServiceName(peer)) for peer in backend.peers),
+    )
+    found[Kind.ENDPOINTS][backend.endpoints] = EndpointSet(name=backend.endpoints, tiers=backend.tiers)

@@ -96,6 +96,11 @@ class Subscription:
                 self._nonce += 1
                 response = Response(kind=kind, nonce=str(self._nonce), changed=changed, removed=removed)
                 versions = available.get(kind, {})
+                if kind is Kind.CLUSTER and any(name in stream.sent for name in changed):
+                    # A cluster that replaces another waits for endpoints, of which Envoy thinks that it has them:
+                    # it does not ask, and answers for no cluster until they have come.
+                    endpoints = self._streams[Kind.ENDPOINTS].sent
+                    endpoints.update(dict.fromkeys(endpoints, _LOST))
                 stream.sent.update((name, versions[name]) for name in changed)
                 for name in removed:
                     del stream.sent[name]

@@ -21,6 +21,7 @@ import aiohttp
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Protocol
 from outrider.model.mesh import Action, Endpoint, Intention, MeshService, MeshView, TrustRoots
+from outrider.model.traffic import RateLimit
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
 from sidecar.sidecars import SidecarFiles, Sidecars
 from tests.integration.certificates import Authority
@@ -49,6 +50,7 @@ class Mesh:
         self.roots = [self.authority.certificate_pem]
         self.services: dict[ServiceName, MeshService] = {}
         self.intentions: dict[ServiceName, tuple[Intention, ...]] = {}
+        self.rates: dict[ServiceName, RateLimit | None] = {}
         self.envoys: dict[AllocId, asyncio.subprocess.Process] = {}
         self.sidecars = Sidecars(run_directory=self.directory / "run", now_s=time.time)
         self.thief_port = 0  # where a caller without an intention calls, in tests that have one
@@ -96,7 +98,11 @@ class Mesh:
 
     def publish(self) -> None:
         roots = TrustRoots(datacenter="dc1", trust_domain=TRUST_DOMAIN, certificates_pem=tuple(self.roots))
-        self.sidecars.set_view(MeshView(services=dict(self.services), intentions=dict(self.intentions), roots=roots))
+        self.sidecars.set_view(
+            MeshView(
+                services=dict(self.services), intentions=dict(self.intentions), rates=dict(self.rates), roots=roots
+            )
+        )
 
     def spec(self, alloc: AllocId, *services: SidecarService) -> SidecarSpec:
         return SidecarSpec(

@@ -8,8 +8,17 @@ import pytest
 from outrider import codec
 from outrider.errors import InputError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
-from outrider.model import access, allocation, belongings, fleet, job, mesh, node
-from outrider.v1 import access_pb2, allocation_pb2, belongings_pb2, job_pb2, mesh_pb2, node_pb2, operator_pb2
+from outrider.model import access, allocation, belongings, fleet, job, mesh, node, traffic
+from outrider.v1 import (
+    access_pb2,
+    allocation_pb2,
+    belongings_pb2,
+    job_pb2,
+    mesh_pb2,
+    node_pb2,
+    operator_pb2,
+    traffic_pb2,
+)
 
 PAIRS = (
     (access, access_pb2),
@@ -19,8 +28,9 @@ PAIRS = (
     (allocation, allocation_pb2),
     (mesh, mesh_pb2),
     (belongings, belongings_pb2),
+    (traffic, traffic_pb2),
 )
-LOCAL_ONLY = {"Value", "Belonging", "MeshView", "LocalService"}  # never sent whole
+LOCAL_ONLY = {"Value", "TrafficValue", "Belonging", "MeshView", "LocalService"}  # never sent whole
 
 STRUCTS = [
     (name, kind, wire)

@@ -63,7 +63,7 @@ def test_what_varies_changes_its_own_resource_and_no_listener_or_cluster() -> No
 
 
 def test_equal_contents_are_encoded_once() -> None:
-    one, other = (EndpointSet(name="db", addresses=(("10.0.0.1", 1),)) for _ in range(2))
+    one, other = (EndpointSet(name="db", tiers=((("10.0.0.1", 1),),)) for _ in range(2))
     assert render(one) is render(other)
 
 

@@ -32,7 +32,7 @@ SERVER = SidecarService(service=API, public_port=15100, workload_port=8080)
 
 def test_an_endpoint_of_the_same_node_is_dialled_at_its_local_address_and_a_sick_one_not_at_all() -> None:
     found = resources(_spec(CALLER), _view(), LEAVES, {}).resources[Kind.ENDPOINTS]
-    assert found == {"db": EndpointSet(name="db", addresses=(("10.9.0.2", 15100), ("10.0.0.2", 20002)))}
+    assert found == {"db": EndpointSet(name="db", tiers=((("10.9.0.2", 15100), ("10.0.0.2", 20002)),))}
 
 
 def test_an_upstream_listens_on_its_virtual_address_and_where_the_job_asks() -> None:
@@ -56,7 +56,7 @@ def test_the_public_listener_binds_the_allocations_own_address() -> None:
 def test_a_peer_is_expected_under_exactly_its_name_and_addressed_in_consuls_form() -> None:
     cluster = resources(_spec(CALLER), _view(), LEAVES, {}).resources[Kind.CLUSTER]["outbound/web/db"]
     assert isinstance(cluster, UpstreamCluster)
-    assert cluster.peer_spiffe == "spiffe://mesh.consul/ns/default/dc/dc1/svc/db"
+    assert cluster.peers == ("spiffe://mesh.consul/ns/default/dc/dc1/svc/db",)
     assert cluster.sni == "db.default.dc1.internal.mesh.consul"
 
 

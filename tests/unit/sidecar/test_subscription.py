@@ -109,3 +109,10 @@ def test_an_answer_to_another_nonce_answers_nothing() -> None:
     subscription.responses(ALL)
     assert subscription.receive(Request(kind=Kind.LISTENER, nonce="999", error="stale")) is None
     assert not subscription.settled(ALL)
+
+
+def test_a_cluster_that_replaces_another_brings_its_endpoints_again() -> None:
+    subscription = _subscribed()
+    _acknowledge(subscription, *subscription.responses(ALL))
+    replaced = subscription.responses({**ALL, Kind.CLUSTER: {"c": "2"}})
+    assert [(each.kind, each.changed) for each in replaced] == [(Kind.CLUSTER, ("c",)), (Kind.ENDPOINTS, ("e",))]
