@@ -31,7 +31,7 @@ from controller.core.commands import (
     WithdrawEndpoints,
 )
 from controller.core.events import Appended, Event, HeartbeatReceived, JobSubmitted, RequestId, Tick
-from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller.core.mesh_intent import NodeRegistration, OwnedIntention, OwnedTraffic
 from controller.core.policy import Policy
 from controller.core.records import Record
 from controller.core.state import State
@@ -77,6 +77,7 @@ class MeshRecord(Protocol):
 
     def set_node(self, registration: NodeRegistration) -> None: ...
     def set_intentions(self, intentions: tuple[OwnedIntention, ...]) -> None: ...
+    def set_traffic(self, traffic: tuple[OwnedTraffic, ...]) -> None: ...
     def set_services(self, services: Mapping[ServiceName, tuple[int, ServiceProtocol]]) -> None: ...
     def set_interests(self, node: NodeId, called: frozenset[ServiceName], placed: frozenset[ServiceName]) -> None: ...
     def withdraw(self, allocs: tuple[AllocId, ...], services: tuple[ServiceName, ...]) -> None: ...
@@ -339,6 +340,7 @@ class Engine:
         if intentions:
             self._mesh.set_services(mesh_intent.virtual_services(self.state))
             self._mesh.set_intentions(mesh_intent.owned_intentions(self.state))
+            self._mesh.set_traffic(mesh_intent.owned_traffic(self.state))
         for node in sorted(nodes):
             self._mesh.set_node(mesh_intent.registration(self.state, node))
             interests = mesh_intent.interests(self.state, node)

@@ -37,6 +37,7 @@ from outrider.model.allocation import Allocation
 from outrider.model.fleet import FleetEvent, JobStatus
 from outrider.model.job import Job
 from outrider.model.mesh import Action, Intention, spiffe_id
+from outrider.model.patterns import fault as regex_fault
 from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2, operator_pb2
 from outrider.validate import problems
 
@@ -49,6 +50,7 @@ DATA_WRITE_TIMEOUT_S = 600.0  # a person may pause a terminal
 STATUS_INTERVAL_S = 0.05  # changes within it are told as one
 PROBLEMS_SHOWN_MAX = 10
 DESCRIPTION_CHARS_MAX = 256
+PERMISSIONS_MAX = 64
 PARAMETER_CHARS_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 * 1024
 
@@ -300,9 +302,15 @@ class OperatorService(Steering):
         _check_ends(wanted.source, wanted.destination, wildcard=True)
         if len(wanted.description) > DESCRIPTION_CHARS_MAX:
             raise InputError(f"description: more than {DESCRIPTION_CHARS_MAX} characters")
+        if len(wanted.permissions) > PERMISSIONS_MAX:
+            raise InputError(f"permissions: more than {PERMISSIONS_MAX}")
+        for one in wanted.permissions:
+            for regex in (one.match.path_regex, *(text.regex for text in one.match.headers)):
+                if regex and (why := regex_fault(regex)):
+                    raise InputError(f"permissions: {regex[:80]!r} is no regular expression: {why}")
         async with within(MESH_TIMEOUT_S, "the catalog"):
             made = await self._mesh.create_intention(
-                wanted.source, wanted.destination, Action(wanted.action), wanted.description
+                wanted.source, wanted.destination, Action(wanted.action), wanted.description, wanted.permissions
             )
         return codec.to_wire(made, mesh_pb2.Intention)
 

@@ -44,6 +44,7 @@ from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
 from outrider.model.node import KVM
 from outrider.placement import wrong_wishes
 from outrider.validate_kinds import group_findings, job_findings
+from outrider.validate_traffic import traffic_findings
 
 COUNT_MAX = 1_000_000
 GROUPS_MAX = 100
@@ -399,6 +400,8 @@ def _service(path: Path, service: Service, ports: set[str]) -> Iterator[Problem]
     for index, caller in enumerate(service.allow):
         if caller != "*":
             yield from _name((*path, "allow", index), caller)
+    for at, message in traffic_findings(service):
+        yield Problem(path=(*path, *at), message=message)
     if service.check is not None:
         yield from _check((*path, "check"), service.check, has_port=service.port is not None)
 

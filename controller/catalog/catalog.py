@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from controller.catalog import catalog_routes, connect_routes, kv_routes, registry, sessions
+from controller.catalog import catalog_routes, config_routes, connect_routes, kv_routes, registry, sessions
 from controller.catalog.api import Access, Answer, Call, Route, Scope
 from controller.catalog.ca import ConnectCa, make_root
 from controller.catalog.database import COMMITS_QUEUED_MAX, Database
@@ -40,7 +40,7 @@ _VERSION = "1.8.7"
 _OWN_NODE = "catalog.outrider"
 _WAIT_DEFAULT_S, _WAIT_MAX_S = 300.0, 600.0
 _BLOCKED_MAX = 4096
-_ROUTES = (*catalog_routes.ROUTES, *kv_routes.ROUTES, *connect_routes.ROUTES)
+_ROUTES = (*catalog_routes.ROUTES, *kv_routes.ROUTES, *connect_routes.ROUTES, *config_routes.ROUTES)
 _ALLOWED = {
     IdentityKind.CONTROLLER: frozenset({Access.READ, Access.PRIVATE, Access.INTENTIONS, Access.WRITE}),
     IdentityKind.OPERATOR: frozenset({Access.READ, Access.PRIVATE, Access.INTENTIONS, Access.LEAF}),

@@ -52,6 +52,7 @@ def exact_put(scope: Scope, call: Call) -> Answer:
         destination_name=destination,
         source_type=body.source_type,
         action=body.action,
+        permissions=body.permissions,
         description=body.description,
         meta=body.meta,
     )

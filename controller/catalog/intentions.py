@@ -6,9 +6,17 @@ import msgspec
 
 from controller.catalog.rows import IntentionRow
 from controller.catalog.store import Store
+from controller.entries import HttpRule, Shape
 from outrider.errors import InputError, RefusedError
 
 WILDCARD = "*"
+
+
+class PermissionRow(Shape, frozen=True, kw_only=True):
+    """One rule for HTTP; Consul 1.9 and later."""
+
+    action: str
+    http: HttpRule = msgspec.field(name="HTTP")
 
 
 class IntentionRequest(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -18,6 +26,7 @@ class IntentionRequest(msgspec.Struct, frozen=True, kw_only=True, rename="pascal
     destination_name: str = ""
     source_type: str = "consul"
     action: str = ""
+    permissions: tuple[PermissionRow, ...] | None = None
     description: str = ""
     meta: Mapping[str, str] | None = None
 
@@ -81,7 +90,14 @@ def _order(row: IntentionRow) -> tuple[int, str, str]:
 
 
 def _write(store: Store, wanted: IntentionRequest, intention: str, at: str) -> IntentionRow:
-    if wanted.action not in ("allow", "deny"):
+    if wanted.permissions:
+        if wanted.action:
+            raise InputError("Action must be omitted if Permissions are specified")
+        if any(one.action not in ("allow", "deny") for one in wanted.permissions):
+            raise InputError("Permissions.Action must be set to 'allow' or 'deny'")
+        if wanted.destination_name == WILDCARD:
+            raise InputError("Permissions need one destination: a wildcard may be any protocol")
+    elif wanted.action not in ("allow", "deny"):
         raise InputError("Action must be set to 'allow' or 'deny'")
     if not wanted.source_name or not wanted.destination_name:
         raise InputError("SourceName and DestinationName must be set")
@@ -97,6 +113,7 @@ def _write(store: Store, wanted: IntentionRequest, intention: str, at: str) -> I
         source_name=wanted.source_name,
         destination_name=wanted.destination_name,
         action=wanted.action,
+        permissions=tuple(msgspec.to_builtins(one) for one in wanted.permissions or ()) or None,
         meta=wanted.meta or {},
         precedence=precedence(wanted.source_name, wanted.destination_name),
         created_at=old.created_at if old else at,

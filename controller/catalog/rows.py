@@ -84,9 +84,16 @@ class IntentionRow(Row, frozen=True, kw_only=True):
     source_type: str = "consul"
     action: str
     meta: Mapping[str, str] | None = None
+    permissions: tuple[JsonObject, ...] | None = None
     precedence: int = 0
     created_at: str = ""
     updated_at: str = ""
+
+
+class ConfigRow(Row, frozen=True, kw_only=True):
+    """A config entry as it was written, without its indexes."""
+
+    content: JsonObject
 
 
 class CaRow(Row, frozen=True, kw_only=True):

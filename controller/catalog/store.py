@@ -17,6 +17,7 @@ import msgspec
 from controller.catalog.rows import (
     CaRow,
     CheckRow,
+    ConfigRow,
     IntentionRow,
     KvRow,
     NodeRow,
@@ -30,8 +31,8 @@ R = TypeVar("R", bound=Row)
 
 # Topics: what a blocking query waits on.
 NODES, SERVICES, CHECKS, KV = "nodes", "services", "checks", "kv"
-SESSIONS, INTENTIONS, CA = "sessions", "intentions", "ca"
-_PLAIN_TOPICS = {"kv": KV, "session": SESSIONS, "intention": INTENTIONS, "ca": CA}
+SESSIONS, INTENTIONS, CA, CONFIG = "sessions", "intentions", "ca", "config"
+_PLAIN_TOPICS = {"kv": KV, "session": SESSIONS, "intention": INTENTIONS, "ca": CA, "config": CONFIG}
 
 
 def node_topic(node: str) -> str:
@@ -54,6 +55,7 @@ class Table(StrEnum):
     SESSION = "session"
     INTENTION = "intention"
     CA = "ca"
+    CONFIG = "config"
 
 
 ROW_TYPES: dict[Table, type[Row]] = {
@@ -64,6 +66,7 @@ ROW_TYPES: dict[Table, type[Row]] = {
     Table.SESSION: SessionRow,
     Table.INTENTION: IntentionRow,
     Table.CA: CaRow,
+    Table.CONFIG: ConfigRow,
 }
 
 
@@ -97,6 +100,7 @@ class Store:
         self.kv_keys: list[str] = []  # sorted, for prefixes
         self.sessions: dict[str, SessionRow] = {}
         self.intentions: dict[str, IntentionRow] = {}  # by id
+        self.config: dict[str, ConfigRow] = {}  # by KIND/NAME
         self.ca: CaRow | None = None
         self.by_name: dict[str, set[tuple[str, str]]] = defaultdict(set)  # service name -> (node, service id)
         self.by_destination: dict[str, set[tuple[str, str]]] = defaultdict(set)  # the same, for who fronts it
@@ -154,6 +158,9 @@ class Store:
     def set_intention(self, intention: str, row: IntentionRow | None) -> None:
         self._set(Change(Table.INTENTION, "", intention, row), self.intentions.get(intention))
 
+    def set_config(self, key: str, row: ConfigRow | None) -> None:
+        self._set(Change(Table.CONFIG, "", key, row), self.config.get(key))
+
     def set_ca(self, row: CaRow) -> None:
         self._set(Change(Table.CA, "", "root", row), self.ca)
 
@@ -201,6 +208,8 @@ class Store:
                 _put(self.sessions, key, row, SessionRow)
             case Table.INTENTION:
                 _put(self.intentions, key, row, IntentionRow)
+            case Table.CONFIG:
+                _put(self.config, key, row, ConfigRow)
             case Table.CA:
                 assert row is None or isinstance(row, CaRow)
                 self.ca = row

@@ -9,6 +9,7 @@ from outrider.model.allocation import AllocStatus, CheckReport
 from outrider.model.job import Protocol, Value
 from outrider.model.mesh import PUBLIC_PORT
 from outrider.model.node import NodeStatus
+from outrider.model.traffic import Traffic
 
 
 class ServiceRegistration(Value, frozen=True, kw_only=True):
@@ -22,6 +23,7 @@ class ServiceRegistration(Value, frozen=True, kw_only=True):
     local_address: str = ""  # where sidecars of the same node dial; "" while the agent has not said
     local_port: int = 0
     upstreams: tuple[ServiceName, ...] = ()
+    meta: Mapping[str, str] = {}
     passing: bool = False
     output: str = ""
 
@@ -45,6 +47,15 @@ class OwnedIntention(Value, frozen=True, kw_only=True):
     source: ServiceName
     destination: ServiceName
     job: JobName
+
+
+class OwnedTraffic(Value, frozen=True, kw_only=True):
+    """A service's `traffic:` in a job: the job owns the config entries that it comes to."""
+
+    service: ServiceName
+    protocol: Protocol
+    job: JobName
+    traffic: Traffic
 
 
 class Interests(Value, frozen=True, kw_only=True):
@@ -86,6 +97,20 @@ def owned_intentions(state: State) -> tuple[OwnedIntention, ...]:
                     for source in service.allow:
                         found[OwnedIntention(source=source, destination=service.name, job=name)] = None
     return tuple(found)
+
+
+def owned_traffic(state: State) -> tuple[OwnedTraffic, ...]:
+    """The `traffic:` of all jobs that are not stopped; of a service that several provide, the first job's by name."""
+    found: dict[ServiceName, OwnedTraffic] = {}
+    for name, entry in sorted(state.jobs.items()):
+        if entry.stopped or entry.job.parent is not None:
+            continue
+        for service in (service for group in entry.job.groups for service in group.services):
+            if service.traffic is not None and service.name not in found:
+                found[service.name] = OwnedTraffic(
+                    service=service.name, protocol=service.protocol, job=name, traffic=service.traffic
+                )
+    return tuple(found.values())
 
 
 def virtual_indices(state: State) -> Mapping[ServiceName, int]:
@@ -150,6 +175,7 @@ def _service_registrations(state: State, serial: int, row: int, *, seen: bool) -
             local_address=report.local_address if report is not None else "",
             local_port=PUBLIC_PORT + position if service.port is not None else 0,
             upstreams=tuple(upstream.service for upstream in service.upstreams),
+            meta=service.meta,
             passing=passing,
             output="waits to be promoted" if held else _output(check, passing=passing),
         )

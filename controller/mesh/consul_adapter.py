@@ -17,6 +17,7 @@ import consul.aio
 import consul.base
 import msgspec
 
+from controller.entries import Entry
 from controller.mesh.shapes import (
     CatalogNode,
     CatalogNodeServices,
@@ -43,6 +44,7 @@ WATCH_WAIT_S = 60
 # Consul waits up to a sixteenth longer than asked.
 _WATCH_TIMEOUT_S = WATCH_WAIT_S * 17 / 16 + REQUEST_TIMEOUT_S
 _INTENTIONS = "/v1/connect/intentions"
+_EMBEDDED = "outrider"  # the revision that the embedded catalog says it is
 
 
 class Dialect(StrEnum):
@@ -79,6 +81,7 @@ class ConsulAdapter:
         self.version = ""
         self.datacenter = ""
         self.dialect = Dialect.BY_ID
+        self.embedded = False
 
     async def close(self) -> None:
         await self._transport.close()
@@ -87,7 +90,8 @@ class ConsulAdapter:
         """Learns version and datacenter, and with them the dialect. Call it first, and after Consul was away."""
         found = _decode(await self._get("/v1/agent/self"), Self)
         self.version, self.datacenter = found.config.version, found.config.datacenter
-        self.dialect = intention_dialect(self.version)
+        self.embedded = found.config.revision == _EMBEDDED
+        self.dialect = Dialect.EXACT if self.embedded else intention_dialect(self.version)
 
     async def nodes(self, meta: tuple[str, str]) -> list[CatalogNode]:
         """The nodes whose meta has this key with this value."""
@@ -129,6 +133,22 @@ class ConsulAdapter:
     async def watch_roots(self, index: int) -> tuple[int, ConsulRoots]:
         found = await self._watch("/v1/connect/ca/roots", index)
         return found.index, _decode(found.body, ConsulRoots)
+
+    async def watch_entries(self, kind: str, index: int) -> tuple[int, list[Entry]]:
+        found = await self._watch(f"/v1/config/{kind}", index)
+        return found.index, _decode(found.body, list[Entry])
+
+    async def put_entry(self, entry: Entry) -> None:
+        """Raises RefusedError with Consul's own words where it takes no such entry, or is too old for it."""
+        answer = await self._call("PUT", "/v1/config", {}, msgspec.json.encode(entry))
+        if answer.code != 200:
+            what = " ".join(answer.body.split())[:300]
+            raise RefusedError("refused", f"Consul {self.version} refuses {entry.kind} {entry.name}: {what}")
+
+    async def delete_entry(self, kind: str, name: str) -> None:
+        answer = await self._call("DELETE", f"/v1/config/{kind}/{quote(name)}")
+        if answer.code not in (200, 404):
+            raise _refusal(f"DELETE /v1/config/{kind}/{name}", answer)
 
     async def create_intention(self, intention: ConsulIntention) -> None:
         """Raises RefusedError where the pair has one and the dialect knows no replacing."""

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable
 
+from controller.entries import Entries, subsets_of
 from controller.mesh.registrations import ALLOC_META, CLUSTER_META, LOCAL_ADDRESS
 from controller.mesh.shapes import HealthRow
 from outrider.ids import AllocId
 from outrider.model.mesh import Endpoint
 
 
-def endpoints(rows: Iterable[HealthRow], cluster: str) -> tuple[Endpoint, ...]:
+def endpoints(rows: Iterable[HealthRow], cluster: str, entries: Entries) -> tuple[Endpoint, ...]:
     """In a fixed order, so that equal catalogs give equal endpoints."""
-    found = (_endpoint(row, cluster) for row in rows if row.service.port)
+    found = (_endpoint(row, cluster, entries) for row in rows if row.service.port)
     return tuple(sorted(found, key=lambda endpoint: (endpoint.node, endpoint.id)))
 
 
-def _endpoint(row: HealthRow, cluster: str) -> Endpoint:
+def _endpoint(row: HealthRow, cluster: str, entries: Entries) -> Endpoint:
     service = row.service
     local = (service.tagged_addresses or {}).get(LOCAL_ADDRESS)
     # Another cluster of ours in the same Consul: its sidecars are peers, its allocations are not this controller's.
@@ -31,4 +32,10 @@ def _endpoint(row: HealthRow, cluster: str) -> Endpoint:
         healthy=all(check.status == "passing" for check in row.checks or ()),
         alloc=AllocId(alloc) if alloc and ours else None,
         outrider=alloc is not None,
+        subsets=subsets_of(entries, _destination(row), service.meta or {}),
     )
+
+
+def _destination(row: HealthRow) -> str:
+    proxy = row.service.proxy
+    return proxy.destination_service_name if proxy is not None else row.service.service

@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterable
 
 from controller.core.mesh_intent import OwnedIntention
+from controller.entries import http_match
 from controller.mesh.shapes import ConsulIntention
 from outrider.ids import ServiceName
 from outrider.model.job import Value
 from outrider.model.mesh import Action, Intention
+from outrider.model.traffic import Permission, Verdict
 
 WILDCARD = "*"
 DEFAULT_DENY = ConsulIntention(
@@ -24,12 +26,17 @@ class IntentionPlan(Value, frozen=True, kw_only=True):
 
 
 def intention(found: ConsulIntention, cluster: str) -> Intention:
-    """As the model has it. One with HTTP permissions and no action denies: what is not understood is not granted."""
+    """As the model has it. One with permissions denies what none of them grants."""
     owner = _OWNER.match(found.description)
+    permissions = tuple(
+        Permission(action=Verdict.ALLOW if one.action == "allow" else Verdict.DENY, match=http_match(one.http))
+        for one in found.permissions or ()
+    )
     return Intention(
         source=found.source_name,
         destination=found.destination_name,
-        action=Action.ALLOW if found.action == "allow" else Action.DENY,
+        action=Action.ALLOW if found.action == "allow" and not permissions else Action.DENY,
+        permissions=permissions,
         id=found.id,
         precedence=precedence(found.source_name, found.destination_name),
         owner=owner["job"] if owner and owner["cluster"] == cluster else "",

@@ -8,14 +8,17 @@ Never decides where anything runs, nor who may have a leaf: its callers do.
 import asyncio
 from collections.abc import Callable, Mapping
 
-from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller import entries
+from controller.core.mesh_intent import NodeRegistration, OwnedIntention, OwnedTraffic
+from controller.entries import http_rule
 from controller.mesh.backoff import Backoff
-from controller.mesh.consul_adapter import ConsulAdapter
+from controller.mesh.consul_adapter import ConsulAdapter, Dialect
 from controller.mesh.endpoints import endpoints
 from controller.mesh.intentions import DEFAULT_DENY, WILDCARD, decide, intention, plan_owned
 from controller.mesh.issuer import Issuer
 from controller.mesh.leader import RENEW_S, Leadership, Lock
-from controller.mesh.shapes import ConsulIntention, ConsulRoots, HealthRow
+from controller.mesh.owned_entries import owned_entries, plan_entries
+from controller.mesh.shapes import ConsulIntention, ConsulPermission, ConsulRoots, HealthRow
 from controller.mesh.views import Interests, Updates, Views
 from controller.mesh.watcher import Watcher
 from controller.mesh.writer import Writer
@@ -24,6 +27,7 @@ from outrider.ids import AllocId, NodeId, ServiceName, is_name
 from outrider.log import Log
 from outrider.model.job import Protocol, Value
 from outrider.model.mesh import Action, Intention, Leaf, MeshUpdate, TrustRoots, virtual_address
+from outrider.model.traffic import Permission, Verdict
 
 # Names that no service has: how Consul answers for them is how it answers where no intention says anything.
 _NOBODY = ("outrider-nobody-calls", "outrider-nobody-answers")
@@ -58,6 +62,10 @@ class Mesh:
         self._views = Views()
         self._withdrawals: list[_Withdrawal] = []
         self._owned: tuple[OwnedIntention, ...] = ()
+        self._traffic: tuple[OwnedTraffic, ...] = ()
+        self._protocols: dict[ServiceName, Protocol] = {}
+        self._entries: dict[str, list[entries.Entry]] = {}  # by kind, as last seen
+        self._rows: dict[ServiceName, list[HealthRow]] = {}
         self._has_led = False
         self._writer = Writer(consul, cluster, lock or Leadership(consul, cluster, log), log)
         self._writer.changed = self._settle_withdrawals
@@ -65,9 +73,10 @@ class Mesh:
             consul,
             log,
             saw_service=self._saw_service,
-            forgot_service=self._views.forget_endpoints,
+            forgot_service=self._forgot_service,
             saw_intentions=self._saw_intentions,
             saw_roots=self._saw_roots,
+            saw_entries=self._saw_entries,
             answered=self._answered,
         )
 
@@ -103,8 +112,14 @@ class Mesh:
         self._owned = intentions
         self._writer.set_intentions(intentions)
 
+    def set_traffic(self, traffic: tuple[OwnedTraffic, ...]) -> None:
+        """The jobs' `traffic:`; after `set_services`, whose protocols it needs."""
+        self._traffic = traffic
+        self._writer.set_entries(self._wanted_entries())
+
     def set_services(self, services: Mapping[ServiceName, tuple[int, Protocol]]) -> None:
         """Every service name that has a virtual address: its index, and the protocol that it speaks."""
+        self._protocols = {name: protocol for name, (_, protocol) in services.items()}
         self._send(self._views.set_services(services))
         self._writer.set_addresses({name: virtual_address(index) for name, (index, _) in services.items()})
 
@@ -146,15 +161,28 @@ class Mesh:
         found = [intention(one, self._cluster) for one in await self._list()]
         return tuple(sorted(found, key=lambda one: (-one.precedence, one.destination, one.source)))
 
-    async def create_intention(self, source: str, destination: str, action: Action, description: str = "") -> Intention:
+    async def create_intention(
+        self,
+        source: str,
+        destination: str,
+        action: Action,
+        description: str = "",
+        permissions: tuple[Permission, ...] = (),
+    ) -> Intention:
         """By hand: it takes the place of a job's for the same pair, and stays until it is deleted by hand."""
         _require_names(source, destination)
+        if permissions:
+            await self._require_http(destination)
         old = await self._find(source, destination)
         wanted = ConsulIntention(
             id=old.id if old else "",
             source_name=source,
             destination_name=destination,
-            action=action.value,
+            action="" if permissions else action.value,
+            permissions=tuple(
+                ConsulPermission(action=one.action.value, http=http_rule(one.match)) for one in permissions
+            )
+            or None,
             description=description,
         )
         if old is None:
@@ -163,6 +191,18 @@ class Mesh:
             await self._consul.update_intention(wanted)
         made = await self._find(source, destination)
         return intention(made or wanted, self._cluster)
+
+    async def _require_http(self, destination: str) -> None:
+        """Raises RefusedError where permissions would mean nothing, with nothing changed."""
+        if not self._consul.version:
+            await self._consul.probe()
+        if self._consul.dialect is Dialect.BY_ID:
+            text = f"Consul {self._consul.version} has no intentions by method, path or header: they came with 1.9"
+            raise RefusedError("too_old", f"{text}; allow or deny the service as a whole")
+        if destination == WILDCARD:
+            raise RefusedError("no_http", "permissions need one destination: a wildcard may speak any protocol")
+        if self._protocols.get(ServiceName(destination)) is Protocol.TCP:
+            raise RefusedError("no_http", f"service {destination} speaks tcp, which has no methods or paths")
 
     async def delete_intention(self, source: str, destination: str) -> bool:
         """False: there was none. Raises RefusedError for one that a job owns: it would come back."""
@@ -179,7 +219,8 @@ class Mesh:
         """Whether `source` may call `destination`, and what decides. None: no intention does, but Consul's default."""
         decided_by = decide(await self.intentions(), source, destination)
         if decided_by is not None:
-            return decided_by.action is Action.ALLOW, decided_by
+            some = any(one.action is Verdict.ALLOW for one in decided_by.permissions)
+            return decided_by.action is Action.ALLOW or some, decided_by
         return await self._consul.allowed(source, destination), None
 
     async def _write(self) -> None:
@@ -241,7 +282,8 @@ class Mesh:
                 self._writer.wake.set()
 
     def _saw_service(self, service: ServiceName, rows: list[HealthRow]) -> None:
-        self._send(self._views.set_endpoints(service, endpoints(rows, self._cluster)))
+        self._rows[service] = rows
+        self._send(self._views.set_endpoints(service, endpoints(rows, self._cluster, self._views.entries or {})))
         self._writer.saw(service, rows)
         self._settle_withdrawals()
 
@@ -250,6 +292,33 @@ class Mesh:
         plan = plan_owned(self._owned, found, self._cluster)
         if plan.create or plan.update or plan.delete:
             self._writer.check_intentions()
+
+    def _forgot_service(self, service: ServiceName) -> None:
+        self._rows.pop(service, None)
+        self._views.forget_endpoints(service)
+
+    def _saw_entries(self, kind: str, found: list[entries.Entry]) -> None:
+        """Compiled once all kinds are there: half of them would route where nobody said."""
+        self._entries[kind] = found
+        for one in found:
+            if problem := entries.problem(one):
+                self._log.warning("config entry not understood", kind=kind, name=one.name, why=problem)
+        if len(self._entries) < len(entries.TRAFFIC_KINDS):
+            return
+        known = [one for kind in entries.TRAFFIC_KINDS for one in self._entries[kind]]
+        good = entries.keyed(one for one in known if not entries.problem(one))
+        before, self._views.entries = self._views.entries, good
+        self._send(self._views.set_entries(good))
+        for service, rows in tuple(self._rows.items()):
+            if (before or {}).get((entries.RESOLVER, service)) != good.get((entries.RESOLVER, service)):
+                self._saw_service(service, rows)
+        self._watcher.set_services(self._views.called())
+        plan = plan_entries(self._wanted_entries(), known, self._cluster)
+        if plan.put or plan.delete:
+            self._writer.check_entries()
+
+    def _wanted_entries(self) -> tuple[entries.Entry, ...]:
+        return tuple(entry for owned in self._traffic for entry in owned_entries(owned, self._cluster, self._protocols))
 
     def _saw_roots(self, found: ConsulRoots) -> None:
         active_first = sorted(found.roots, key=lambda root: not root.active)

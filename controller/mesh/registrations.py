@@ -132,7 +132,7 @@ def _rows(
     service: ServiceRegistration, address: str, virtual_addresses: Mapping[ServiceName, str]
 ) -> Iterable[ConsulService]:
     name = f"{service.alloc}-{service.service}"
-    meta = {ALLOC_META: service.alloc, JOB_META: service.job, PROTOCOL_META: service.protocol.value}
+    meta = {**service.meta, ALLOC_META: service.alloc, JOB_META: service.job, PROTOCOL_META: service.protocol.value}
     yield ConsulService(id=name, service=service.service, address=address, port=service.port, meta=meta)
     if not service.port:
         return  # it only calls: nobody dials it, and Consul takes no proxy without a port

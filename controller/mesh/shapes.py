@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from controller.entries import HttpRule
+
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True, rename="pascal", omit_defaults=True):
     """Base of every shape. Consul writes null for what is empty: hence the many `| None`."""
@@ -12,6 +14,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, rename="pascal", omit_def
 
 class SelfConfig(Shape, frozen=True, kw_only=True):
     version: str
+    revision: str = ""
     datacenter: str
 
 
@@ -78,12 +81,18 @@ class HealthRow(Shape, frozen=True, kw_only=True):
     checks: tuple[ConsulCheck, ...] | None = None
 
 
+class ConsulPermission(Shape, frozen=True, kw_only=True):
+    action: str
+    http: HttpRule = msgspec.field(name="HTTP")
+
+
 class ConsulIntention(Shape, frozen=True, kw_only=True):
     id: str = msgspec.field(default="", name="ID")
     source_name: str
     destination_name: str
     source_type: str = "consul"
     action: str = ""  # "" where an intention of 1.9 and later has permissions for HTTP instead
+    permissions: tuple[ConsulPermission, ...] | None = None
     description: str = ""
     precedence: int = 0
 

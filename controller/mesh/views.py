@@ -6,6 +6,7 @@ has not been asked yet is left out: a controller that has just started must not 
 
 from collections.abc import Iterable, Mapping
 
+from controller import entries as config
 from controller.mesh.intentions import bearing_on
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Protocol, Value
@@ -18,6 +19,7 @@ from outrider.model.mesh import (
     TrustRoots,
     virtual_address,
 )
+from outrider.model.traffic import ServiceTraffic
 
 Updates = list[tuple[NodeId, MeshUpdate]]
 
@@ -35,7 +37,7 @@ class _Session:
         self.complete = False  # it was sent an update that replaced everything it had before
         self.services: dict[ServiceName, MeshService] = {}
         self.changed: dict[ServiceName, int] = {}  # the version that last told of the service's endpoints
-        self.intentions: dict[ServiceName, tuple[Intention, ...]] = {}
+        self.intentions: dict[ServiceName, ServiceIntentions] = {}
         self.roots = TrustRoots()
 
 
@@ -47,13 +49,16 @@ class Views:
         self.endpoints: dict[ServiceName, tuple[Endpoint, ...]] = {}
         self.intentions: tuple[Intention, ...] | None = None  # None, as empty roots: not asked yet
         self.roots = TrustRoots()
+        self.entries: config.Entries | None = None  # None: not asked yet
+        self._traffic: dict[ServiceName, ServiceTraffic] = {}  # compiled since they changed
         self.interests: dict[NodeId, Interests] = {}
         self._sessions: dict[NodeId, _Session] = {}
         self._version = 0
 
     def called(self) -> frozenset[ServiceName]:
         """The services whose endpoints somebody needs."""
-        return frozenset().union(*(interests.called for interests in self.interests.values()))
+        named: set[ServiceName] = set().union(*(interests.called for interests in self.interests.values()))
+        return frozenset(self._reached(named))
 
     def set_services(self, services: Mapping[ServiceName, tuple[int, Protocol]]) -> Updates:
         changed = {name for name in {*services, *self.services} if services.get(name) != self.services.get(name)}
@@ -71,6 +76,12 @@ class Views:
     def set_intentions(self, intentions: tuple[Intention, ...]) -> Updates:
         self.intentions = intentions
         return self._differences(())
+
+    def set_entries(self, entries: config.Entries) -> Updates:
+        """Consul's config entries, all of them."""
+        self.entries = entries
+        self._traffic.clear()
+        return self._differences(self.services)
 
     def set_roots(self, roots: TrustRoots) -> Updates:
         self.roots = roots
@@ -109,12 +120,34 @@ class Views:
         return True
 
     def _service(self, name: ServiceName) -> MeshService | None:
-        """None while the controller has given the name no virtual address, or the catalog was not asked for it."""
-        if name not in self.services or name not in self.endpoints:
+        """None while the controller has given the name no virtual address, or the catalog was not asked for it,
+        or for the config entries: half of what is known would route where nobody said."""
+        if self.entries is None or name not in self.services or name not in self.endpoints:
             return None
         index, protocol = self.services[name]
         address = virtual_address(index)
-        return MeshService(name=name, virtual_address=address, protocol=protocol, endpoints=self.endpoints[name])
+        return MeshService(
+            name=name,
+            virtual_address=address,
+            protocol=protocol,
+            endpoints=self.endpoints[name],
+            traffic=self._compiled(name),
+        )
+
+    def _compiled(self, name: ServiceName) -> ServiceTraffic:
+        if name not in self._traffic:
+            self._traffic[name] = config.compiled(self.entries or {}, name)
+        return self._traffic[name]
+
+    def _reached(self, named: Iterable[ServiceName]) -> set[ServiceName]:
+        """`named`, and where their calls may come to by routes, splits, failover and mirrors."""
+        found: set[ServiceName] = set()
+        left = set(named)
+        while left:
+            name = left.pop()
+            found.add(name)
+            left |= {ServiceName(other) for other in config.used(self._compiled(name))} - found
+        return found
 
     def _differences(self, services: Iterable[ServiceName]) -> Updates:
         changed = frozenset(services)
@@ -131,14 +164,22 @@ class Views:
         full = not session.complete and self._answers(interests)
         if full:
             session.complete, session.services, session.intentions = True, {}, {}
-        names = interests.called | session.services.keys()
+        called = self._reached(interests.called)
+        names = called | session.services.keys()
         if changed is not None and not full:
             names &= changed
-        services = {name: self._service(name) if name in interests.called else None for name in names}
+        services = {name: self._service(name) if name in called else None for name in names}
         fresh = {name: one for name, one in services.items() if one is not None and session.services.get(name) != one}
         gone = sorted(name for name, one in services.items() if one is None and name in session.services)
         placed = interests.placed if self.intentions is not None else ()
-        rules = {name: bearing_on(self.intentions or (), name) for name in placed}
+        rules = {
+            name: ServiceIntentions(
+                service=name,
+                intentions=bearing_on(self.intentions or (), name),
+                rate=config.rate_of(self.entries or {}, name),
+            )
+            for name in placed
+        }
         new_rules = {name: found for name, found in rules.items() if session.intentions.get(name) != found}
         gone_rules = sorted(name for name in session.intentions if name not in rules)
         roots = self.roots if self.roots != session.roots or (full and self.roots.trust_domain) else None
@@ -155,15 +196,15 @@ class Views:
             full=full,
             services=tuple(fresh[name] for name in sorted(fresh)),
             services_removed=tuple(gone),
-            intentions=tuple(ServiceIntentions(service=name, intentions=new_rules[name]) for name in sorted(new_rules)),
+            intentions=tuple(new_rules[name] for name in sorted(new_rules)),
             intentions_removed=tuple(gone_rules),
             roots=roots,
         )
 
     def _answers(self, interests: Interests) -> bool:
         """Whether the catalog was asked for all that these interests need."""
-        known = self.intentions is not None and self.roots.trust_domain != ""
-        return known and all(name in self.endpoints for name in interests.called)
+        known = self.intentions is not None and self.entries is not None and self.roots.trust_domain != ""
+        return known and all(name in self.endpoints for name in self._reached(interests.called))
 
     def _next_version(self) -> int:
         self._version += 1

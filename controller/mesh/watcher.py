@@ -1,12 +1,14 @@
 """Watches the catalog: endpoints of the services that somebody calls, intentions, trust roots.
 
-Tasks: `mesh-intentions`, `mesh-roots`, one `mesh-watch-SERVICE` for each of the first 150 services (Consul refuses
-more than 200 blocking queries from one address), and `mesh-poll` for the rest, each asked every two seconds. No queue.
+Tasks: `mesh-intentions`, `mesh-roots`, `mesh-KIND` for each kind of config entry, one `mesh-watch-SERVICE` for each of
+the first 150 services (Consul refuses more than 200 blocking queries from one address), and `mesh-poll` for the rest,
+each asked every two seconds. No queue.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
+from controller.entries import TRAFFIC_KINDS, Entry
 from controller.mesh.backoff import Backoff
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.shapes import ConsulIntention, ConsulRoots, HealthRow
@@ -30,10 +32,12 @@ class Watcher:
         forgot_service: Callable[[ServiceName], None],
         saw_intentions: Callable[[list[ConsulIntention]], None],
         saw_roots: Callable[[ConsulRoots], None],
+        saw_entries: Callable[[str, list[Entry]], None],
         answered: Callable[[bool], None],
     ) -> None:
         self._consul, self._log = consul, log
         self._saw_service, self._saw_intentions, self._saw_roots = saw_service, saw_intentions, saw_roots
+        self._saw_entries = saw_entries
         self._forgot_service, self._answered = forgot_service, answered
         self._wanted: frozenset[ServiceName] = frozenset()
         self._taken_up: frozenset[ServiceName] = frozenset()  # of what was wanted
@@ -51,6 +55,8 @@ class Watcher:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch(self._intentions), name="mesh-intentions")
             group.create_task(self._watch(self._roots), name="mesh-roots")
+            for kind in TRAFFIC_KINDS:
+                group.create_task(self._watch(self._entries(kind)), name=f"mesh-{kind}")
             group.create_task(self._poll(), name="mesh-poll")
             while True:
                 self._adjust(group)
@@ -72,6 +78,14 @@ class Watcher:
         async def watch(index: int) -> int:
             index, rows = await self._consul.watch_connect(service, index)
             self._saw_service(service, rows)
+            return index
+
+        return watch
+
+    def _entries(self, kind: str) -> Callable[[int], Awaitable[int]]:
+        async def watch(index: int) -> int:
+            index, found = await self._consul.watch_entries(kind, index)
+            self._saw_entries(kind, found)
             return index
 
         return watch

@@ -6,14 +6,16 @@ setting the wanted state is cheap and final, however often Consul fails meanwhil
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from controller.core.mesh_intent import NodeRegistration, OwnedIntention
+from controller.entries import TRAFFIC_KINDS, Entry
 from controller.mesh.concurrency import each
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.intentions import plan_owned
 from controller.mesh.known import Known, registers
 from controller.mesh.leader import Lock
+from controller.mesh.owned_entries import plan_entries
 from controller.mesh.registrations import (
     CLUSTER_META,
     NodeRecord,
@@ -24,7 +26,7 @@ from controller.mesh.registrations import (
     wanted_record,
 )
 from controller.mesh.shapes import HealthRow, Registration, Txn
-from outrider.errors import PeerError
+from outrider.errors import PeerError, RefusedError
 from outrider.ids import NodeId, ServiceName
 from outrider.log import Log
 
@@ -46,6 +48,8 @@ class Writer:
         self._addresses: Mapping[ServiceName, str] = {}
         self._owned: tuple[OwnedIntention, ...] | None = None  # None: nobody has said yet
         self._owned_dirty = False
+        self._entries: tuple[Entry, ...] | None = None  # as `_owned`
+        self._entries_dirty = False
         self._known = Known(cluster)
         self._dirty: set[str] = set()
         self._suspect: set[str] = set()  # to be read again before they are compared
@@ -82,6 +86,15 @@ class Writer:
         self._owned_dirty = True
         self.wake.set()
 
+    def set_entries(self, entries: tuple[Entry, ...]) -> None:
+        if entries != self._entries:
+            self._entries = entries
+            self.check_entries()
+
+    def check_entries(self) -> None:
+        self._entries_dirty = True
+        self.wake.set()
+
     def saw(self, service: ServiceName, rows: Iterable[HealthRow]) -> None:
         """A watch shows this: nodes that look otherwise than they were written are read again."""
         if not self.leadership.held:
@@ -114,7 +127,7 @@ class Writer:
         self._doubt_at_s.clear()
         self._dirty.update(self._registrations)
         self._sweep_at_s = 0.0
-        self._owned_dirty = True
+        self._owned_dirty = self._entries_dirty = True
 
     async def wait(self) -> None:
         """Until there is something to write, or the time for a sweep has come."""
@@ -132,7 +145,7 @@ class Writer:
         if self._sweep_at_s <= now_s:
             await self._read(await self._all_names())
             self._sweep_at_s = now_s + SWEEP_S
-            self._owned_dirty = True
+            self._owned_dirty = self._entries_dirty = True
         for due_at_s in (self._retry_at_s, self._doubt_at_s):
             for name in [name for name, at_s in due_at_s.items() if at_s <= now_s]:
                 del due_at_s[name]
@@ -143,6 +156,9 @@ class Writer:
         if self._owned_dirty and self._owned is not None:
             self._owned_dirty = False
             await self._write_intentions(self._owned)
+        if self._entries_dirty and self._entries is not None:
+            self._entries_dirty = False
+            await self._write_entries(self._entries)
 
     def _touch(self, name: str) -> None:
         self._dirty.add(name)
@@ -265,3 +281,22 @@ class Writer:
         except BaseException:
             self._owned_dirty = True
             raise
+
+    async def _write_entries(self, entries: tuple[Entry, ...]) -> None:
+        """One that Consul refuses is told of, and tried again with the next sweep: the others do not wait for it."""
+        try:
+            found = [one for kind in TRAFFIC_KINDS for one in (await self._consul.watch_entries(kind, 0))[1]]
+            plan = plan_entries(entries, found, self._cluster)
+            for kind, name in plan.delete:
+                await self._attempt(self._consul.delete_entry(kind, name), kind, name)
+            for one in plan.put:
+                await self._attempt(self._consul.put_entry(one), one.kind, one.name)
+        except PeerError:
+            self._entries_dirty = True
+            raise
+
+    async def _attempt(self, write: Awaitable[None], kind: str, name: str) -> None:
+        try:
+            await write
+        except RefusedError as error:
+            self._log.warning("config entry refused", kind=kind, name=name, why=str(error))

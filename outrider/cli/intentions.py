@@ -1,8 +1,12 @@
 """`outrider intention`: who may call whom, and who was refused."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from outrider.model.mesh import Intention
+    from outrider.model.traffic import Permission
 
 app = typer.Typer(no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
@@ -11,10 +15,17 @@ Destination = Annotated[str, typer.Argument(help="The called service, or '*'.")]
 
 
 @app.command()
-def create(
+def create(  # noqa: PLR0917 - typer's: each is an option
     source: Source,
     destination: Destination,
     deny: Annotated[bool, typer.Option("--deny", help="Forbid it instead; wins over a job's `allow:`.")] = False,
+    http: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A rule for requests, "allow GET,HEAD /public/* x-token=7": action, methods or *, a path (* at its '
+            "end: all that begin so), headers. Again for more; the first that matches decides."
+        ),
+    ] = None,
     description: Annotated[str, typer.Option(help="Why, for those who come after.")] = "",
     json: Json = False,
 ) -> None:
@@ -22,18 +33,29 @@ def create(
     from outrider import codec
     from outrider.cli import output
     from outrider.cli.client import connect
+    from outrider.errors import InputError
     from outrider.model.mesh import Action, Intention
     from outrider.v1 import mesh_pb2, operator_pb2
 
     action = Action.DENY if deny else Action.ALLOW
-    wanted = Intention(source=source, destination=destination, action=action, description=description)
+    permissions = tuple(_permission(text) for text in http or ())
+    if permissions and deny:
+        raise InputError("--deny and --http: rules deny what none of them allows; leave --deny out")
+    wanted = Intention(
+        source=source,
+        destination=destination,
+        action=Action.DENY if permissions else action,
+        description=description,
+        permissions=permissions,
+    )
     with connect() as fleet:
         request = operator_pb2.CreateIntentionRequest(intention=codec.to_wire(wanted, mesh_pb2.Intention))
         made = codec.from_wire(fleet.call(fleet.stub.CreateIntention, request), Intention)
     if json:
         output.print_json(made)
     else:
-        print(f"{made.source} -> {made.destination}: {made.action} ({made.id})")
+        rules = f", {len(made.permissions)} rules for requests" if made.permissions else ""
+        print(f"{made.source} -> {made.destination}: {'http' if rules else made.action}{rules} ({made.id})")
 
 
 @app.command()
@@ -54,7 +76,14 @@ def ls(json: Json = False) -> None:
     output.print_table(
         ("SOURCE", "DESTINATION", "ACTION", "OWNER", "ID", "DESCRIPTION"),
         (
-            (each.source, each.destination, each.action, each.owner and f"job {each.owner}", each.id, each.description)
+            (
+                each.source,
+                each.destination,
+                _action(each),
+                each.owner and f"job {each.owner}",
+                each.id,
+                each.description,
+            )
             for each in intentions
         ),
     )
@@ -101,11 +130,42 @@ def delete(source: Source, destination: Destination) -> None:
     print(f"{source} -> {destination}: deleted")
 
 
+def _permission(text: str) -> "Permission":
+    """Raises InputError."""
+    from outrider.errors import InputError
+    from outrider.model.traffic import HttpMatch, Permission, TextMatch, Verdict
+
+    parts = text.split()
+    if len(parts) < 3 or parts[0] not in ("allow", "deny") or not parts[2].startswith("/"):
+        raise InputError(f'--http {text!r}: expected ACTION METHODS PATH, like "allow GET,HEAD /public/*"')
+    action, methods, path, *headers = parts
+    pairs = [header.partition("=") for header in headers]
+    if any(not name or not is_ for name, is_, _ in pairs):
+        raise InputError(f"--http {text!r}: a header is NAME=VALUE, or NAME=* where it need only be there")
+    prefix = path.endswith("*")
+    return Permission(
+        action=Verdict(action),
+        match=HttpMatch(
+            path_exact="" if prefix else path,
+            path_prefix=path[:-1] if prefix else "",
+            methods=() if methods == "*" else tuple(methods.upper().split(",")),
+            headers=tuple(
+                TextMatch(name=name, present=True) if value == "*" else TextMatch(name=name, exact=value)
+                for name, _, value in pairs
+            ),
+        ),
+    )
+
+
+def _action(intention: "Intention") -> str:
+    return "http" if intention.permissions else intention.action
+
+
 def _because(decided_by: object) -> str:
     from outrider.model.mesh import Intention
 
     if not isinstance(decided_by, Intention):
         return "by default: no intention names them"
     owner = f" of job {decided_by.owner}" if decided_by.owner else ""
-    rule = f"{decided_by.source} -> {decided_by.destination} {decided_by.action}"
+    rule = f"{decided_by.source} -> {decided_by.destination} {_action(decided_by)}"
     return f"by the intention {rule}{owner} ({decided_by.id})"

@@ -2,11 +2,12 @@
 
 from outrider.ids import PortName, ServiceName
 from outrider.jobspec.document import Node, Scalar
-from outrider.jobspec.fields import Faults, Fields, Path, listed, suggestion, text_of
+from outrider.jobspec.fields import Faults, Fields, Path, listed, named, suggestion, text_of
+from outrider.jobspec.traffic import read_traffic
 from outrider.jobspec.units import duration_s
 from outrider.model.job import Check, CheckKind, Network, Protocol, Service, Upstream
 
-_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow")
+_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow", "traffic", "meta")
 _KINDS = {"http": CheckKind.HTTP, "tcp": CheckKind.TCP, "grpc": CheckKind.GRPC, "command": CheckKind.COMMAND}
 
 
@@ -34,7 +35,15 @@ def _service(node: Node, path: Path, network: Network, faults: Faults) -> Servic
         check=_check(fields, faults),
         upstreams=_upstreams(upstreams, (*path, "upstreams"), faults) if upstreams is not None else (),
         allow=tuple(ServiceName(caller) for caller in fields.texts("allow")),
+        traffic=read_traffic(fields, fields.text("name", ""), faults),
+        meta=_meta(fields, faults),
     )
+
+
+def _meta(service: Fields, faults: Faults) -> dict[str, str]:
+    node, path = service.node("meta"), (*service.path, "meta")
+    found = named(node, path, faults) if node is not None else ()
+    return {key: text for key, value in found if (text := text_of(value, (*path, key), faults)) is not None}
 
 
 def _upstreams(node: Node, path: Path, faults: Faults) -> tuple[Upstream, ...]:

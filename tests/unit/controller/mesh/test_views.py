@@ -59,6 +59,7 @@ steps = st.one_of(
 @given(st.lists(steps, max_size=25))
 def test_deltas_add_up_to_the_full_view(script: list[tuple[str, object]]) -> None:
     views = Views()
+    views.set_entries({})
     agents = {node: Agent() for node in NODES}
     for node, agent in agents.items():
         agent.take(views.connect(node))
@@ -89,6 +90,7 @@ def apply(views: Views, kind: str, value: object) -> Updates:
 
 def test_a_change_that_changes_nothing_tells_nobody() -> None:
     views = Views()
+    views.set_entries({})
     views.set_services({SERVICES[0]: (0, Protocol.TCP)})
     views.set_interests(NODES[0], Interests(called=frozenset(SERVICES)))
     views.connect(NODES[0])
@@ -100,6 +102,7 @@ def test_a_change_that_changes_nothing_tells_nobody() -> None:
 def test_a_controller_that_has_just_started_takes_nothing_away() -> None:
     web = SERVICES[0]
     views = Views()
+    views.set_entries({})
     views.set_services({web: (0, Protocol.TCP)})
     views.set_interests(NODES[0], Interests(called=frozenset({web}), placed=frozenset({web})))
 
@@ -118,6 +121,7 @@ def test_a_controller_that_has_just_started_takes_nothing_away() -> None:
 def test_withdrawn_means_that_every_connected_caller_acknowledged() -> None:
     web, gone = SERVICES[0], frozenset({AllocId("a")})
     views = Views()
+    views.set_entries({})
     views.set_services({web: (0, Protocol.TCP)})
     for node in NODES:
         views.set_interests(node, Interests(called=frozenset({web})))
