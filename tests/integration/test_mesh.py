@@ -446,7 +446,7 @@ async def test_more_services_than_may_be_watched_are_polled(tmp_path: Path) -> N
             one.connect(N2)
             one.mesh.set_node(node("n1", *(instance("a1", name) for name in names)))
             await until(lambda: all(one.healthy(N2, name) for name in names), "all are known")
-            assert record.catalog.waiting <= WATCHES_MAX + 2
+            assert record.catalog.waiting <= WATCHES_MAX + 2 + len(TRAFFIC_KINDS)
     finally:
         await record.stop()
 
