@@ -4,6 +4,7 @@ Follows until it has the lock, replays the journal, leads, follows again when it
 lock it decides nothing and sends nothing.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 
@@ -72,6 +73,7 @@ class ControllerProcess(Process):
         self._confirmed_s = 0.0
         self._sessions = 0
         self._requests: dict[RequestId, Callable[[Reply], None]] = {}
+        self._request_ids = itertools.count(1)  # never one twice: an answer would be taken for another's
         self._sent = Generation()
 
     @property
@@ -264,7 +266,7 @@ class ControllerProcess(Process):
         """An operator's; an answer may never come."""
         if not self.leads:
             return
-        request = RequestId(len(self._requests) + 1)
+        request = RequestId(next(self._request_ids))
         self._requests[request] = answered
         if isinstance(wanted, Job):
             self._tell(JobSubmitted(request=request, job=wanted))
