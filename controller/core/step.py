@@ -81,6 +81,11 @@ def _listen(
     state: State, event: AgentReported | AgentApplied | FingerprintChanged | FiguresReported, now_s: float
 ) -> None:
     """To what an agent says on its present session; what comes from an older one is void."""
+    joining = state.live.joining.get(event.node)
+    if joining is not None and joining.session == event.session:
+        # Its greeting waits for the journal: this is a later word of the same conversation, not to be lost.
+        state.live.joining[event.node] = _greeting_with(state, joining, event)
+        return
     ref = state.nodes.reference.get(event.node)
     if ref is None or state.live.links[ref].session != event.session:
         return
@@ -96,6 +101,27 @@ def _listen(
             if node.fingerprint != event.fingerprint:
                 changed = msgspec.structs.replace(node, fingerprint=event.fingerprint)
                 state.live.registering[node.id] = changed
+        case _:
+            assert_never(event)
+
+
+def _greeting_with(
+    state: State,
+    joining: AgentConnected,
+    event: AgentReported | AgentApplied | FingerprintChanged | FiguresReported,
+) -> AgentConnected:
+    match event:
+        case AgentReported():
+            reports = {report.alloc: report for report in (*joining.reports, *event.reports)}
+            return msgspec.structs.replace(joining, reports=tuple(reports.values()))
+        case AgentApplied():
+            return msgspec.structs.replace(joining, acknowledged=max(joining.acknowledged, event.generation))
+        case FingerprintChanged():
+            node = msgspec.structs.replace(joining.node, fingerprint=event.fingerprint)
+            state.live.registering[node.id] = node
+            return msgspec.structs.replace(joining, node=node)
+        case FiguresReported():
+            return joining  # others follow in a moment
         case _:
             assert_never(event)
 
