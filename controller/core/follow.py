@@ -182,6 +182,7 @@ def _follow_plan(state: State, plan: Plan) -> None:
         row = state.table.row(old)
         assert row is not None, "it runs"
         state.live.to(int(state.table.node[row])).serials[old] = None
+        state.live.dirty_jobs[state.group_of(row).job] = None
     for part in plan.stops:
         for serial in np.frombuffer(part.serials, np.int64).tolist():
             _told_to_stop(state, serial, part.reason)

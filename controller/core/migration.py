@@ -114,6 +114,12 @@ def settle(state: State, draft: Draft, rows: Ints) -> Ints:
     return kept
 
 
+def is_under_way(state: State, group: GroupEntry) -> bool:
+    """Whether a guest of the group moves: then what agents say of its copies decides what follows."""
+    rows = (state.table.row(new) for new in state.moves)
+    return any(row is not None and state.group_of(row).family == group.family for row in rows)
+
+
 def take_along(state: State, draft: Draft, group: GroupEntry, rows: Ints) -> Ints:
     """Those of `rows`, copies that leave their nodes, whose guests cannot go on elsewhere while they run.
 

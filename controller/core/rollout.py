@@ -41,6 +41,7 @@ def decide_group(turn: Turn, key: int) -> None:
             _place_canaries(turn, key, rows)
     _decide_ordinary(turn, key, guard, rows[~is_canary])
     migration.follow(state, draft, newest)
+    turn.progress.moving |= migration.is_under_way(state, newest)
 
 
 def _place_canaries(turn: Turn, key: int, rows: Ints) -> None:

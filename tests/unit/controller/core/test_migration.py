@@ -191,6 +191,18 @@ def test_between_nodes_that_differ_it_stops_and_starts_with_the_reason() -> None
     assert not world.agents[NodeId("n1")].running
 
 
+def test_what_was_left_behind_goes_also_where_the_guest_is_called_well_some_time_after_it_came() -> None:
+    fleet = Fleet()
+    fleet.wait(30)  # the rollout is over
+    new = AllocId(fleet.move().message)
+    fleet.tell(MoveStage.READY, new)
+    fleet.tell(MoveStage.DONE, new)
+    fleet.wait(3)
+    fleet.report(fleet.target, fleet.target.report(new))
+    assert not fleet.source.running
+    assert fleet.called() == [new]
+
+
 def test_a_drained_node_s_guest_moves_while_it_runs_and_starts_anew_where_that_fails() -> None:
     fleet = Fleet()
     fleet.target.obedient = False
