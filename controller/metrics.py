@@ -70,6 +70,7 @@ class ControllerCollector(Collector):
         yield _labelled("nodes", "Nodes, by status", ("status",), _by_label(statuses))
         yield _gauge("jobs", "Jobs that are not stopped", summary.jobs)
         yield _gauge("allocations", "Allocations that have not ended", summary.allocations)
+        yield _gauge("rollout_seconds_max", "The longest that a rollout has gone on", summary.rollout_s_max)
         yield _gauge("sessions", "Agents that are connected", len(self._parts.sessions))
         yield _gauge("tunnels", "Logs and exec calls that run", self._parts.tunnels.running)
         yield _gauge("event_listeners", "Callers that follow the events", self._parts.events.listeners)

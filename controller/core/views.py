@@ -1,7 +1,7 @@
 """State -> what operators read: values made on demand. Owns how things are told; changes nothing."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class FleetSummary(Value, frozen=True, kw_only=True):
     nodes: int
     jobs: int
     allocations: int  # that have not ended
+    rollout_s_max: float = 0.0  # the longest that a rollout has gone on
     braked: str = ""  # why nothing is ejected or replaced; "" where all is normal
 
 
@@ -43,8 +44,17 @@ def fleet_summary(state: State) -> FleetSummary:
         nodes=len(state.nodes),
         jobs=len(state.jobs),
         allocations=int((state.table.status[: state.table.size] == columns.LIVE).sum()),
+        rollout_s_max=max(_rollouts_s(state), default=0.0),
         braked=state.live.braked,
     )
+
+
+def _rollouts_s(state: State) -> Iterator[float]:
+    """For how long each rollout that has not ended has gone on."""
+    for entry in state.jobs.values():
+        rolling = entry.rollout is RolloutState.RUNNING and not entry.stopped and not entry.job.is_template
+        if rolling and entry.job.type is not JobType.BATCH:
+            yield max(0.0, state.live.now_s - entry.versions[entry.latest].submitted_at_s)
 
 
 def job_summaries(state: State) -> tuple[JobSummary, ...]:

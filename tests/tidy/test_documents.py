@@ -1,6 +1,7 @@
 """What is documented is what is there."""
 
 import ast
+import re
 from pathlib import Path
 
 from controller.core.kinds import Kind
@@ -29,3 +30,14 @@ def test_every_key_of_a_job_file_is_in_its_reference() -> None:
 def test_every_kind_of_event_is_in_its_reference() -> None:
     text = (ROOT / "docs/EVENTS.md").read_text()
     assert not {str(kind) for kind in Kind if str(kind) not in text}
+
+
+def test_every_test_that_the_security_model_names_is_there() -> None:
+    text = (ROOT / "docs/SECURITY.md").read_text()
+    files = {path.name: path for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_access.py"}
+    named = re.findall(r"`(?:[a-z/]+/)?(test_[a-z_]+\.py)(?:::(test_[a-z_0-9]+))?`", text)
+    assert len(named) > 20
+    everything = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for file, function in named:
+        assert file == "test_access.py" or file in files, file
+        assert f"def {function or 'test_'}" in everything, function
