@@ -11,7 +11,7 @@ from outrider.cli.main import app
 _HEAD = """\
 # Command line
 
-Made by `python -m outrider.cli.reference` from the commands themselves. Exit codes: 0 done and true; 1 the fleet said no;
+Made by `python -m outrider.cli.reference` from the commands. Exit codes: 0 done and true; 1 the fleet said no;
 64 usage or bad input; 69 nobody to talk to; 130 interrupted.
 """
 
