@@ -22,7 +22,7 @@ from outrider import codec
 from outrider.clock import monotonic_s
 from outrider.errors import InputError, OutriderError, PeerError
 from outrider.ids import AllocId, SecretName, ServiceName
-from outrider.log import Log
+from outrider.log import Log, set_level
 from outrider.model.allocation import AllocFigures, AllocReport, Assignment, Generation
 from outrider.model.fleet import answer_interval_s
 from outrider.model.job import Value
@@ -274,6 +274,9 @@ class FleetSession:
                 self._listener.mesh_changed(codec.from_wire(message.mesh_update, MeshUpdate))
             case "open_tunnel":
                 self._listener.tunnel_wanted(message.open_tunnel)
+            case "log_level":
+                set_level(message.log_level)
+                self._log.warning("log level set", level=message.log_level)
             case kind:
                 raise InputError(f"the controller sent {kind or 'an unknown message'}: it may be of a newer version")
 

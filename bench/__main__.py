@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("start", "footprint", "vm", "image", "failover", "fleet", "propagation", "schedule")
+NAMES = ("start", "footprint", "vm", "image", "failover", "fleet", "propagation", "schedule", "deploy")
 
 MODULES = {"fleet": "scale"}  # `bench.fleet` is the dev fleet that the others have
 

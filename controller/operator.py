@@ -31,7 +31,7 @@ from controller.tunnels import Tunnel
 from outrider import __version__, codec
 from outrider.errors import InputError, OutriderError, RefusedError
 from outrider.ids import GroupName, JobName, NodeId, ServiceName, is_name
-from outrider.log import Log
+from outrider.log import LEVELS, Log, set_level
 from outrider.model.access import EVERYWHERE, Capability
 from outrider.model.allocation import Allocation
 from outrider.model.fleet import FleetEvent, JobStatus
@@ -341,6 +341,20 @@ class OperatorService(Steering):
             decided_by=codec.to_wire(decided_by, mesh_pb2.Intention) if decided_by else None,
             refusals=[codec.to_wire(each, mesh_pb2.ObservedRefusal) for each in refusals],
         )
+
+    @unary
+    async def SetLogLevel(
+        self, request: operator_pb2.SetLogLevelRequest, context: Context
+    ) -> operator_pb2.SetLogLevelResponse:
+        if request.level not in LEVELS:
+            raise InputError(f"level: {request.level[:20]!r} is none; one of {', '.join(LEVELS)}")
+        if request.node:
+            self._sessions.set_log_level(NodeId(request.node), request.level)
+        else:
+            set_level(request.level)
+            self.log.warning("log level set", level=request.level, by=self.call.caller.name)
+        self.call.changes = (f"level: {request.level}",)
+        return operator_pb2.SetLogLevelResponse()
 
     def _sees_event(self, event: FleetEvent) -> bool:
         """What is about no job is every reader's."""

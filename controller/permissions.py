@@ -66,6 +66,7 @@ RULES: Mapping[str, Rule] = {
     "CreateIntention": Rule(_SUBMIT, Where.DESTINATION, changing=True),
     "DeleteIntention": Rule(_SUBMIT, Where.DESTINATION, changing=True),
     "CheckIntention": Rule(_READ, Where.SOMEWHERE),
+    "SetLogLevel": Rule(_ADMIN, Where.FLEET, changing=True),
     # StoreService
     "PutSecret": Rule(Capability.SECRETS, Where.NAMESPACE, changing=True),
     "ListSecrets": Rule(Capability.SECRETS, Where.SOMEWHERE),

@@ -110,6 +110,11 @@ class Sessions:
         self.check(node)
         self._current[node].send(fleet_pb2.ControllerMessage(open_tunnel=request))
 
+    def set_log_level(self, node: NodeId, level: str) -> None:
+        """Raises PeerError where the node has no session."""
+        self.check(node)
+        self._current[node].send(fleet_pb2.ControllerMessage(log_level=level))
+
     def _of(self, session: SessionId, node: NodeId) -> AgentSession | None:
         """The core may speak of a session that has just ended."""
         current = self._current.get(node)

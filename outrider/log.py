@@ -6,8 +6,10 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from outrider.errors import InputError
 from outrider.tokens import without_tokens
 
+LEVELS = ("debug", "info", "warning", "error")
 _VALUE_CHARS_MAX = 2000
 
 
@@ -60,6 +62,13 @@ def _printable(value: Any) -> Any:
         return value
     text = without_tokens(str(value))
     return text if len(text) <= _VALUE_CHARS_MAX else text[:_VALUE_CHARS_MAX] + "..."
+
+
+def set_level(level: str) -> None:
+    """From here on, in this process. Raises InputError where it is none of LEVELS."""
+    if level not in LEVELS:
+        raise InputError(f"log level {level[:20]!r}: one of {', '.join(LEVELS)}")
+    logging.getLogger("outrider").setLevel(level.upper())
 
 
 def configure(level: str = "info") -> None:

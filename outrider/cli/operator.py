@@ -90,6 +90,20 @@ def _logs(target: str) -> dict[str, bytes]:
     return found
 
 
+@app.command(name="log-level")
+def log_level(
+    level: Annotated[str, typer.Argument(help="debug, info, warning or error.")],
+    node: Annotated[str, typer.Option(help="Of this node's agent. Default: of the controller.")] = "",
+) -> None:
+    """Change what is logged from here on, until that process starts anew."""
+    from outrider.cli.client import connect
+    from outrider.v1 import operator_pb2
+
+    with connect() as fleet:
+        fleet.call(fleet.stub.SetLogLevel, operator_pb2.SetLogLevelRequest(level=level, node=node))
+    print(f"{node or 'the controller'}: logs {level}")
+
+
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all, and its owner's alone."""
     import os

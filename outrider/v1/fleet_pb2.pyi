@@ -255,6 +255,8 @@ class ControllerMessage(_message.Message):
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     MESH_UPDATE_FIELD_NUMBER: _builtins.int
     OPEN_TUNNEL_FIELD_NUMBER: _builtins.int
+    LOG_LEVEL_FIELD_NUMBER: _builtins.int
+    log_level: _builtins.str
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -273,12 +275,13 @@ class ControllerMessage(_message.Message):
         assignments: Global___Assignments | None = ...,
         mesh_update: _mesh_pb2.MeshUpdate | None = ...,
         open_tunnel: Global___OpenTunnel | None = ...,
+        log_level: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "log_level", b"log_level", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "log_level", b"log_level", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "mesh_update", "open_tunnel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "mesh_update", "open_tunnel", "log_level"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

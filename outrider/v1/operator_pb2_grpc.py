@@ -180,6 +180,11 @@ class OperatorServiceStub:
                 request_serializer=outrider_dot_v1_dot_operator__pb2.CheckIntentionRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_operator__pb2.CheckIntentionResponse.FromString,
                 _registered_method=True)
+        self.SetLogLevel = channel.unary_unary(
+                '/outrider.v1.OperatorService/SetLogLevel',
+                request_serializer=outrider_dot_v1_dot_operator__pb2.SetLogLevelRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_operator__pb2.SetLogLevelResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -367,6 +372,13 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetLogLevel(self, request, context):
+        """Of the controller's own log, or of one node's agent; until it starts anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -509,6 +521,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.CheckIntention,
                     request_deserializer=outrider_dot_v1_dot_operator__pb2.CheckIntentionRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_operator__pb2.CheckIntentionResponse.SerializeToString,
+            ),
+            'SetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLogLevel,
+                    request_deserializer=outrider_dot_v1_dot_operator__pb2.SetLogLevelRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_operator__pb2.SetLogLevelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1270,6 +1287,33 @@ class OperatorService:
             '/outrider.v1.OperatorService/CheckIntention',
             outrider_dot_v1_dot_operator__pb2.CheckIntentionRequest.SerializeToString,
             outrider_dot_v1_dot_operator__pb2.CheckIntentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.OperatorService/SetLogLevel',
+            outrider_dot_v1_dot_operator__pb2.SetLogLevelRequest.SerializeToString,
+            outrider_dot_v1_dot_operator__pb2.SetLogLevelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,6 +78,8 @@ class OperatorServiceStub:
     CreateIntention: _grpc.UnaryUnaryMultiCallable[_operator_pb2.CreateIntentionRequest, _mesh_pb2.Intention]
     DeleteIntention: _grpc.UnaryUnaryMultiCallable[_operator_pb2.DeleteIntentionRequest, _operator_pb2.DeleteIntentionResponse]
     CheckIntention: _grpc.UnaryUnaryMultiCallable[_operator_pb2.CheckIntentionRequest, _operator_pb2.CheckIntentionResponse]
+    SetLogLevel: _grpc.UnaryUnaryMultiCallable[_operator_pb2.SetLogLevelRequest, _operator_pb2.SetLogLevelResponse]
+    """Of the controller's own log, or of one node's agent; until it starts anew."""
 
 @_typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -126,6 +128,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     CreateIntention: _aio.UnaryUnaryMultiCallable[_operator_pb2.CreateIntentionRequest, _mesh_pb2.Intention]  # type: ignore[assignment]
     DeleteIntention: _aio.UnaryUnaryMultiCallable[_operator_pb2.DeleteIntentionRequest, _operator_pb2.DeleteIntentionResponse]  # type: ignore[assignment]
     CheckIntention: _aio.UnaryUnaryMultiCallable[_operator_pb2.CheckIntentionRequest, _operator_pb2.CheckIntentionResponse]  # type: ignore[assignment]
+    SetLogLevel: _aio.UnaryUnaryMultiCallable[_operator_pb2.SetLogLevelRequest, _operator_pb2.SetLogLevelResponse]  # type: ignore[assignment]
+    """Of the controller's own log, or of one node's agent; until it starts anew."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """People and their tools. On a unix socket, or over mTLS with an operator's certificate
@@ -339,5 +343,13 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operator_pb2.CheckIntentionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operator_pb2.CheckIntentionResponse, _abc.Awaitable[_operator_pb2.CheckIntentionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetLogLevel(
+        self,
+        request: _operator_pb2.SetLogLevelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_pb2.SetLogLevelResponse, _abc.Awaitable[_operator_pb2.SetLogLevelResponse]]:
+        """Of the controller's own log, or of one node's agent; until it starts anew."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -180,6 +180,7 @@ class Agent:
         self.assignments: dict[AllocId, Assignment] = {}
         self.mesh: list[MeshUpdate] = []
         self.tunnels: list[fleet_pb2.OpenTunnel] = []
+        self.log_levels: list[str] = []
         self.probes = 0
         self.echoed = 0
         self.acknowledged = Generation()
@@ -260,6 +261,8 @@ class Agent:
                 case "heartbeat":
                     self.probes += message.heartbeat.sequence == 0
                     self.echoed = max(self.echoed, message.heartbeat.sequence)
+                case "log_level":
+                    self.log_levels.append(message.log_level)
                 case "open_tunnel":
                     self.tunnels.append(message.open_tunnel)
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
+import aiohttp
 import grpc
 import grpc.aio
 import msgspec
@@ -22,7 +23,17 @@ from outrider.model.job import Job
 from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles, channel
 from outrider.tokens import parse_token
-from outrider.v1 import access_pb2, access_pb2_grpc, fleet_pb2, fleet_pb2_grpc, job_pb2, operator_pb2, operator_pb2_grpc
+from outrider.v1 import (
+    access_pb2,
+    access_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
+    job_pb2,
+    operator_pb2,
+    operator_pb2_grpc,
+    stores_pb2,
+    stores_pb2_grpc,
+)
 from tests.integration.controllers import CALL_S, Agent, Controller, submit, web_job
 from tests.integration.processes import until
 
@@ -296,3 +307,63 @@ async def test_a_node_renews_its_certificate_for_its_own_key_and_no_other(contro
         assert certificate.not_valid_after_utc - certificate.not_valid_before_utc < dt.timedelta(days=8)
         other = signing_request(ec.generate_private_key(ec.SECP256R1()), "outrider://edge-test/node/n1")
         assert await code(stub.RenewCertificate(fleet_pb2.RenewCertificateRequest(csr_pem=other))) == "denied"
+
+
+async def test_log_levels_change_while_it_runs(controller: Controller, root: People) -> None:
+    quiet = operator_pb2.SetLogLevelRequest(level="error")
+    await root.operator.SetLogLevel(quiet)
+    assert await code(root.operator.SetLogLevel(operator_pb2.SetLogLevelRequest(level="loud"))) == "bad-input"
+    refused = len(controller.events("call refused"))
+    assert await code(root.operator.GetJob(operator_pb2.GetJobRequest(job="none"))) == "not-found"
+    assert len(controller.events("call refused")) == refused
+    await root.operator.SetLogLevel(operator_pb2.SetLogLevelRequest(level="info"))
+    assert await code(root.operator.GetJob(operator_pb2.GetJobRequest(job="none"))) == "not-found"
+    assert len(controller.events("call refused")) == refused + 1
+    agent = Agent(controller, N1, await controller.join(N1))
+    async with agent.session():
+        await root.operator.SetLogLevel(operator_pb2.SetLogLevelRequest(level="debug", node=N1))
+        await until(lambda: agent.log_levels == ["debug"], "the agent is told")
+    assert (
+        await code(root.operator.SetLogLevel(operator_pb2.SetLogLevelRequest(level="debug", node="n7")))
+        == "unavailable"
+    )
+
+
+async def test_planted_secrets_are_nowhere_but_where_they_belong(controller: Controller, root: People) -> None:
+    """Canaries: a user's token, a join token, a secret, a variable of a job's environment."""
+    canary = "canary-7f3a9c51e2"
+    token = await user(root, "alice", "default:submit")
+    async with grpc.aio.insecure_channel(f"unix:{controller.socket}") as connection:
+        stores = stores_pb2_grpc.StoreServiceStub(connection)
+        await stores.PutSecret(stores_pb2.PutSecretRequest(name="password", value=canary.encode()), timeout=CALL_S)
+    job = a_job("shop", "default")
+    task = msgspec.structs.replace(job.groups[0].tasks[0], env={"PASSWORD": "plain"})
+    async with with_token(controller, token) as alice:
+        for value in ("first", canary):
+            task = msgspec.structs.replace(task, env={"PASSWORD": value})
+            group = msgspec.structs.replace(job.groups[0], tasks=(task,))
+            await alice.operator.SubmitJob(submission(msgspec.structs.replace(job, groups=(group,))))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await controller.join(NodeId("n5"), controller.token[:-6] + "aaaaaa")
+    events = [event async for event in root.operator.WatchEvents(operator_pb2.WatchEventsRequest())]
+    audit = [entry async for entry in root.access.ReadAudit(access_pb2.ReadAuditRequest())]
+    tokens = await root.access.ListTokens(access_pb2.ListTokensRequest())
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{controller.at['metrics_listen']}/metrics") as answer,
+    ):
+        metrics = await answer.text()
+    places = {
+        "log": controller.log.read_text(),
+        "audit file": (controller.data / "audit.jsonl").read_text(),
+        "error": str(caught.value.details()),
+        "events": str(events),
+        "audit": str(audit),
+        "tokens": str(tokens),
+        "metrics": metrics,
+    }
+    journal = b"".join(path.read_bytes() for path in controller.data.glob("journal.db*"))
+    for secret in (token.rpartition(".")[2], controller.token.rpartition(".")[2], canary):
+        assert not {name for name, text in places.items() if secret in text}
+        if secret != canary:  # a job's environment is part of the job
+            assert secret.encode() not in journal
