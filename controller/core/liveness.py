@@ -201,7 +201,8 @@ def _become_ready(state: State, ref: int, now_s: float) -> None:
     if link.status is not NodeStatus.READY:
         _set(state, ref, NodeStatus.READY, "", now_s)
         room_appeared(state)
-        judge_brake(state, now_s)
+        if state.live.braked:  # one more that is there brakes nothing; to count all for each is too much in a storm
+            judge_brake(state, now_s)
 
 
 def room_appeared(state: State) -> None:
