@@ -2,8 +2,10 @@
 
 import json
 
+import msgspec
 import pytest
 
+from agent.belongings.volumes import Disk
 from agent.drivers.process import Place
 from agent.drivers.vm import GuestImages, guest_spec
 from agent.sandbox.spec import SandboxSpec
@@ -31,12 +33,14 @@ KERNEL = GuestFile(reference="/srv/vmlinux", sha256="0" * 64)
 IMAGES = GuestImages(disk="/c/disk", disk_format="qcow2", kernel="/c/kernel", initrd="/c/initrd")
 
 
-def spec(images: GuestImages = IMAGES, *, kvm: bool = False, resources: Resources | None = None) -> SandboxSpec:
+def spec(
+    images: GuestImages = IMAGES, *, kvm: bool = False, resources: Resources | None = None, place: Place = PLACE
+) -> SandboxSpec:
     image = Image(kind=ImageKind.DISK, reference="/srv/d", kernel=KERNEL, kernel_arguments="root=/dev/vda")
     task = Task(name=TaskName("db"), driver=Driver.VM, image=image, resources=resources or Resources())
     group = Group(name=GroupName("g"), tasks=(task,))
     assignment = Assignment(alloc=AllocId("a1"), job=JobName("j"), job_version=1, group=group, index=0)
-    return guest_spec(assignment, task, PLACE, images, kvm=kvm)
+    return guest_spec(assignment, task, place, images, kvm=kvm)
 
 
 def after(option: str, argv: tuple[str, ...]) -> list[str]:
@@ -98,3 +102,18 @@ def test_kvm_is_used_only_where_it_works() -> None:
     assert after("-accel", spec().argv)[0].startswith("tcg")
     assert [device.name for device in spec(kvm=True).devices] == ["net/tun", "kvm"]
     assert after("-accel", spec(kvm=True).argv) == ["kvm"]
+
+
+def test_a_volume_is_a_disk_that_the_guest_finds_by_its_name() -> None:
+    disks = (
+        Disk(name="data", path="/v/data/disk.img", read_only=False),
+        Disk(name="models-of-a-long-name", path="/v/models/disk.img", read_only=True),
+    )
+    made = spec(place=msgspec.structs.replace(PLACE, disks=disks))
+    drives = [json.loads(drive) for drive in after("-blockdev", made.argv)][1:]
+    assert [(drive["driver"], drive["read-only"]) for drive in drives] == [("raw", False), ("raw", True)]
+    serials = [word for word in after("-device", made.argv) if "drive=volume" in word]
+    assert "serial=data" in serials[0]
+    assert "serial=models-of-a-long-nam," in serials[1]
+    shown = {mount.target: mount.read_only for mount in made.mounts if mount.target.startswith("/volumes/")}
+    assert shown == {"/volumes/data": False, "/volumes/models-of-a-long-name": True}
