@@ -16,7 +16,6 @@ from outrider.cli.deploy.inventory import (
 AGENT_UNIT = """\
 [Unit]
 Description=Outrider agent
-Documentation=https://github.com/outrider/outrider
 After=network-online.target
 Wants=network-online.target
 
