@@ -87,8 +87,8 @@ def _choose(scores: Scores, group: GroupEntry, count: int, seed: int) -> Ints:
 def _one_by_one(scores: Scores, first: Times, count: int, seed: int) -> Ints:
     chosen: list[int] = []
     placed: dict[int, int] = {}
-    total = first
     while len(chosen) < count:
+        total = first
         for at, balance in enumerate(scores.balances):
             term = balance.terms().take(balance.codes, mode="wrap")
             total = np.add(total if at else first, term, out=term)

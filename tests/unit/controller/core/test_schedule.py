@@ -10,7 +10,19 @@ from controller.core.schedule import place
 from controller.core.scores import Near
 from controller.core.snapshot import Snapshot
 from outrider.ids import PortName, TaskName
-from outrider.model.job import MIB, Driver, Group, Image, ImageKind, Network, Port, Resources, Task
+from outrider.model.job import (
+    MIB,
+    Constraint,
+    Driver,
+    Group,
+    Image,
+    ImageKind,
+    Network,
+    Operator,
+    Port,
+    Resources,
+    Task,
+)
 from outrider.model.node import Node
 from tests.scenarios.world import group, job, node, service
 
@@ -136,6 +148,17 @@ def test_a_static_port_is_given_once_on_each_node() -> None:
     assert found.reason == "2 of 2 nodes: one copy each, port 8080 is pinned"
     again = place(free, entry(group(static=8080)), 1, Near(none(free)), seed=0)
     assert again.reason == "2 of 2 nodes: port 8080 is taken"
+
+
+def test_a_limit_on_copies_gives_no_node_more_than_it_takes() -> None:
+    """Copies placed one by one under `distinct` alone: what a copy took must count for the next."""
+    network = Network(ports=(Port(name=PortName("http"), static=8080),))
+    twice = Constraint(attribute="node.pool", operator=Operator.DISTINCT, value="2")
+    wanted = msgspec.structs.replace(group(), network=network, constraints=(twice,))
+    free = snapshot(node("n1"))
+    found = place(free, entry(wanted), 2, Near(none(free)), seed=0)
+    assert found.nodes == [0]
+    assert "8080" in found.reason
 
 
 def test_mesh_ports_are_distinct_in_range_and_not_the_static_ones() -> None:
