@@ -7,8 +7,8 @@ echo "guest up after $(cut -d' ' -f1 /proc/uptime) s"
 ip link set lo up
 ip link set eth0 up
 udhcpc -i eth0 -s /lease -q -n -t 10 -T 1 || echo "no address"
-# The job's files, where it has any.
-mount -t iso9660 -o ro /dev/vdb /mnt 2>/dev/null && cp -r /mnt/www /
+# The job's files, where it has any; on the disk at once, for a crash would leave them empty.
+mount -t iso9660 -o ro /dev/vdb /mnt 2>/dev/null && cp -r /mnt/www / && sync
 acpid -d -l /dev/null >/dev/null 2>&1 &
 httpd -h /www -p 8080
 echo "guest serves"
