@@ -151,8 +151,9 @@ class Agent:
             kvm=self._kvm_works,
             changed=self._snapshots_changed,
         )
+        self._images = Images(config.data / "images")
         self._guest_agents = GuestAgents()
-        self._vms = Vms(images=Images(config.data / "images"), states=self._states, kvm=self._kvm_works)
+        self._vms = Vms(images=self._images, states=self._states, kvm=self._kvm_works)
         self._peers = Peers(cluster=config.cluster, tls=config.tls, log=log)
         self._migration = Migration(
             peers=self._peers,
@@ -212,6 +213,7 @@ class Agent:
         names = self._states.snapshots.names()
         self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known, snapshots=names)
         self._cache.open(self._host.store.directories())
+        self._images.open()
         self._artifacts.open(self._host.store.directories())
         await self._take_over()
         listening = self._peers.listening(config.address, config.peer_port, self._migration.take)

@@ -10,7 +10,7 @@ import shutil
 import stat
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from outrider.model.job import GuestFile
 
 _BLOCK_BYTES = 1024 * 1024
 _RESERVE_BYTES = 1024 * _BLOCK_BYTES  # for what guests write meanwhile
+_UNFINISHED = "new-"
 _ZEROES = bytes(_BLOCK_BYTES)
 # docs/interop/qcow2.txt of QEMU: magic, version, backing file's place and length, cluster bits, size, encryption ...
 _HEADER = struct.Struct(">4sIQIIQI")
@@ -31,19 +32,27 @@ _REFUSED = {b"KDMV": "VMDK", b"conectix": "VPC", b"vhdxfile": "VHDX", b"<<< ": "
 
 
 class Images:
-    """`free_bytes` tells how much room the cache's file system has: what was used least recently makes more."""
+    """`open` first. `free_bytes` tells how much room its file system has: what was used least recently makes more."""
 
     def __init__(self, directory: Path, *, free_bytes: Callable[[Path], int] | None = None) -> None:
         self._directory = directory
         self._free_bytes = free_bytes or (lambda path: shutil.disk_usage(path).free)
 
+    def open(self) -> None:
+        """Removes what an earlier agent did not finish. Raises HostError where the directory cannot be used."""
+        try:
+            self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            for path in self._directory.glob(f"{_UNFINISHED}*"):
+                path.unlink()
+        except OSError as error:
+            raise HostError(str(self._directory), step=f"open: {error.strerror}") from error
+
     def fetch(self, file: GuestFile) -> Path:
         """Where the file is in the cache. Raises StartError where it is absent or another, HostError without room."""
         cached = self._directory / file.sha256
-        if cached.exists():
+        with suppress(FileNotFoundError):
             os.utime(cached)
             return cached
-        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         try:
             return self._copy(file, cached)
         except OSError as error:
@@ -53,15 +62,13 @@ class Images:
 
     def take(self, path: Path, sha256: str) -> None:
         """A file that was checked to be `sha256`, and stays where it is, into the cache. Raises OSError."""
-        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             os.link(path, self._directory / sha256)
 
     def begin(self, size: int) -> tuple[int, Path]:
         """A file to fill with an image that comes from elsewhere, for `keep`. Raises OSError."""
-        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._make_room(size)
-        descriptor, name = tempfile.mkstemp(dir=self._directory, prefix="new-")
+        descriptor, name = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
         return descriptor, Path(name)
 
     def keep(self, unfinished: Path, sha256: str) -> None:
@@ -77,7 +84,7 @@ class Images:
             raise StartError(f"{file.reference} is no regular file")
         with os.fdopen(source, "rb", buffering=0) as reading:
             self._make_room(os.fstat(source).st_size)
-            descriptor, name = tempfile.mkstemp(dir=self._directory, prefix="new-")
+            descriptor, name = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
             unfinished = Path(name)
             try:
                 with os.fdopen(descriptor, "wb", buffering=0) as writing:
@@ -92,9 +99,17 @@ class Images:
 
     def _make_room(self, size: int) -> None:
         """A guest that runs keeps what it has open; one that starts again has its image fetched again."""
-        oldest = sorted(self._directory.iterdir(), key=lambda path: path.stat().st_mtime)
+        oldest = sorted(_last_used(self._directory))
         while oldest and self._free_bytes(self._directory) < size + _RESERVE_BYTES:
-            oldest.pop(0).unlink(missing_ok=True)
+            oldest.pop(0)[1].unlink(missing_ok=True)
+
+
+def _last_used(directory: Path) -> Iterator[tuple[float, Path]]:
+    """Of the files that are whole: another call's may come or go meanwhile."""
+    for path in directory.iterdir():
+        if not path.name.startswith(_UNFINISHED):
+            with suppress(FileNotFoundError):
+                yield path.stat().st_mtime, path
 
 
 def disk_format(path: Path, reference: str, *, backing: str = "") -> tuple[str, int]:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,28 @@ def qcow2(*, backing: int = 0, encryption: int = 0, features: int = 0) -> bytes:
     return head.ljust(72, b"\0") + struct.pack(">Q", features)
 
 
+def opened(directory: Path, *, free_bytes: Callable[[Path], int] | None = None) -> Images:
+    images = Images(directory, free_bytes=free_bytes)
+    images.open()
+    return images
+
+
+def test_what_an_earlier_agent_did_not_finish_goes_and_what_another_call_fills_stays(tmp_path: Path) -> None:
+    directory = tmp_path / "images"
+    images = opened(directory, free_bytes=lambda _path: 0)
+    _, unfinished = images.begin(1)
+    (tmp_path / "disk").write_bytes(b"disk")
+    cached = images.fetch(named(tmp_path / "disk"))
+    assert {*directory.iterdir()} == {cached, unfinished}
+    opened(directory)
+    assert {*directory.iterdir()} == {cached}
+
+
 def test_a_file_is_copied_once_and_stays_what_it_was(tmp_path: Path) -> None:
     original = tmp_path / "disk"
     content = b"begins" + bytes(5 * 1024 * 1024) + b"ends" + bytes(2 * 1024 * 1024)
     original.write_bytes(content)
-    images, file = Images(tmp_path / "images"), named(original)
+    images, file = opened(tmp_path / "images"), named(original)
     cached = images.fetch(file)
     original.write_bytes(b"another")
     assert images.fetch(file) == cached
@@ -36,7 +54,7 @@ def test_a_file_is_copied_once_and_stays_what_it_was(tmp_path: Path) -> None:
 
 def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
     directory = tmp_path / "images"
-    images = Images(directory, free_bytes=lambda path: (3 - len([*path.iterdir()])) << 30)
+    images = opened(directory, free_bytes=lambda path: (3 - len([*path.iterdir()])) << 30)
     files = []
     for number in range(3):
         (tmp_path / str(number)).write_bytes(bytes([number]))
@@ -52,14 +70,14 @@ def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
 def test_another_content_is_refused_and_not_kept(tmp_path: Path) -> None:
     original = tmp_path / "disk"
     original.write_bytes(b"tampered with")
-    images = Images(tmp_path / "images")
+    images = opened(tmp_path / "images")
     with pytest.raises(StartError, match=r"is another file: its sha256 is .*, the job asks for 0000"):
         images.fetch(GuestFile(reference=str(original), sha256="0" * 64))
     assert not list((tmp_path / "images").iterdir())
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    images = Images(tmp_path / "images")
+    images = opened(tmp_path / "images")
     os.mkfifo(tmp_path / "pipe")
     for path, why in (
         (tmp_path / "pipe", "no regular file"),
