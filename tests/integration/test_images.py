@@ -153,6 +153,7 @@ async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_don
     assert unfinished(fleet) != []
     await until(lambda: not [line for line in fleet.processes() if "skopeo" in line or "umoci" in line], "they end too")
     await fleet.start()
+    fleet.controller.assign(running(1, reference), full=True)  # as a controller does: its record may not be on disk yet
     await reached(fleet, 1, AllocStatus.RUNNING)
     await until(lambda: unfinished(fleet) == [], "nothing is left over")
     fetched = registry.fetched("app")
