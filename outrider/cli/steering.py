@@ -69,10 +69,10 @@ def stop_allocation(alloc: str, *, detach: bool) -> None:
 
 def drain_node(node: str, *, deadline: str, keep_system: bool, detach: bool) -> None:
     """Waits until the node is empty, and tells what leaves."""
-    deadline_s = _deadline_s(deadline)
+    until_s = deadline_s(deadline)
     with connect() as fleet:
         request = operator_pb2.SteerNodeRequest(
-            node=node, eligible=False, drain=True, deadline_s=deadline_s, keep_system=keep_system
+            node=node, eligible=False, drain=True, deadline_s=until_s, keep_system=keep_system
         )
         fleet.call(fleet.stub.SteerNode, request)
         print(f"node {node}: draining", flush=True)
@@ -104,7 +104,8 @@ def _say_drained(state: NodeState, there: list[Allocation]) -> None:
     print(f"node {state.node.id}: drained{kept}; `outrider node eligibility {state.node.id} --enable` opens it again")
 
 
-def _deadline_s(text: str) -> float | None:
+def deadline_s(text: str) -> float | None:
+    """Of `--deadline`: seconds; None has no end."""
     if text == "none":
         return None
     try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-NETWORK = "10.98.7"
+NETWORK = "10.98.7"  # each bridge has a namespace of its own: two that stand at once may be alike
 _OWN = ("/opt/outrider", "/etc/outrider", "/var/lib/outrider", "/var/log/outrider", "/usr/local/bin", "/var/tmp")  # noqa: S108
 _ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ exec /usr/sbin/sshd -D -e -f "$own/sshd_config"
 
 
 class SshHosts:
-    """`count` of them, h1 to hN, with the addresses NETWORK.11 on. Use as a context manager."""
+    """`count` of them, with the addresses NETWORK.11 on. Use as a context manager."""
 
     def __init__(self, count: int) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="outrider-ssh-"))

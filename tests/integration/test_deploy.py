@@ -40,6 +40,33 @@ def nodes(hosts: SshHosts) -> dict[str, str]:
     return {state["node"]["id"]: state["status"] for state in json.loads(done.stdout)}
 
 
+def run_copies(hosts: SshHosts, count: int) -> None:
+    """One on each host at first; a copy begins anew elsewhere before its node is left."""
+    job = {
+        "job": "copies",
+        "groups": {
+            "sleeper": {
+                "count": count, "update": {"min_healthy": "0s"},
+                "tasks": {"sleep": {"command": ["sleep", "infinity"]}},
+            },
+        },
+    }  # fmt: skip
+    hosts.path(hosts.addresses[0], "/var/tmp/copies.yaml").write_text(yaml.safe_dump(job))  # noqa: S108 - the host's own
+    on_controller(hosts, "job", "run", "/var/tmp/copies.yaml")  # noqa: S108
+    assert sorted(copies(hosts)) == [f"h{at}" for at in range(count)]
+
+
+def copies(hosts: SshHosts) -> list[str]:
+    """The node of each that runs."""
+    found = json.loads(on_controller(hosts, "alloc", "ls", "--json").stdout)
+    return [each["node"] for each in found if each["status"] == "running"]
+
+
+def audited(hosts: SshHosts) -> set[str]:
+    """Changing calls that were made."""
+    return {json.loads(line)["call"] for line in on_controller(hosts, "audit", "--json").stdout.splitlines()}
+
+
 def on_controller(hosts: SshHosts, *words: str) -> subprocess.CompletedProcess[str]:
     socket = "unix:/run/outrider/controller/operator.sock"
     done = hosts.inside(hosts.addresses[0], "/opt/outrider/current/bin/outrider", "--address", socket, *words)
@@ -87,11 +114,31 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
         first: "healthy, nothing to do", second: "healthy, configure, restart", third: "healthy, nothing to do",
     }  # fmt: skip
 
+    run_copies(hosts, 3)
+    gone = hosts.outrider("deploy", "-f", file, "--remove", "--data", "--only", third)
+    assert gone.returncode == 0, gone.stderr
+    told = [line.split(maxsplit=1)[1] for line in gone.stderr.splitlines()]
+    assert told == ["is a node", "drain", "empty", "stop the agent", "end what runs there", "removed"]
+    assert sorted(copies(hosts)) == ["h0", "h0", "h1"] or sorted(copies(hosts)) == ["h0", "h1", "h1"]
+    assert not list(hosts.path(third, "/opt/outrider").iterdir())
+    assert "RevokeNode" in audited(hosts), "its key is worth nothing to whoever kept it"
+
     removed = hosts.outrider("deploy", "-f", file, "--remove", "--data")
     assert removed.returncode == 0, removed.stderr
+    assert "drain at once: no other node is left" in removed.stderr
     for address in hosts.addresses:
         for path in ("/opt/outrider", "/etc/outrider", "/var/lib/outrider"):
             assert not list(hosts.path(address, path).iterdir())
+    again = hosts.outrider("deploy", "-f", file, "--remove")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.timeout(1200)
+def test_ten_hosts_become_a_fleet_at_once() -> None:
+    with SshHosts(10) as ten:
+        deployed = ten.outrider("deploy", "-f", str(inventory(ten)), "--parallel", "10", timeout_s=900)
+        assert deployed.returncode == 0, deployed.stderr
+        assert nodes(ten) == {f"h{at}": "ready" for at in range(10)}
 
 
 def test_who_is_not_let_in_is_told_so(hosts: SshHosts, tmp_path: Path) -> None:

@@ -21,7 +21,11 @@ def deploy(  # noqa: PLR0917 - typer's way
     only: Annotated[list[str] | None, typer.Option(help="Of the file's hosts this one; may be given often.")] = None,
     controller: Annotated[str, typer.Option(help="Without a file: where the fleet's controller is, HOST.")] = "",
     upgrade: Annotated[bool, typer.Option("--upgrade", help="A few at a time; stop at the first sick host.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="End what runs there, and take Outrider away.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Drain each node, and take Outrider away.")] = False,
+    deadline: Annotated[
+        str, typer.Option(help="With --remove: until when work leaves with care; then at once. `none`: no end.")
+    ] = "1h",
+    force: Annotated[bool, typer.Option("--force", help="With --remove: do not drain. What runs there ends.")] = False,
     data: Annotated[bool, typer.Option("--data", help="With --remove: certificates, journal and logs too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at every host and say what would be done.")] = False,
     parallel: Annotated[int | None, typer.Option(min=1, help="Hosts at once. Default: 10; with --upgrade 2.")] = None,
@@ -35,8 +39,11 @@ def deploy(  # noqa: PLR0917 - typer's way
     from outrider.cli import output
     from outrider.cli.deploy.bundle import make_bundle
     from outrider.cli.deploy.run import Deployment
+    from outrider.cli.steering import deadline_s
     from outrider.errors import RefusedError
 
+    if upgrade and remove:
+        raise InputError("--upgrade and --remove: give one of them")
     inventory = _inventory(hosts or [], file, only or [], controller)
     bundle = make_bundle(Path(os.environ.get("OUTRIDER_BUNDLES", CACHE)).expanduser(), source=source)
     width = max(len(host.host) for host in inventory.hosts)
@@ -47,7 +54,10 @@ def deploy(  # noqa: PLR0917 - typer's way
         dry_run=dry_run,
         tell=lambda host, text: output.say(f"{host.ljust(width)}  {text}"),
     )
-    work = deployment.remove(data=data) if remove else deployment.upgrade() if upgrade else deployment.deploy()
+    if remove:
+        work = deployment.remove(data=data, deadline_s=deadline_s(deadline), force=force)
+    else:
+        work = deployment.upgrade() if upgrade else deployment.deploy()
     outcomes = asyncio.run(work)
     if json:
         output.print_json({"version": bundle.version, "bundle": bundle.id, "hosts": outcomes})

@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from outrider.cli.deploy.bundle import Bundle
-from outrider.cli.deploy.fleet import Direct, FleetAccess, on_controller, wait_ready
-from outrider.cli.deploy.inventory import Host, Inventory
+from outrider.cli.deploy.fleet import Direct, FleetAccess, empty, on_controller, wait_ready
+from outrider.cli.deploy.inventory import Host, Inventory, Role
 from outrider.cli.deploy.plan import Facts, Plan, Step, check, facts_from, make_plan, packages_of
 from outrider.cli.deploy.remote import Remote, connect, ssh_of
 from outrider.cli.deploy.units import (
@@ -85,24 +86,90 @@ class Deployment:
             outcomes += [Outcome(host=host.host, error="not begun: an earlier host is sick") for host in left]
             return tuple(outcomes)
 
-    async def remove(self, *, data: bool) -> tuple[Outcome, ...]:
-        """Agents first: what runs there ends; then controllers."""
+    async def remove(self, *, data: bool, deadline_s: float | None, force: bool) -> tuple[Outcome, ...]:
+        """Nodes first: work leaves them, what is left ends; then controllers, where all nodes went well.
 
-        async def one(host: Host, remote: Remote) -> str:
-            if self._dry_run:
-                return "would be removed" + (", its data too" if data else "")
-            for role in host.roles:
-                self._tell(host.host, f"stop the {role}")
-                await remote.ask("service", role=role, verb="stop")
-            if "agent" in host.roles:
-                self._tell(host.host, "end what runs there")
-                await remote.ask("purge", 330.0)
-            await remote.ask("remove", data=data)
-            return "removed"
-
-        agents = [host for host in self._inventory.hosts if "controller" not in host.roles]
+        `force` asks no controller: what runs there ends.
+        """
+        nodes = [host for host in self._inventory.hosts if "agent" in host.roles]
+        controllers = self._inventory.controller_hosts
         async with self._stack:
-            return (*await self._each(agents, one), *await self._each(self._inventory.controller_hosts, one))
+            if self._dry_run:
+                return tuple(await self._each(self._inventory.hosts, self._would_remove))
+            emptied: list[Outcome] = []
+            if not force:
+                emptied = await self._emptied(nodes, controllers, deadline_s)
+            sick = {outcome.host for outcome in emptied if outcome.error}
+            alone = [host for host in nodes if host not in controllers and host.host not in sick]
+            removed = await self._each(alone, partial(self._take_away, data=data, force=force))
+            if sick or any(outcome.error for outcome in removed):
+                failed = [outcome for outcome in emptied if outcome.error]
+                left = [
+                    Outcome(host=host.host, error="not begun: a node could not be removed")
+                    for host in controllers
+                    if host.host not in sick
+                ]
+                return (*failed, *removed, *left)
+            return (*removed, *await self._each(controllers, partial(self._take_away, data=data, force=force)))
+
+    async def _emptied(
+        self, nodes: Sequence[Host], controllers: Sequence[Host], deadline_s: float | None
+    ) -> list[Outcome]:
+        """No copy goes from one node that leaves to another: all are closed before the first is drained."""
+        joined: list[Host] = []
+
+        async def look(host: Host, remote: Remote) -> str:
+            if facts_from(await remote.ask("probe")).joined.get("agent"):
+                joined.append(host)
+                return "is a node"
+            return "is no node"
+
+        away = [outcome for outcome in await self._each(nodes, look) if outcome.error]
+        if not joined:
+            return away
+        leaving = frozenset(host.node for host in joined)
+        try:
+            if controllers:
+                ssh = ssh_of(self._inventory.ssh, controllers[0].ssh)
+                remote = await self._stack.enter_async_context(connect(controllers[0], ssh))
+                self._fleet = await on_controller(remote, self._sockets())
+            for node in leaving & (await self._fleet.nodes()).keys():
+                await self._fleet.close(node)
+        except OutriderError as error:
+            text = f"no drain: {error}; `--force` removes without"
+            return [*away, *(Outcome(host=host.host, error=text) for host in joined)]
+
+        async def one(host: Host, _: Remote) -> str:
+            told = partial(self._tell, host.host)
+            await empty(self._fleet, host.node, leaving=leaving, deadline_s=deadline_s, tell=told)
+            return "empty"
+
+        return [*away, *await self._each(joined, one)]
+
+    async def _would_remove(self, host: Host, _: Remote) -> str:
+        return "would be drained and removed" if "agent" in host.roles else "would be removed"
+
+    async def _take_away(self, host: Host, remote: Remote, *, data: bool, force: bool) -> str:
+        if "agent" in host.roles:
+            await self._stop(host, remote, "agent")
+            self._tell(host.host, "end what runs there")
+            await remote.ask("purge", 330.0)
+            if data and not force:
+                await self._distrust(host)
+        if "controller" in host.roles:
+            await self._stop(host, remote, "controller")
+        await remote.ask("remove", data=data)
+        return "removed"
+
+    async def _stop(self, host: Host, remote: Remote, role: Role) -> None:
+        self._tell(host.host, f"stop the {role}")
+        await remote.ask("service", role=role, verb="stop")
+
+    async def _distrust(self, host: Host) -> None:
+        """Whoever kept a copy of its key has nothing. Of a fleet whose last controller goes there is no trust left."""
+        last = contextlib.suppress(PeerError) if "controller" in host.roles else contextlib.nullcontext()
+        with last, contextlib.suppress(RefusedError):  # one that never joined is not known
+            await self._fleet.revoke(host.node)
 
     async def _each(self, hosts: Iterable[Host], work: Callable[[Host, Remote], Awaitable[str]]) -> list[Outcome]:
         async def one(host: Host) -> Outcome:
