@@ -19,7 +19,7 @@ from agent.belongings.mounted import Mounted
 from agent.belongings.volumes import Volumes
 from agent.config import Config
 from agent.core.commands import Report
-from agent.core.events import Assigned, Recovered, Saved
+from agent.core.events import Assigned, ControllerHeard, Recovered, Saved
 from agent.discovery import Discovery
 from agent.drivers.process import sandbox_id
 from agent.engine import Engine
@@ -34,6 +34,7 @@ from agent.held import SIDECAR
 from agent.host import Host, open_host
 from agent.images import Images
 from agent.join import join
+from agent.last_heard import LastHeard
 from agent.leaves import Leaves
 from agent.load import Load
 from agent.mesh_relay import MeshRelay
@@ -119,6 +120,7 @@ class Agent:
         self._fleet = FleetSession(
             controllers=config.controllers, tls=config.tls, listener=self, log=Log("fleet", node=config.node), rng=rng
         )
+        self._heard = LastHeard(config.run)
         self._mounted = Mounted(config.run)
         self._volumes = Volumes(data=config.data, run=config.run, mounted=self._mounted, paths=config.volume_paths)
         identity = Identity(kind=IdentityKind.NODE, name=config.node, cluster=config.cluster)
@@ -130,7 +132,7 @@ class Agent:
         self._engine = Engine(rng=rng)
         self._writer = RecordWriter(
             store=host.store,
-            saved=lambda alloc: self._engine.tell(Saved(alloc=alloc)),
+            saved=lambda record: self._engine.tell(Saved(alloc=record.assignment.alloc, ended=record.ended)),
             acknowledged=self._fleet.applied,
         )
         self._names = Names(
@@ -254,6 +256,10 @@ class Agent:
         )
         return Greeting(node=node, acknowledged=self._engine.acknowledged, reports=self._engine.reports())
 
+    async def heard(self, at_s: float) -> None:
+        self._heard.remember(at_s)
+        await self._engine.tell(ControllerHeard(at_s=at_s))
+
     async def assigned(self, wish: Wish) -> None:
         await self._engine.tell(
             Assigned(generation=wish.generation, full=wish.full, assignments=wish.assignments, removed=wish.removed)
@@ -317,7 +323,7 @@ class Agent:
         discovery = Discovery(store=host.store, runtime=host.runtime, networks=host.networks, log=self._log)
         found = await discovery.find(host.loaded.records)
         self._executor.found(discovery.networks)
-        recovered = Recovered(acknowledged=host.loaded.acknowledged, found=found)
+        recovered = Recovered(acknowledged=host.loaded.acknowledged, found=found, heard_s=self._heard.at_s())
         self._engine.begin(recovered, execute=self._executor.execute)
 
     def _make_images(self) -> Keeper:

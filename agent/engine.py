@@ -11,12 +11,13 @@ from agent.core.commands import Command
 from agent.core.events import Event, Tick
 from agent.core.state import State, next_deadline_s
 from agent.core.step import all_reports, step
-from outrider.clock import monotonic_s
+from outrider.clock import uptime_s
 from outrider.ids import AllocId
 from outrider.model.allocation import AllocReport, Generation
 from outrider.model.job import Group
 
 EVENTS_MAX = 4096
+_LOOK_S = 5.0  # timers stand still while the host sleeps: look at its clock at least that often
 
 
 class Engine:
@@ -53,16 +54,16 @@ class Engine:
             self._take(await self._next())
 
     def _take(self, event: Event) -> None:
-        for command in step(self._state, event, monotonic_s(), self._rng):
+        for command in step(self._state, event, uptime_s(), self._rng):
             self._execute(command)
 
     async def _next(self) -> Event:
         """What was told; a Tick once one is due, however much is told meanwhile."""
-        remaining_s = next_deadline_s(self._state) - monotonic_s()
+        remaining_s = next_deadline_s(self._state) - uptime_s()
         if remaining_s <= 0:
             return Tick()
         try:
-            async with asyncio.timeout(None if remaining_s == float("inf") else remaining_s):
+            async with asyncio.timeout(min(remaining_s, _LOOK_S)):
                 return await self._queue.get()
         except TimeoutError:
             return Tick()

@@ -19,7 +19,7 @@ import grpc.aio
 
 from agent.belongings.secrets import Secrets, SecretValue
 from outrider import codec
-from outrider.clock import monotonic_s
+from outrider.clock import monotonic_s, uptime_s
 from outrider.errors import InputError, OutriderError, PeerError
 from outrider.ids import AllocId, SecretName, ServiceName
 from outrider.log import Log, set_level
@@ -71,6 +71,7 @@ class FleetListener(Protocol):
     """Who takes what the controller says. None of it may wait for the controller."""
 
     def greeting(self) -> Greeting: ...
+    async def heard(self, at_s: float) -> None: ...
     async def assigned(self, wish: Wish) -> None: ...
     def mesh_changed(self, update: MeshUpdate) -> None: ...
     def tunnel_wanted(self, request: fleet_pb2.OpenTunnel) -> None: ...
@@ -120,6 +121,7 @@ class FleetSession:
         self._stub: fleet_pb2_grpc.FleetServiceAsyncStub | None = None
         self._wake = asyncio.Event()
         self._probed = False
+        self._beats_s: dict[int, float] = {}  # when a heartbeat was sent that is not answered yet
         self._interval_s = 1.0  # between heartbeats; the controller says it
         self._outbox = _Outbox()
 
@@ -234,6 +236,7 @@ class FleetSession:
         """The heartbeat interval, in seconds."""
         greeting = self._listener.greeting()
         self._outbox = _Outbox()  # all of it is in the greeting
+        sent_s = uptime_s()
         hello = fleet_pb2.Hello(
             node=codec.to_wire(greeting.node, node_pb2.Node),
             acknowledged=codec.to_wire(greeting.acknowledged, allocation_pb2.Generation),
@@ -246,6 +249,7 @@ class FleetSession:
             raise PeerError(f"not welcomed: {await stream.details() or 'the stream ended'}")
         if message.WhichOneof("message") != "welcome" or message.welcome.protocol != PROTOCOL:
             raise PeerError(f"expected Welcome of protocol {PROTOCOL}: controller and agent are of different versions")
+        await self._listener.heard(sent_s)
         return max(message.welcome.heartbeat_interval_s, _INTERVAL_MIN_S)
 
     async def _read(self, stream: _Stream) -> None:
@@ -265,6 +269,11 @@ class FleetSession:
             case "heartbeat":
                 if message.heartbeat.interval_s > 0:
                     self._interval_s = max(message.heartbeat.interval_s, _INTERVAL_MIN_S)
+                # What was sent before the answered one was heard too, or never will be.
+                for sequence in [sent for sent in self._beats_s if sent < message.heartbeat.sequence]:
+                    del self._beats_s[sequence]
+                if (sent_s := self._beats_s.pop(message.heartbeat.sequence, None)) is not None:
+                    await self._listener.heard(sent_s)
                 if message.heartbeat.sequence == _PROBE_SEQUENCE:
                     self._probed = True
                     self._wake.set()
@@ -283,6 +292,7 @@ class FleetSession:
     async def _write(self, stream: _Stream) -> None:
         """One writer: what is pending as soon as it is, a heartbeat when one is due."""
         beat_at_s = monotonic_s() + self._interval_s
+        self._beats_s = {}
         for sequence in itertools.count(1):
             while monotonic_s() < beat_at_s and not self._probed:
                 with contextlib.suppress(TimeoutError):
@@ -293,6 +303,7 @@ class FleetSession:
                 for message in pending.messages():
                     await _send(stream, message)
             self._probed = False
+            self._beats_s[sequence] = uptime_s()
             beat_at_s = monotonic_s() + self._interval_s
             await _send(stream, fleet_pb2.AgentMessage(heartbeat=fleet_pb2.Heartbeat(sequence=sequence)))
 

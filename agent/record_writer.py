@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from agent.core.commands import Acknowledge, Forget, Save
+from agent.core.events import AllocRecord
 from agent.store import Store
 from outrider.ids import AllocId
 from outrider.model.allocation import Generation
@@ -18,7 +19,7 @@ class RecordWriter:
         self,
         *,
         store: Store,
-        saved: Callable[[AllocId], Awaitable[None]],
+        saved: Callable[[AllocRecord], Awaitable[None]],
         acknowledged: Callable[[Generation], None],
     ) -> None:
         self._store = store
@@ -54,7 +55,7 @@ class RecordWriter:
             await asyncio.to_thread(self._write, forgets, tuple(saves.values()), generation)
             for save in saves.values():
                 if save.announce:
-                    await self._saved(save.record.assignment.alloc)
+                    await self._saved(save.record)
             if generation is not None:
                 self._acknowledged(generation)
 

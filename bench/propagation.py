@@ -154,6 +154,8 @@ class _Node:
         node = Node(id=_NODE, address="127.0.0.1", metrics_address="127.0.0.1:9", fingerprint=fingerprint)
         return Greeting(node=node, acknowledged=self._generation, reports=())
 
+    async def heard(self, at_s: float) -> None: ...
+
     async def assigned(self, wish: Wish) -> None:
         self._generation = wish.generation
         for assignment in wish.assignments:

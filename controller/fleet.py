@@ -65,6 +65,8 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
     async def Session(self, request_iterator: AsyncIterator[fleet_pb2.AgentMessage], context: Context) -> None:
         """One agent, from its Hello until either side ends it."""
         node_id = self._node(context)
+        if not self._engine.acts:  # a welcome would tell the agent that it is not alone
+            raise RefusedError("unavailable", "this controller cannot tell whether it leads: look for another")
         hello = await _first(request_iterator, "Hello")
         node, acknowledged, reports = self._greeted(node_id, hello)
         session = self._sessions.begin(node_id)

@@ -39,6 +39,7 @@ from outrider.model.job import (
     Value,
     has_guest,
     inner_ports,
+    surely_stopped_s,
 )
 from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
 from outrider.model.node import KVM
@@ -54,6 +55,7 @@ FILES_BYTES_MAX = MIB
 DEVICES_MAX = 1000
 BANDWIDTH_MIN, BANDWIDTH_MAX = 10_000, 4_000_000_000  # bytes a second
 GUEST_MEMORY_MIN = 128 * MIB
+STOP_AFTER_S_MIN = 5.0  # a controller that is replaced needs some seconds
 DURATION_S_MAX = 7 * 24 * 3600.0
 # Inside the allocation's namespace the sidecar listens here.
 RESERVED_PORTS = frozenset({VIRTUAL_PORT, *range(PUBLIC_PORT, PUBLIC_PORT + SERVICES_MAX)})
@@ -122,6 +124,7 @@ def _group(path: Path, group: Group) -> Iterator[Problem]:
     yield from _attempts((*path, "restart"), group.restart)
     yield from _attempts((*path, "reschedule"), group.reschedule)
     yield from _disconnect((*path, "disconnect"), group.disconnect)
+    yield from _stop_after((*path, "disconnect"), group)
     yield from _network((*path, "network"), group.network)
     yield from _range((*path, "tasks"), len(group.tasks), 1, TASKS_MAX, "tasks")
     yield from _unique((*path, "tasks"), (task.name for task in group.tasks), "task")
@@ -224,6 +227,24 @@ def _disconnect(path: Path, policy: DisconnectPolicy) -> Iterator[Problem]:
     if policy.survivor is not Survivor.ORIGINAL and replace_s is None:
         message = "nothing stands in for a silent copy; give replace_after, or leave survivor out"
         yield Problem(path=(*path, "survivor"), message=message)
+
+
+def _stop_after(path: Path, group: Group) -> Iterator[Problem]:
+    """A group that must never run twice: nobody may stand in, and it is not lost before it has surely stopped."""
+    policy, stopped_s = group.disconnect, surely_stopped_s(group)
+    if policy.stop_after_s is None or stopped_s is None:
+        return
+    yield from _range((*path, "stop_after"), policy.stop_after_s, STOP_AFTER_S_MIN, DURATION_S_MAX)
+    for key in ("canary", "blue_green"):
+        if getattr(group.update, key):
+            message = "a group with stop_after never runs twice: a new version's copies begin once the old ones ended"
+            yield Problem(path=(*path[:-1], "update", key), message=message)
+    if policy.replace_after_s is not None:
+        message = "a group with stop_after never runs twice: nothing may stand in for its copies"
+        yield Problem(path=(*path, "replace_after"), message=message)
+    if policy.lost_after_s is not None and policy.lost_after_s < stopped_s:
+        message = f"must be at least {stopped_s:g} s: only then its copies have surely stopped"
+        yield Problem(path=(*path, "lost_after"), message=message)
 
 
 def _rollout_kind(job: Job, path: Path, group: Group) -> Iterator[Problem]:

@@ -53,7 +53,7 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
     """What `event` means for the allocation. One that came too late for its phase means nothing."""
     match event:
         case Saved():
-            alloc.durable = True
+            alloc.durable, alloc.end_durable = True, alloc.end_durable or event.ended
             _start_tasks(alloc, turn)
         case NetworkReady():
             _network_ready(alloc, event, turn)

@@ -7,7 +7,7 @@ from outrider.model.job import Check, Task, Value
 
 
 class Save(Value, frozen=True, kw_only=True):
-    """Write to disk, in the order given. `announce`: report `Saved`."""
+    """Write to disk, in the order given. `announce`: tell `Saved` once it is there."""
 
     record: AllocRecord
     announce: bool = False

@@ -73,12 +73,23 @@ class Recovered(Value, frozen=True, kw_only=True):
 
     acknowledged: Generation = Generation()
     found: tuple[Found, ...] = ()
+    heard_s: float | None = None  # when a controller was heard last, on the core's clock; None: not since the boot
+
+
+class ControllerHeard(Value, frozen=True, kw_only=True):
+    """A controller that leads has answered what was sent to it at `at_s`, on the core's clock."""
+
+    at_s: float
 
 
 class Saved(Value, frozen=True, kw_only=True):
-    """The allocation's first record is on disk: tasks may run, for a restarted agent will know them."""
+    """The allocation's first record is on disk: tasks may run, for a restarted agent will know them.
+
+    `ended`: so is its end: the controller may be told of it, for no restarted agent will start it again.
+    """
 
     alloc: AllocId
+    ended: bool = False
 
 
 class NetworkReady(Value, frozen=True, kw_only=True):
@@ -211,4 +222,4 @@ AllocEvent = (
     | Cleaned
     | CheckRan
 )
-Event = Recovered | Assigned | Tick | AllocEvent
+Event = Recovered | Assigned | ControllerHeard | Tick | AllocEvent

@@ -20,6 +20,7 @@ def adopt(assignment: Assignment, found: Found, turn: Turn) -> AllocState:
     alloc.stopping = record.stopping or record.ended or assignment.desired is Desired.STOP
     alloc.failure, alloc.log_tail = record.failure, record.log_tail
     alloc.local_address = found.local_address or ""
+    alloc.end_durable = record.ended
     if found.record is not None:
         alloc.restarts_done = record.restarts_done
     for name, task in alloc.tasks.items():

@@ -71,6 +71,8 @@ def duration(seconds: float) -> str:
 
 
 def _status(alloc: AllocState) -> AllocStatus:
+    if alloc.phase is Phase.ENDED and not alloc.end_durable:
+        return AllocStatus.STOPPING  # an agent killed now would begin it again, beside what takes its place
     if alloc.phase is Phase.ENDED:
         return AllocStatus.FAILED if alloc.failure else AllocStatus.COMPLETE
     if alloc.phase is Phase.RUNNING:

@@ -47,6 +47,7 @@ class AllocState(msgspec.Struct, kw_only=True):
     tasks: dict[TaskName, TaskState]
     probes: dict[ServiceName, Probe]
     durable: bool = False  # its first record is on disk
+    end_durable: bool = False  # and one that says that it ended
     local_address: str = ""
     images_ready: bool  # nothing has to be fetched before a task can start
     images_asked: bool = False  # PullImages is under way
@@ -121,6 +122,7 @@ class State(msgspec.Struct, kw_only=True):
     acknowledged: Generation = Generation()
     allocs: dict[AllocId, AllocState] = {}
     strays: dict[AllocId, Stray] = {}
+    heard_s: float = NEVER_S  # when a controller was heard last; NEVER_S: nobody counts yet; -NEVER_S: not yet
 
 
 class Turn(msgspec.Struct, kw_only=True):
@@ -169,8 +171,17 @@ def deadline_s(alloc: AllocState) -> float:
     return min((time for time in times if time is not None), default=NEVER_S)
 
 
+def alone_too_long_s(state: State, alloc: AllocState) -> float:
+    """When the allocation has to stop unless a controller is heard; NEVER_S for one that may run on, or is stopping."""
+    stop_after_s = alloc.assignment.group.disconnect.stop_after_s
+    if stop_after_s is None or alloc.stopping:
+        return NEVER_S
+    return state.heard_s + stop_after_s
+
+
 def next_deadline_s(state: State) -> float:
     """When `step` wants a Tick at the latest, on its own clock."""
     allocs = min((alloc.deadline_s for alloc in state.allocs.values()), default=NEVER_S)
+    alone = min((alone_too_long_s(state, alloc) for alloc in state.allocs.values()), default=NEVER_S)
     strays = min((s.retry_at_s for s in state.strays.values() if s.retry_at_s is not None), default=NEVER_S)
-    return min(allocs, strays)
+    return min(allocs, strays, alone)

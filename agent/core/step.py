@@ -4,11 +4,11 @@ import random
 
 from agent.core import allocation, amend
 from agent.core.commands import Acknowledge, Clean, Command, Forget, Note, RenewBelongings, Report, Save
-from agent.core.events import AllocEvent, Assigned, Cleaned, Event, Recovered, StepFailed, Tick
+from agent.core.events import AllocEvent, Assigned, Cleaned, ControllerHeard, Event, Recovered, StepFailed, Tick
 from agent.core.lifecycle import Phase
 from agent.core.recovery import adopt
-from agent.core.report import alloc_record, alloc_report, stray_report
-from agent.core.state import AllocState, State, Stray, Turn, deadline_s, new_alloc
+from agent.core.report import alloc_record, alloc_report, duration, stray_report
+from agent.core.state import NEVER_S, AllocState, State, Stray, Turn, alone_too_long_s, deadline_s, new_alloc
 from outrider.ids import AllocId
 from outrider.model.allocation import AllocReport, Assignment, Desired
 from outrider.model.job import has_guest
@@ -24,6 +24,8 @@ def step(state: State, event: Event, now_s: float, rng: random.Random) -> tuple[
             _recovered(state, event, turn)
         case Assigned():
             _assigned(state, event, turn)
+        case ControllerHeard():
+            state.heard_s = event.at_s if state.heard_s == NEVER_S else max(state.heard_s, event.at_s)
         case Tick():
             _tick(state, turn)
         case _:
@@ -39,6 +41,8 @@ def all_reports(state: State) -> tuple[AllocReport, ...]:
 
 def _recovered(state: State, event: Recovered, turn: Turn) -> None:
     state.acknowledged = event.acknowledged
+    # Not since the boot: for how long before it nobody knows, and what is wanted by then may run elsewhere.
+    state.heard_s = event.heard_s if event.heard_s is not None else -NEVER_S
     for found in event.found:
         if found.record is None:
             state.strays[found.alloc] = Stray(found=found)
@@ -106,6 +110,12 @@ def _remove(state: State, id_: AllocId, turn: Turn) -> None:
 
 def _tick(state: State, turn: Turn) -> None:
     for alloc in list(state.allocs.values()):
+        if alone_too_long_s(state, alloc) <= turn.now_s:
+            alone_s = turn.now_s - state.heard_s
+            since = f"for {duration(alone_s)}" if alone_s < NEVER_S else "since the host began"
+            alloc.failure = f"stopped: it must never run twice, and no controller was heard {since}"
+            allocation.stop(alloc, turn)
+            _keep(state, alloc, turn)
         if alloc.deadline_s <= turn.now_s:
             allocation.tick(alloc, turn)
             _keep(state, alloc, turn)
@@ -142,7 +152,8 @@ def _keep(state: State, alloc: AllocState, turn: Turn) -> None:
     alloc.deadline_s = deadline_s(alloc)
     record = alloc_record(alloc)
     if record != alloc.saved:
-        turn.emit(Save(record=record, announce=alloc.saved is None))
+        first_or_last = alloc.saved is None or record.ended > alloc.saved.ended
+        turn.emit(Save(record=record, announce=first_or_last))
         alloc.saved = record
     report = alloc_report(alloc)
     if report != alloc.reported:

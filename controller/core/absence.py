@@ -10,6 +10,7 @@ import numpy as np
 from controller.core import table as columns
 from controller.core.groups import GroupEntry, current_group
 from controller.core.state import State
+from outrider.model.job import surely_stopped_s
 from outrider.model.node import NodeStatus
 
 GRACE: Final = "grace"  # the timer of a node that is away
@@ -69,4 +70,6 @@ def _durations(state: State, ref: int) -> set[float]:
 
 def _lost_after_s(state: State, group: GroupEntry) -> float:
     chosen = current_group(state.jobs[group.job].job, group).disconnect.lost_after_s
-    return state.policy.disconnect_grace_s if chosen is None else chosen
+    after_s = state.policy.disconnect_grace_s if chosen is None else chosen
+    # By the version that runs: its node knows no other.
+    return max(after_s, surely_stopped_s(group.group) or 0.0)

@@ -79,6 +79,7 @@ class Draft:
         `spread`: the rows of the group that new copies should keep away from. Those that failed on a node lately keep
         away from it, where another can have them.
         """
+        missing = self._not_still_there(self._state.groups[key], missing)
         room = max(0, self._state.policy.plan_placements_max - self.size)
         self.cut |= len(missing) > room
         missing = missing[:room]
@@ -272,6 +273,15 @@ class Draft:
                 del nominated[serial]
             else:
                 yield Hold(ref=ref, group=self._state.group_of(row))
+
+    def _not_still_there(self, group: GroupEntry, missing: Ints) -> Ints:
+        """Of a group that must never run twice: what takes a copy's place waits until nothing of that is left."""
+        if group.group.disconnect.stop_after_s is None or not len(missing):
+            return missing
+        table, rows = self._state.table, self._state.family_rows(group.family)
+        there = table.index[rows[(table.status[rows] == columns.LIVE) & (table.node[rows] >= 0)]]
+        left: Ints = missing[~np.isin(missing, there)]
+        return left
 
     def _add_late(self, pending: Ints, nodes: Shorts, ports: Shorts) -> None:
         placed = nodes >= 0

@@ -136,7 +136,7 @@ def _told(group: Group, constraints: tuple[Constraint, ...]) -> Group:
         count=0,
         update=UpdatePolicy(),
         reschedule=ReschedulePolicy(),
-        disconnect=DisconnectPolicy(),
+        disconnect=DisconnectPolicy(stop_after_s=group.disconnect.stop_after_s),
         depends_on=(),
         constraints=constraints,
         affinities=(),

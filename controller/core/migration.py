@@ -42,7 +42,8 @@ def requested(state: State, call: AllocMoveRequested, now_s: float) -> tuple[tup
     draft = Draft(state, seed=row)
     reason = begin(state, draft, row, allowed)
     warnings: tuple[str, ...] = ()
-    if reason and call.node is not None:
+    may_overlap = state.group_of(row).group.disconnect.stop_after_s is None
+    if reason and call.node is not None and may_overlap:
         unlike = _unlike(state, row, int(np.flatnonzero(allowed)[0]))
         if unlike and not draft.replace(row, allowed, f"moved to {call.node} by stop and start: {unlike}"):
             reason, warnings = "", (f"it stops here and starts there, with a new disk: {unlike}",)

@@ -95,6 +95,14 @@ def leaving(turn: Turn, newest: GroupEntry, rows: Ints) -> Ints:
     return np.concatenate([rows[free & silent], rows[free & drained & ~silent]])
 
 
+def stop_first(turn: Turn, newest: GroupEntry, leaving: Ints) -> Ints:
+    """`leaving` without copies of a group that must never run twice: those begin elsewhere once they have ended."""
+    if newest.group.disconnect.stop_after_s is None:
+        return leaving
+    turn.draft.stop(leaving, DRAINED)
+    return leaving[:0]
+
+
 def _stood_in_for(turn: Turn, newest: GroupEntry, nodes: Shorts) -> Bools:
     """Which copies' nodes are away for long enough; none while so many are that the brake is on."""
     policy, view = newest.group.disconnect, turn.view

@@ -98,6 +98,7 @@ def _decide_ordinary(turn: Turn, key: int, guard: int | None, rows: Ints) -> Non
     if len(leaving):
         leaving = moving.admit(turn, leaving, budget - int((out & ~fresh).sum()))
         leaving = migration.take_along(state, draft, newest, leaving)
+        leaving = moving.stop_first(turn, newest, leaving)
     waiting = successors[table.node[successors] < 0]
     progress.moving |= bool(len(successors))
     draft.place(home_key, np.sort(table.index[leaving]), waiting, rows, role=columns.SUCCESSOR, now_s=turn.now_s)

@@ -63,11 +63,14 @@ def read_disconnect(group: Fields, faults: Faults) -> DisconnectPolicy:
     default = DisconnectPolicy()
     if node is None:
         return default
-    fields = Fields(node, (*group.path, "disconnect"), faults, ("lost_after", "replace_after", "survivor"))
+    fields = Fields(
+        node, (*group.path, "disconnect"), faults, ("lost_after", "replace_after", "survivor", "stop_after")
+    )
     return DisconnectPolicy(
         lost_after_s=_optional_s(fields, "lost_after"),
         replace_after_s=_optional_s(fields, "replace_after"),
         survivor=fields.choice("survivor", Survivor, default.survivor),
+        stop_after_s=_optional_s(fields, "stop_after"),
     )
 
 

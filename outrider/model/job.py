@@ -299,6 +299,8 @@ class DisconnectPolicy(Value, frozen=True, kw_only=True):
     lost_after_s: float | None = None  # None: the fleet's
     replace_after_s: float | None = None  # None: not before it is lost
     survivor: Survivor = Survivor.ORIGINAL
+    # A group that must never run twice: its node stops it after so long without a controller. None: it runs on.
+    stop_after_s: float | None = None
 
 
 class ScalingPolicy(Value, frozen=True, kw_only=True):
@@ -410,6 +412,18 @@ def main_task(group: Group) -> Task:
 def has_seed(task: Task) -> bool:
     """Whether a guest gets a disk with what the job brings along."""
     return bool(task.files) or task.cloud_init is not None
+
+
+# Beyond `stop_after`: for the sidecar to drain and the host to be slow, and for clocks that run unlike.
+STOP_MARGIN_S = 15.0
+
+
+def surely_stopped_s(group: Group) -> float | None:
+    """How long after a controller last heard of a node no copy of `group` runs there; None: one may run for ever."""
+    stop_after_s = group.disconnect.stop_after_s
+    if stop_after_s is None:
+        return None
+    return stop_after_s + max((task.kill_timeout_s for task in group.tasks), default=0.0) + STOP_MARGIN_S
 
 
 def has_guest(group: Group) -> bool:

@@ -984,28 +984,35 @@ class DisconnectPolicy(_message.Message):
     LOST_AFTER_S_FIELD_NUMBER: _builtins.int
     REPLACE_AFTER_S_FIELD_NUMBER: _builtins.int
     SURVIVOR_FIELD_NUMBER: _builtins.int
+    STOP_AFTER_S_FIELD_NUMBER: _builtins.int
     lost_after_s: _builtins.float
     replace_after_s: _builtins.float
     survivor: Global___Survivor.ValueType
+    stop_after_s: _builtins.float
     def __init__(
         self,
         *,
         lost_after_s: _builtins.float | None = ...,
         replace_after_s: _builtins.float | None = ...,
         survivor: Global___Survivor.ValueType = ...,
+        stop_after_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s", "_replace_after_s", b"_replace_after_s", "lost_after_s", b"lost_after_s", "replace_after_s", b"replace_after_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s", "_replace_after_s", b"_replace_after_s", "_stop_after_s", b"_stop_after_s", "lost_after_s", b"lost_after_s", "replace_after_s", b"replace_after_s", "stop_after_s", b"stop_after_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s", "_replace_after_s", b"_replace_after_s", "lost_after_s", b"lost_after_s", "replace_after_s", b"replace_after_s", "survivor", b"survivor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s", "_replace_after_s", b"_replace_after_s", "_stop_after_s", b"_stop_after_s", "lost_after_s", b"lost_after_s", "replace_after_s", b"replace_after_s", "stop_after_s", b"stop_after_s", "survivor", b"survivor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lost_after_s: _TypeAlias = _typing.Literal["lost_after_s"]  # noqa: Y015
     _WhichOneofArgType__lost_after_s: _TypeAlias = _typing.Literal["_lost_after_s", b"_lost_after_s"]  # noqa: Y015
     _WhichOneofReturnType__replace_after_s: _TypeAlias = _typing.Literal["replace_after_s"]  # noqa: Y015
     _WhichOneofArgType__replace_after_s: _TypeAlias = _typing.Literal["_replace_after_s", b"_replace_after_s"]  # noqa: Y015
+    _WhichOneofReturnType__stop_after_s: _TypeAlias = _typing.Literal["stop_after_s"]  # noqa: Y015
+    _WhichOneofArgType__stop_after_s: _TypeAlias = _typing.Literal["_stop_after_s", b"_stop_after_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lost_after_s) -> _WhichOneofReturnType__lost_after_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replace_after_s) -> _WhichOneofReturnType__replace_after_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_after_s) -> _WhichOneofReturnType__stop_after_s | None: ...
 
 Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
 

@@ -58,6 +58,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self.leaf_life_s = 3600.0
         self.refuse_leaves = False
         self.silent = False  # answers no heartbeat
+        self.away = False  # nor welcomes anybody
         self.tunnels: dict[str, asyncio.Queue[fleet_pb2.TunnelFrame | None]] = {}
         self.tunnel_inputs: dict[str, asyncio.Queue[fleet_pb2.TunnelFrame]] = {}
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -69,9 +70,11 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self._root = self._sign_root()
 
     async def Session(  # noqa: N802 - the wire's name
-        self, request_iterator: AsyncIterator[fleet_pb2.AgentMessage], _context: Any
+        self, request_iterator: AsyncIterator[fleet_pb2.AgentMessage], context: Any
     ) -> AsyncIterator[fleet_pb2.ControllerMessage]:
         first = await anext(request_iterator)
+        if self.away:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
         outgoing = self._outgoing = asyncio.Queue()
         self.reports = {}
         self._hear_reports(first.hello.reports)
@@ -169,7 +172,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
     ) -> None:
         async for message in requests:
             match message.WhichOneof("message"):
-                case "heartbeat" if not self.silent:
+                case "heartbeat" if not (self.silent or self.away):
                     outgoing.put_nowait(fleet_pb2.ControllerMessage(heartbeat=message.heartbeat))
                 case "reports":
                     self._hear_reports(message.reports.reports)

@@ -1,6 +1,7 @@
 """The agent as it runs: joined, told what to run, killed, started again, purged. Only its controller is not real."""
 # ruff: noqa: ASYNC240 - a test may block its own loop
 
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,7 @@ from outrider.model.job import (
     MIB,
     Check,
     CheckKind,
+    DisconnectPolicy,
     File,
     Group,
     Network,
@@ -88,11 +90,17 @@ def web(alloc: AllocId = WEB, desired: Desired = Desired.RUN) -> Assignment:
     )
 
 
-def script(alloc: AllocId, text: str, *, batch: bool = True, memory: int = 64 * MIB, attempts: int = 0) -> Assignment:
+def script(
+    alloc: AllocId, text: str, *, batch: bool = True, memory: int = 64 * MIB, stop_after_s: float | None = None
+) -> Assignment:
     """A shell script without a sidecar."""
     task = Task(name=TaskName("work"), command=("sh", "-c", text), resources=Resources(memory_bytes=memory))
-    restart = RestartPolicy(attempts=attempts, delay_s=0.05)
-    group = Group(name=GroupName("work"), tasks=(task,), restart=restart)
+    group = Group(
+        name=GroupName("work"),
+        tasks=(task,),
+        restart=RestartPolicy(attempts=0),
+        disconnect=DisconnectPolicy(stop_after_s=stop_after_s),
+    )
     return Assignment(alloc=alloc, job=JobName("job"), job_version=1, group=group, index=0, batch=batch)
 
 
@@ -112,9 +120,8 @@ async def test_a_workload_starts_behind_its_sidecar_and_stops_before_it(fleet: A
     assert len(fleet.workload_pids(f"marked-{WEB}")) >= 1
     controller.assign(web(desired=Desired.STOP))
     await until(lambda: controller.status(WEB) is AllocStatus.COMPLETE, "stopped")
-    phases = [report.status for report in controller.history if report.alloc == WEB]
     expected = [AllocStatus.STARTING, AllocStatus.RUNNING, AllocStatus.STOPPING, AllocStatus.COMPLETE]
-    assert list(dict.fromkeys(phases)) == expected
+    assert told(fleet, WEB) == expected
     assert not fleet.workload_pids(f"marked-{WEB}")
     await until(lambda: "or00" not in fleet.shell("ip -o link"), "its veth is gone")
     controller.assign(full=True)
@@ -125,14 +132,17 @@ async def test_a_killed_agent_takes_over_what_runs(fleet: AgentFleet) -> None:
     controller = fleet.controller
     await fleet.start()
     controller.mesh()
-    controller.assign(web(), script(BATCH, "sleep 1; exit 0"), full=True)
+    controller.assign(web(), full=True)
     await running(fleet)
     before = (
         fleet.workload_pids(f"marked-{WEB}"),
         envoys(fleet),
         fleet.workload_pids("agent.network.dns"),
     )
-    await until(lambda: controller.status(BATCH) is AllocStatus.RUNNING, "batch runs")
+    controller.assign(script(BATCH, "sleep 1; exit 0"))
+    await until(lambda: AllocStatus.RUNNING in told(fleet, BATCH), "batch runs")
+    record = fleet.data / "allocations" / WEB / "state.json"
+    await until(lambda: json.loads(record.read_bytes())["passing"] == ["web"], "its health is on disk")
     fleet.kill(signal.SIGKILL)
     await fleet.start()
     first = {report.alloc: report for report in controller.hellos[-1].reports}
@@ -219,14 +229,32 @@ async def test_the_controller_away_changes_nothing_and_its_return_is_noticed(fle
     controller = fleet.controller
     await fleet.start()
     alloc = AllocId("00000000e1")
-    controller.assign(script(alloc, f"exec sleep 600 # marked-{alloc}", batch=False), full=True)
+    controller.assign(script(alloc, f"sleep 600; : marked-{alloc}", batch=False), full=True)
     await until(lambda: controller.status(alloc) is AllocStatus.RUNNING, "runs")
-    pids = fleet.workload_pids(f"marked-{alloc}")
+    pids = await shell(fleet, alloc)
     known = len(controller.hellos)
     controller.silent = True
     await until(lambda: len(controller.hellos) > known, "silence is noticed, and another session begun")
     assert controller.status(alloc) is AllocStatus.RUNNING
-    assert fleet.workload_pids(f"marked-{alloc}") == pids
+    assert await shell(fleet, alloc) == pids
+
+
+async def test_what_must_never_run_twice_stops_itself_without_a_controller(fleet: AgentFleet) -> None:
+    controller, alone, other = fleet.controller, AllocId("00000000f1"), AllocId("00000000f2")
+    await fleet.start()
+    controller.assign(
+        script(alone, f"sleep 600; : marked-{alone}", batch=False, stop_after_s=2.0),
+        script(other, f"sleep 600; : marked-{other}", batch=False),
+        full=True,
+    )
+    await until(lambda: all(controller.status(one) is AllocStatus.RUNNING for one in (alone, other)), "both run")
+    pids = await shell(fleet, other)
+    controller.away = True
+    await until(lambda: not fleet.workload_pids(f"marked-{alone}"), "it stops itself")
+    assert await shell(fleet, other) == pids, "the other runs on, for as long as it takes"
+    controller.away = False
+    await until(lambda: controller.status(alone) is AllocStatus.FAILED, "which is told once somebody is there")
+    assert "it must never run twice, and no controller was heard" in controller.reports[alone].message
 
 
 async def test_purging_leaves_nothing_on_the_host(fleet: AgentFleet) -> None:
@@ -247,6 +275,22 @@ async def test_purging_leaves_nothing_on_the_host(fleet: AgentFleet) -> None:
     assert not any(name in path.read_text() for path in Path("/run/outrider/claims").glob("*.json"))
     assert fleet.shell("nft list ruleset") == ""
     await until(lambda: "or00" not in fleet.shell("ip -o link"), "no veth is left")
+
+
+def told(fleet: AgentFleet, alloc: AllocId) -> list[AllocStatus]:
+    """What the controller heard of it, each status once."""
+    return list(dict.fromkeys(report.status for report in fleet.controller.history if report.alloc == alloc))
+
+
+async def shell(fleet: AgentFleet, alloc: AllocId) -> list[int]:
+    """A script's own process, which its init begins a moment after it runs itself."""
+
+    def found() -> list[int]:
+        pids = fleet.workload_pids(f"marked-{alloc}")
+        return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "sh\n"]
+
+    await until(lambda: bool(found()), "its own process")
+    return found()
 
 
 def innermost(fleet: AgentFleet, needle: str) -> list[int]:

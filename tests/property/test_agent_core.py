@@ -106,6 +106,7 @@ class Host:
                 assert not self.running(command.alloc), "the sidecar ends last"
             case commands.Report(report=report) if report.status in TERMINAL:
                 assert not self.has_anything(report.alloc), "ended, yet something is left"
+                assert self.disk[report.alloc].ended, "a restarted agent would begin it again"
             case _:
                 pass
         if isinstance(command, commands.Save | commands.Acknowledge) and self.rng.random() < 0.7:
@@ -132,7 +133,7 @@ class Host:
             case commands.Save(record=record):
                 self.disk[record.assignment.alloc] = record
                 if command.announce:
-                    self.tell(events.Saved(alloc=record.assignment.alloc))
+                    self.tell(events.Saved(alloc=record.assignment.alloc, ended=record.ended))
             case commands.Acknowledge(generation=generation):
                 self.acknowledged = max(generation, self.acknowledged)
             case commands.Forget(alloc=alloc):

@@ -84,6 +84,7 @@ def with_policies(group: Group, options: Mapping[str, str]) -> Group:
         disconnect=DisconnectPolicy(
             lost_after_s=seconds("lost_after"),
             replace_after_s=seconds("replace_after"),
+            stop_after_s=seconds("stop_after"),
             survivor=Survivor(options.get("survivor", "original")),
         ),
     )

@@ -40,6 +40,7 @@ class AgentProcess(Process):
         self._heard_s = 0.0
         self._reports: dict[AllocId, AllocReport] = {}
         self._applied: Generation | None = None
+        self._beats_s: dict[int, float] = {}
         self._flushing = False
         self._tick_at_s: float | None = None
         self._operations: dict[int, c.Command] = {}
@@ -64,7 +65,7 @@ class AgentProcess(Process):
         self.host.changed, self.host.sidecar_died = self._task_changed, self._sidecar_died
         found = self.host.found()
         self.note(f"starts and finds {len(found)}")
-        self._step(e.Recovered(acknowledged=self.host.disk.acknowledged, found=found))
+        self._step(e.Recovered(acknowledged=self.host.disk.acknowledged, found=found, heard_s=self.host.heard_s))
         self._check_adopted()
         self.later(0.01, self._dial)
 
@@ -106,7 +107,7 @@ class AgentProcess(Process):
             case c.CreateNetwork():
                 host.networks.add(command.assignment.alloc)
             case c.StartTask() if command.assignment.alloc in host.networks:
-                host.start((command.assignment.alloc, command.task.name), batch=command.assignment.batch)
+                self._start(command)
             case c.StartSidecar() if command.assignment.alloc in host.networks:
                 host.sidecars.add(command.assignment.alloc)
             case c.StopSidecar():
@@ -118,6 +119,12 @@ class AgentProcess(Process):
                     host.end(key, KILLED)
             case _:
                 pass
+
+    def _start(self, command: c.StartTask) -> None:
+        assignment = command.assignment
+        never_twice = assignment.group.disconnect.stop_after_s is not None
+        name = f"{assignment.job}.{assignment.group.name}[{assignment.index}]" if never_twice else ""
+        self.host.start((assignment.alloc, command.task.name), batch=assignment.batch, exclusive=name)
 
     def _check_adopted(self) -> None:
         """What the agent believes is what runs."""
@@ -262,7 +269,7 @@ class AgentProcess(Process):
                 if self._fails():
                     self._tell(e.TaskStartFailed(alloc=assignment.alloc, task=task.name, message="no task"))
                 else:
-                    host.start((assignment.alloc, task.name), batch=assignment.batch)
+                    self._start(command)
                     self._tell(e.TaskStarted(alloc=assignment.alloc, task=task.name, started_at_s=1.0))
                     self._watch((assignment.alloc, task.name))
             case c.RunCheck():
@@ -325,7 +332,7 @@ class AgentProcess(Process):
         self._put(forgets, saves, generation)
         for save in saves:
             if save.announce:
-                self._tell(e.Saved(alloc=save.record.assignment.alloc))
+                self._tell(e.Saved(alloc=save.record.assignment.alloc, ended=save.record.ended))
         if generation is not None:
             self._applied = generation
             self._flush()
@@ -348,6 +355,7 @@ class AgentProcess(Process):
         controller = leader or self._controllers[next(self._next)]
         stream = Stream(self.network, self, controller)
         self._stream, self._welcome = stream, False
+        self._beats_s = {0: self._now_s()}  # the greeting
         self._reports, self._applied = {}, None  # all of it is in the greeting
         hello = messages.Hello(node=self.node, acknowledged=self.state.acknowledged, reports=all_reports(self.state))
         if not controller.alive:
@@ -370,12 +378,15 @@ class AgentProcess(Process):
                 self._ended(stream)
             case messages.Welcome():
                 self._welcome, self._failures = True, 0
+                self._heard_of(0)
                 self._beat(stream, message.interval_s)
                 self._listen(stream)
                 self._flush()
             case messages.Heartbeat():
                 if message.sequence == 0:
-                    stream.send(self, messages.Heartbeat(sequence=1))
+                    self._send_beat(stream)
+                else:
+                    self._heard_of(message.sequence)
             case messages.Assignments():
                 self._tell(
                     e.Assigned(
@@ -390,8 +401,17 @@ class AgentProcess(Process):
 
     def _beat(self, stream: Stream, interval_s: float) -> None:
         if stream is self._stream:
-            stream.send(self, messages.Heartbeat(sequence=1))
+            self._send_beat(stream)
             self.later(interval_s, lambda: self._beat(stream, interval_s))
+
+    def _send_beat(self, stream: Stream) -> None:
+        sequence = max(self._beats_s, default=0) + 1
+        self._beats_s[sequence] = self._now_s()
+        stream.send(self, messages.Heartbeat(sequence=sequence))
+
+    def _heard_of(self, sequence: int) -> None:
+        self.host.heard_s = self._beats_s[sequence]
+        self._tell(e.ControllerHeard(at_s=self._beats_s[sequence]))
 
     def _listen(self, stream: Stream) -> None:
         if stream is not self._stream:

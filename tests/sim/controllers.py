@@ -218,7 +218,7 @@ class ControllerProcess(Process):
 
     def dialled(self, stream: Stream, hello: messages.Hello) -> None:
         """An agent's first message."""
-        if not self.leads:
+        if not self.leads or not self.acts:
             stream.send(self, messages.NotLeader())
             stream.close(self, lost=False)
             return

@@ -34,15 +34,27 @@ class Host:
         self.sidecars: set[AllocId] = set()
         self.tasks: dict[TaskKey, Run] = {}
         self.starts = 0
+        self.heard_s: float | None = None  # in a file that a reboot removes
         self.booted_s = -kernel.rng.uniform(0.0, 1e6)
         self.changed = lambda _key: None  # the agent's watch, while there is one
         self.sidecar_died = lambda _alloc: None
+        self.exclusive: dict[TaskKey, str] = {}
         self._others = others  # all hosts of the fleet, this one too
 
     def uptime_s(self) -> float:
         return self.kernel.now_s - self.booted_s
 
-    def start(self, key: TaskKey, *, batch: bool) -> None:
+    def start(self, key: TaskKey, *, batch: bool, exclusive: str = "") -> None:
+        """`exclusive`: the name of what must never run twice, wherever."""
+        if exclusive:
+            for other in self._others:
+                if twice := [
+                    one for one, name in other.exclusive.items() if name == exclusive and one in other.running()
+                ]:
+                    raise BrokenError(
+                        f"{exclusive} is to run on {self.name} as {key}, and {twice} runs on {other.name}"
+                    )
+            self.exclusive[key] = exclusive
         if key[0] not in self.networks:
             raise BrokenError(f"{self.name}: {key} starts without a namespace")
         if key in self.tasks and self.tasks[key].exit is None:
@@ -84,6 +96,7 @@ class Host:
         self.networks.clear()
         self.sidecars.clear()
         self.tasks.clear()
+        self.heard_s = None
         self.booted_s = self.kernel.now_s - self.kernel.rng.uniform(1.0, 20.0)
 
     def running(self) -> set[TaskKey]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from agent.core.events import TaskExit
 from controller.core.commands import Reply
 from controller.core.events import (
@@ -47,7 +49,7 @@ POLICY = Policy(
     plan_placements_max=6,
 )
 TYPES = {"batch": JobType.BATCH, "everywhere": JobType.SYSTEM}
-JOBS = ("shop", "api", "batch", "everywhere")
+JOBS = ("shop", "api", "single", "batch", "everywhere")
 
 
 @dataclass
@@ -352,4 +354,6 @@ def _job(name: str, count: int, command: str, memory_mib: int) -> Job:
         restart=RestartPolicy(attempts=2, interval_s=10.0, delay_s=0.1, delay_max_s=1.0),
         reschedule=ReschedulePolicy(delay_s=0.5, delay_max_s=4.0, interval_s=20.0),
     )
+    if name == "single":
+        wanted = msgspec.structs.replace(wanted, disconnect=DisconnectPolicy(stop_after_s=3.0))
     return job(name, wanted, type=TYPES.get(name, JobType.SERVICE))

@@ -100,6 +100,19 @@ def test_a_good_job_has_no_problem() -> None:
             "groups.web.disconnect.replace_after",
         ),
         (_with(GROUP, disconnect=DisconnectPolicy(lost_after_s=-1)), "groups.web.disconnect.lost_after"),
+        (_with(GROUP, disconnect=DisconnectPolicy(stop_after_s=1)), "groups.web.disconnect.stop_after"),
+        (
+            _with(GROUP, disconnect=DisconnectPolicy(stop_after_s=10, replace_after_s=5)),
+            "groups.web.disconnect.replace_after",
+        ),
+        (
+            _with(GROUP, disconnect=DisconnectPolicy(stop_after_s=10, lost_after_s=20)),
+            "groups.web.disconnect.lost_after",
+        ),
+        (
+            _with(GROUP, update=UpdatePolicy(canary=1), disconnect=DisconnectPolicy(stop_after_s=10)),
+            "groups.web.update.canary",
+        ),
         (_with(GROUP, disconnect=DisconnectPolicy(survivor=Survivor.HEALTHY)), "groups.web.disconnect.survivor"),
         (_with(GROUP, network=Network(ports=(HTTP, HTTP))), "groups.web.network.ports.http"),
         (_with(GROUP, network=Network(ports=(HTTP,), egress=("::/0",))), "groups.web.network.egress[0]"),

@@ -59,7 +59,7 @@ class Node:
                 case commands.Save():
                     self.disk = command.record
                     if command.announce:
-                        self.tell(events.Saved(alloc=ALLOC))
+                        self.tell(events.Saved(alloc=ALLOC, ended=command.record.ended))
                 case commands.CreateNetwork():
                     self.tell(events.NetworkReady(alloc=ALLOC, local_address="100.64.0.2"))
                 case commands.StartSidecar() | commands.AdoptSidecar():

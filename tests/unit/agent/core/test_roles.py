@@ -51,7 +51,7 @@ class Node:
         for command in step(self.state, event, self.now_s, random.Random(1)):  # noqa: S311 - jitter
             match command:
                 case commands.Save(announce=True):
-                    self.tell(events.Saved(alloc=ALLOC))
+                    self.tell(events.Saved(alloc=ALLOC, ended=command.record.ended))
                 case commands.CreateNetwork():
                     self.tell(events.NetworkReady(alloc=ALLOC, local_address="100.64.0.2"))
                 case commands.StartTask():
