@@ -33,6 +33,7 @@ from agent.guests import Guests
 from agent.held import SIDECAR
 from agent.host import Host, open_host
 from agent.images import Images
+from agent.insight import Insight
 from agent.join import join
 from agent.last_heard import LastHeard
 from agent.leaves import Leaves
@@ -203,7 +204,14 @@ class Agent:
             sidecar=sidecars.stats,
             tell=self._fleet.measured,
         )
-        self._tunnels = Tunnels(sources=self._sources, dial=self._fleet.open_tunnel, log=log)
+        insight = Insight(
+            node=config.node_id,
+            library=sidecars,
+            sidecars=self.sidecars,
+            open_socket=host.networks.open_socket,
+            rng=rng,
+        )
+        self._tunnels = Tunnels(sources=self._sources, insight=insight, dial=self._fleet.open_tunnel, log=log)
 
     async def begin(self, stack: contextlib.AsyncExitStack) -> None:
         """What runs is taken over first; the controller hears of it in the first greeting."""

@@ -1,11 +1,12 @@
-"""Serves logs and exec calls: each OpenTunnel becomes one Tunnel stream, and ends with it.
+"""Serves logs, exec calls and questions about the mesh: each OpenTunnel becomes one Tunnel stream, and ends with it.
 
 Tasks: one for each tunnel and, within, one for each direction; at most TUNNELS_MAX tunnels, what comes beyond is
 refused on the session's log. Nothing queues up: what is slow to take slows what gives.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Protocol, Self
 
 import grpc
@@ -28,6 +29,7 @@ from outrider.v1.fleet_pb2 import (
     VolumeOperation,
     VolumeRequest,
 )
+from outrider.v1.insight_pb2 import MeshAnswer, MeshQuery
 
 TUNNELS_MAX = 64
 _WRITE_S = 60.0  # a person who pauses the output
@@ -72,10 +74,17 @@ class Sources(Protocol):
         ...
 
 
+class Insight(Protocol):
+    """What is known of the node's sidecars. Raises OutriderError in words for the caller."""
+
+    def answers(self, query: MeshQuery) -> AsyncGenerator[MeshAnswer, None]: ...
+
+
 class Tunnels:
-    def __init__(self, *, sources: Sources, dial: Callable[[], TunnelStream], log: Log) -> None:
+    def __init__(self, *, sources: Sources, insight: Insight, dial: Callable[[], TunnelStream], log: Log) -> None:
         """`dial` raises PeerError where no controller is connected."""
         self._sources = sources
+        self._insight = insight
         self._dial = dial
         self._log = log
         self._open = 0
@@ -96,6 +105,8 @@ class Tunnels:
                     await _converse(stream, self._logs(request.logs, stream))
                 elif request.WhichOneof("request") == "volume":
                     await _converse(stream, self._volume(request.volume, stream))
+                elif request.WhichOneof("request") == "mesh":
+                    await _converse(stream, self._mesh(request.mesh, stream))
                 else:
                     await self._exec(request.exec, stream)
             finally:
@@ -123,6 +134,12 @@ class Tunnels:
         name = VolumeOperation.Name(request.operation).removeprefix("VOLUME_OPERATION_")
         taken = await self._sources.volume(name.lower(), volume, request.snapshot)
         await _write(stream, TunnelFrame(stdout=str(taken).encode()))
+        return TunnelEnd()
+
+    async def _mesh(self, query: MeshQuery, stream: TunnelStream) -> TunnelEnd:
+        async with contextlib.aclosing(self._insight.answers(query)) as answers:
+            async for answer in answers:
+                await _write(stream, TunnelFrame(mesh=answer))
         return TunnelEnd()
 
     async def _exec(self, request: ExecRequest, stream: TunnelStream) -> None:

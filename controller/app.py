@@ -30,6 +30,7 @@ from controller.engine import Engine, RestoredError
 from controller.event_log import EventLog
 from controller.events import Broker
 from controller.fleet import FleetService
+from controller.insight import InsightService
 from controller.join import JoinService, admission
 from controller.join_token import keep_join_token
 from controller.journal.sqlite import SqliteJournal
@@ -46,7 +47,14 @@ from controller.term import Term
 from outrider.config import host_port
 from outrider.log import Log
 from outrider.tls import TlsFiles, server_credentials, ssl_context
-from outrider.v1 import access_pb2_grpc, archive_pb2_grpc, fleet_pb2_grpc, operator_pb2_grpc, stores_pb2_grpc
+from outrider.v1 import (
+    access_pb2_grpc,
+    archive_pb2_grpc,
+    fleet_pb2_grpc,
+    insight_pb2_grpc,
+    operator_pb2_grpc,
+    stores_pb2_grpc,
+)
 
 _DATACENTER = "dc1"
 
@@ -198,6 +206,7 @@ class Controller:
         operator = OperatorService(parts, consul=self._consul_url, callers=callers, audit=self._audit)
         stores = StoreService(parts, callers=callers, audit=self._audit)
         access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca)
+        insight = InsightService(parts, callers=callers, audit=self._audit)
         collector = ControllerCollector(
             parts, catalog_requests=self._catalog.requests if self._catalog else {}, broker=self._broker
         )
@@ -216,6 +225,7 @@ class Controller:
             stores_pb2_grpc.add_StoreServiceServicer_to_server(stores, server)
             access_pb2_grpc.add_AccessServiceServicer_to_server(access, server)
             archive_pb2_grpc.add_ArchiveServiceServicer_to_server(archive, server)
+            insight_pb2_grpc.add_InsightServiceServicer_to_server(insight, server)
 
         def register_anybody(server: grpc.aio.Server) -> None:
             register_people(server)

@@ -29,6 +29,7 @@ _PEOPLE: Final = (
     "/outrider.v1.StoreService/",
     "/outrider.v1.AccessService/",
     "/outrider.v1.ArchiveService/",
+    "/outrider.v1.InsightService/",
 )
 _FLEET: Final = "/outrider.v1.FleetService/"
 _JOIN: Final = "/outrider.v1.JoinService/"

@@ -81,6 +81,11 @@ RULES: Mapping[str, Rule] = {
     "SaveSnapshot": Rule(_ADMIN, Where.FLEET),
     "RestoreSnapshot": Rule(_ADMIN, Where.FLEET, changing=True),
     "Inspect": Rule(_ADMIN, Where.FLEET),
+    # InsightService
+    "GetMeshGraph": Rule(_READ, Where.SOMEWHERE),
+    "ExplainCall": Rule(_READ, Where.SOMEWHERE),
+    "TapCalls": Rule(_READ, Where.SOMEWHERE, changing=True),
+    "ListCertificates": Rule(_READ, Where.SOMEWHERE),
     # AccessService
     "WhoAmI": Rule(_READ, Where.NOWHERE),
     "Can": Rule(_READ, Where.NOWHERE),

@@ -1,6 +1,8 @@
 """Envoy's admin interface over its unix socket, as far as the agent needs it. Reached by the agent alone."""
 
 import asyncio
+import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import h11
@@ -42,6 +44,34 @@ class Admin:
         # Envoy merges its workers' histograms after a read, not before: the second sees what the first asked for.
         await self._call("GET", "/stats?filter=^$")
         return await self._call("GET", "/stats/prometheus?usedonly")
+
+    async def tap(self, config_id: str) -> AsyncGenerator[bytes, None]:
+        """What the tap filter of that id sees, without bodies: JSON, in pieces, until closed."""
+        sink = {"format": "JSON_BODY_AS_STRING", "streaming_admin": {}}
+        output = {"max_buffered_rx_bytes": 0, "max_buffered_tx_bytes": 0, "sinks": [sink]}
+        wanted = {"config_id": config_id, "tap_config": {"match": {"any_match": True}, "output_config": output}}
+        body = json.dumps(wanted).encode()
+        http = h11.Connection(h11.CLIENT)
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                reader, writer = await asyncio.open_unix_connection(self._socket)
+        except (OSError, TimeoutError) as error:
+            raise PeerError(f"sidecar of {self._alloc}: its Envoy does not answer: {error}; see its log") from error
+        try:
+            headers = [("Host", "envoy"), ("Content-Length", str(len(body)))]
+            writer.write(http.send(h11.Request(method="POST", target="/tap", headers=headers)) or b"")
+            writer.write((http.send(h11.Data(data=body)) or b"") + (http.send(h11.EndOfMessage()) or b""))
+            while not isinstance(event := http.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    http.receive_data(await reader.read(_READ_BYTES))
+                elif isinstance(event, h11.Response) and event.status_code != 200:
+                    raise PeerError(f"sidecar of {self._alloc}: its Envoy answered /tap with {event.status_code}")
+                elif isinstance(event, h11.Data):
+                    yield bytes(event.data)
+        except (h11.ProtocolError, OSError) as error:
+            raise PeerError(f"sidecar of {self._alloc}: its Envoy broke off: {error}") from error
+        finally:
+            writer.close()
 
     async def _call(self, method: str, path: str) -> str:
         try:

@@ -21,6 +21,7 @@ from envoy.extensions.filters.http.fault.v3 import fault_pb2
 from envoy.extensions.filters.http.local_ratelimit.v3 import local_rate_limit_pb2
 from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
+from envoy.extensions.filters.http.tap.v3 import tap_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
 from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as tcp_rbac_pb2
 from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
@@ -72,6 +73,7 @@ _BY_TYPE_URL = (
     http_inputs_pb2,
     http_rbac_pb2,
     router_pb2,
+    tap_pb2,
     http_connection_manager_pb2,
     tcp_rbac_pb2,
     tcp_proxy_pb2,

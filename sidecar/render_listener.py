@@ -24,10 +24,11 @@ _HTTP_RBAC = _TYPE + "extensions.filters.http.rbac.v3.RBAC"
 _TCP_RBAC = _TYPE + "extensions.filters.network.rbac.v3.RBAC"
 ADS: Config = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 TLS_PARAMETERS: Config = {"tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3"}
-RATE_LIMIT, FAULT = "rate_limit", "fault"
+RATE_LIMIT, FAULT, TAP = "rate_limit", "fault", "tap"
 FILTERS = {
     RATE_LIMIT: _TYPE + "extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
     FAULT: _TYPE + "extensions.filters.http.fault.v3.HTTPFault",
+    TAP: _TYPE + "extensions.filters.http.tap.v3.Tap",
 }
 _IDLE: dict[str, Config] = {RATE_LIMIT: {"stat_prefix": RATE_LIMIT}, FAULT: {}}
 # Values of MARKER_HEADER on a response that a server's sidecar made itself.
@@ -209,7 +210,7 @@ def _outbound_http(listener: OutboundListener) -> list[Config]:
             f"outbound.{source}.{destination}",
             {
                 "rds": {"route_config_name": outbound_name(source, destination), "config_source": ADS},
-                "http_filters": [dormant(FAULT), _router()],
+                "http_filters": [_tap(source, destination), dormant(FAULT), _router()],
                 "local_reply_config": {"mappers": [nobody, full, late, broken, unreachable]},
                 "access_log": outbound_log(source, destination, http=True),
             },
@@ -233,9 +234,19 @@ def _http_manager(stat_prefix: str, more: Config) -> Config:
     return {"name": "http", "typed_config": manager}
 
 
-def dormant(name: str) -> Config:
+def dormant(name: str, config: Config | None = None) -> Config:
     """A filter that costs nothing until a route wakes it: listeners never change."""
-    return {"name": name, "disabled": True, "typed_config": {"@type": FILTERS[name], **_IDLE[name]}}
+    return {"name": name, "disabled": True, "typed_config": {"@type": FILTERS[name], **(config or _IDLE[name])}}
+
+
+def tap_id(source: ServiceName, destination: ServiceName) -> str:
+    """By which Envoy's admin interface knows the tap of a pair."""
+    return f"{source}/{destination}"
+
+
+def _tap(source: ServiceName, destination: ServiceName) -> Config:
+    admin = {"admin_config": {"config_id": tap_id(source, destination)}}
+    return dormant(TAP, {"common_config": admin, "record_headers_received_time": True})
 
 
 def _router() -> Config:

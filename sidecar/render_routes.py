@@ -4,7 +4,7 @@ from outrider.model.traffic import WEIGHT_WHOLE, HttpFault, HttpMatch, RateLimit
 from sidecar.access_log import MARKER_HEADER, Config
 from sidecar.core.resources import InboundRoutes, UpstreamRoutes, local_cluster_name
 from sidecar.core.traffic import PairRoute, leg_name
-from sidecar.render_listener import FAULT, FILTERS, RATE_LIMIT, UNREACHED, text_match
+from sidecar.render_listener import FAULT, FILTERS, RATE_LIMIT, TAP, UNREACHED, text_match
 
 _TYPE = "type.googleapis.com/envoy."
 _IDEMPOTENT = "GET|HEAD|OPTIONS|PUT|DELETE|TRACE"
@@ -39,8 +39,13 @@ def upstream_routes(routes: UpstreamRoutes) -> Config:
         copies = {"default_value": {"numerator": round(routes.mirror.percent * 10_000), "denominator": "MILLION"}}
         cluster = leg_name(routes.source, routes.mirror.leg)
         host["request_mirror_policies"] = [{"cluster": cluster, "runtime_fraction": copies}]
+    woken: Config = {}
     if routes.fault is not None:
-        host["typed_per_filter_config"] = {FAULT: _fault(routes.fault)}
+        woken[FAULT] = _fault(routes.fault)
+    if routes.tapped:
+        woken[TAP] = {"@type": _TYPE + "config.route.v3.FilterConfig", "config": {}}
+    if woken:
+        host["typed_per_filter_config"] = woken
     return {
         "name": routes.name,
         "validate_clusters": False,  # a cluster is there first, and goes last

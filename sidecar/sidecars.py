@@ -5,17 +5,20 @@ Owns the ADS server and who has been told what. Starts no Envoy: the agent runs 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Self
 
+import msgspec
 from envoy.service.discovery.v3 import discovery_pb2
 
-from outrider.errors import PeerError
+from outrider.errors import PeerError, RefusedError
 from outrider.ids import AllocId, ServiceName
 from outrider.log import Log
+from outrider.model.insight import TappedCall
 from outrider.model.job import Value
 from outrider.model.mesh import Leaf, MeshService, MeshView, ObservedRefusal
 from sidecar.admin import Admin
@@ -23,15 +26,17 @@ from sidecar.ads import AdsServer, Stream
 from sidecar.bootstrap import BINARY_INSIDE, DIRECTORY_INSIDE, argv, envoy_binary
 from sidecar.core.access import access_rules, refused_by, remember
 from sidecar.core.intent import SidecarSpec, SidecarStats
-from sidecar.core.resources import Kind, ResourceSet, resources
+from sidecar.core.resources import Kind, Pair, ResourceSet, is_http, resources
 from sidecar.core.subscription import Rejection, Versions
 from sidecar.core.traffic import used_services
 from sidecar.directory import Directories, SidecarState
 from sidecar.render import render
 from sidecar.stats import sidecar_stats
+from sidecar.tap import tapped_calls
 
 _REFUSALS_MAX = 256
 _READY_POLL_S = 0.005
+_TAP_S = 5.0  # for a sidecar to begin to tell
 _log = Log("sidecar")
 
 
@@ -162,6 +167,45 @@ class Sidecars:
         """Raises PeerError where its Envoy does not answer."""
         return sidecar_stats(alloc, await self._sidecars[alloc].admin.figures())
 
+    def leaves(self) -> tuple[Leaf, ...]:
+        """In use, without their keys."""
+        return tuple(msgspec.structs.replace(leaf, key_pem="") for leaf in self._leaves.values())
+
+    async def tap(
+        self, alloc: AllocId, source: ServiceName, destination: ServiceName, *, headers: bool
+    ) -> AsyncGenerator[TappedCall, None]:
+        """The pair's requests as its sidecar passes them on, until closed; all `headers`, or those without secrets.
+
+        One at a time of each sidecar. Raises RefusedError, PeerError.
+        """
+        sidecar = self._sidecars.get(alloc)
+        if sidecar is None:
+            raise RefusedError("not-found", f"allocation {alloc} has no sidecar here")
+        known = self._view.services.get(destination)
+        if known is None or not is_http(known.protocol):
+            raise RefusedError(
+                "no-http",
+                f"service {destination} speaks tcp, which has no requests; `outrider alloc logs {alloc} sidecar` has "
+                "its connections",
+            )
+        if sidecar.tapped is not None:
+            raise RefusedError("in-use", f"somebody looks at the requests of {alloc} already")
+        sidecar.tapped = (source, destination)
+        try:
+            self._update(sidecar)
+            try:
+                async with asyncio.timeout(_TAP_S):
+                    await sidecar.progress.until(sidecar.settled)
+            except TimeoutError as error:
+                raise PeerError(f"sidecar of {alloc}: {sidecar.why_not()}") from error
+            calls = tapped_calls(sidecar.admin, alloc, sidecar.tapped, headers=headers)
+            async with contextlib.aclosing(calls):
+                async for call in calls:
+                    yield call
+        finally:
+            sidecar.tapped = None
+            self._update(sidecar)
+
     def _update(self, *sidecars: "_Sidecar") -> None:
         changed = [sidecar for sidecar in sidecars if sidecar.update(self._view, self._leaves)]
         for sidecar in changed:
@@ -217,6 +261,7 @@ class _Sidecar:
         self.rendered: Mapping[Kind, Mapping[str, discovery_pb2.Resource]] = {}
         self.versions: Versions = {}
         self.complete = False
+        self.tapped: Pair | None = None
         self.stream: Stream | None = None
         self._missing: tuple[str, ...] = ()
         self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
@@ -228,7 +273,7 @@ class _Sidecar:
         view = self._own(view)
         own = tuple(service.service for service in self.spec.services)
         leaves = {name: leaves[name] for name in own if name in leaves}
-        seen = (view, leaves)
+        seen = (view, leaves, self.tapped)
         if seen == self._seen:
             return False
         self._seen = seen
@@ -237,7 +282,7 @@ class _Sidecar:
             # A controller that just started may not know yet what runs here: no key is not the same as no intention.
             rules = {name: access_rules(name, found, view.roots) for name, found in view.intentions.items()}
             history = remember(history, rules)
-        self._install(resources(self.spec, view, leaves, history))
+        self._install(resources(self.spec, view, leaves, history, self.tapped))
         changed = history != self.state.history
         self.state = SidecarState(token=self.state.token, history=history)
         return changed

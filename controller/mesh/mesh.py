@@ -26,7 +26,7 @@ from outrider.errors import InputError, PeerError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName, is_name
 from outrider.log import Log
 from outrider.model.job import Protocol, Value
-from outrider.model.mesh import Action, Intention, Leaf, MeshUpdate, TrustRoots, virtual_address
+from outrider.model.mesh import Action, Intention, Leaf, MeshService, MeshUpdate, TrustRoots, virtual_address
 from outrider.model.traffic import Permission, Verdict
 
 # Names that no service has: how Consul answers for them is how it answers where no intention says anything.
@@ -148,6 +148,10 @@ class Mesh:
         nodes = self._writer.having(wanted)
         self._withdrawals.append(_Withdrawal(allocs=wanted, services=services, nodes=nodes))
         asyncio.get_running_loop().call_soon(self._settle_withdrawals)
+
+    def service(self, name: ServiceName) -> MeshService | None:
+        """As its callers' sidecars see it; None while nobody calls it, or the catalog was not asked for it."""
+        return self._views.service(name)
 
     def roots(self) -> TrustRoots:
         return self._views.roots

@@ -119,7 +119,7 @@ class Views:
                     return False
         return True
 
-    def _service(self, name: ServiceName) -> MeshService | None:
+    def service(self, name: ServiceName) -> MeshService | None:
         """None while the controller has given the name no virtual address, or the catalog was not asked for it,
         or for the config entries: half of what is known would route where nobody said."""
         if self.entries is None or name not in self.services or name not in self.endpoints:
@@ -168,7 +168,7 @@ class Views:
         names = called | session.services.keys()
         if changed is not None and not full:
             names &= changed
-        services = {name: self._service(name) if name in called else None for name in names}
+        services = {name: self.service(name) if name in called else None for name in names}
         fresh = {name: one for name, one in services.items() if one is not None and session.services.get(name) != one}
         gone = sorted(name for name, one in services.items() if one is None and name in session.services)
         placed = interests.placed if self.intentions is not None else ()

@@ -14,6 +14,7 @@ from outrider.tls import CONTROLLER_NAME, TlsFiles
 from outrider.tokens import parse_token
 from outrider.v1.access_pb2_grpc import AccessServiceStub
 from outrider.v1.archive_pb2_grpc import ArchiveServiceStub
+from outrider.v1.insight_pb2_grpc import InsightServiceStub
 from outrider.v1.operator_pb2_grpc import OperatorServiceStub
 from outrider.v1.stores_pb2_grpc import StoreServiceStub
 
@@ -42,6 +43,7 @@ class Fleet:
         self.stores = StoreServiceStub(channel)
         self.archive = ArchiveServiceStub(channel)
         self.access = AccessServiceStub(channel)
+        self.insight = InsightServiceStub(channel)
 
     def call(
         self, method: Callable[..., M], request: Message | Iterator[Message], timeout_s: float = CALL_TIMEOUT_S

@@ -24,6 +24,7 @@ COMMANDS = {
     "exec": Entry("allocations", "exec_", "Run a command beside a task, in its sandbox."),
     "events": Entry("events", "events", "What changed, oldest first."),
     "intention": Entry("intentions", "app", "Who may call whom."),
+    "mesh": Entry("mesh", "app", "Who really calls whom, why a call fails, requests as they happen, certificates."),
     "secret": Entry("secrets", "app", "What jobs are given by name, and nobody may see."),
     "variable": Entry("secrets", "variables", "What jobs are given by name, and operators may see."),
     "volume": Entry("volumes", "app", "Storage that outlives the jobs that use it."),

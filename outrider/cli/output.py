@@ -95,6 +95,11 @@ def when(at_s: float, schedule: Schedule | None) -> str:
     return f"{shown:%Y-%m-%d %H:%M:%S} {name}, in {until(at_s)}"
 
 
+def printable(text: str) -> str:
+    """What a workload said, without what would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def mebibytes(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 30):.1f}Gi" if size_bytes >= 10 << 30 else f"{size_bytes >> 20}Mi"
 

@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from outrider.v1 import allocation_pb2 as _allocation_pb2
 from outrider.v1 import belongings_pb2 as _belongings_pb2
+from outrider.v1 import insight_pb2 as _insight_pb2
 from outrider.v1 import mesh_pb2 as _mesh_pb2
 from outrider.v1 import node_pb2 as _node_pb2
 import builtins as _builtins
@@ -669,12 +670,15 @@ class OpenTunnel(_message.Message):
     TUNNEL_FIELD_NUMBER: _builtins.int
     LOGS_FIELD_NUMBER: _builtins.int
     EXEC_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
     VOLUME_FIELD_NUMBER: _builtins.int
     tunnel: _builtins.str
     @_builtins.property
     def logs(self) -> Global___LogsRequest: ...
     @_builtins.property
     def exec(self) -> Global___ExecRequest: ...
+    @_builtins.property
+    def mesh(self) -> _insight_pb2.MeshQuery: ...
     @_builtins.property
     def volume(self) -> Global___VolumeRequest: ...
     def __init__(
@@ -683,13 +687,14 @@ class OpenTunnel(_message.Message):
         tunnel: _builtins.str = ...,
         logs: Global___LogsRequest | None = ...,
         exec: Global___ExecRequest | None = ...,
+        mesh: _insight_pb2.MeshQuery | None = ...,
         volume: Global___VolumeRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "request", b"request", "volume", b"volume"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "mesh", b"mesh", "request", b"request", "volume", b"volume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "request", b"request", "tunnel", b"tunnel", "volume", b"volume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec", "logs", b"logs", "mesh", b"mesh", "request", b"request", "tunnel", b"tunnel", "volume", b"volume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["logs", "exec", "volume"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["logs", "exec", "mesh", "volume"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -813,6 +818,7 @@ class TunnelFrame(_message.Message):
     STDIN_CLOSED_FIELD_NUMBER: _builtins.int
     RESIZE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
     tunnel: _builtins.str
     """in the agent's first frame only"""
     stdin: _builtins.bytes
@@ -825,6 +831,8 @@ class TunnelFrame(_message.Message):
     def end(self) -> Global___TunnelEnd:
         """the last frame"""
 
+    @_builtins.property
+    def mesh(self) -> _insight_pb2.MeshAnswer: ...
     def __init__(
         self,
         *,
@@ -835,12 +843,13 @@ class TunnelFrame(_message.Message):
         stdin_closed: _builtins.bool = ...,
         resize: Global___TerminalSize | None = ...,
         end: Global___TunnelEnd | None = ...,
+        mesh: _insight_pb2.MeshAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "resize", b"resize", "stderr", b"stderr", "stdin", b"stdin", "stdin_closed", b"stdin_closed", "stdout", b"stdout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "mesh", b"mesh", "resize", b"resize", "stderr", b"stderr", "stdin", b"stdin", "stdin_closed", b"stdin_closed", "stdout", b"stdout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "resize", b"resize", "stderr", b"stderr", "stdin", b"stdin", "stdin_closed", b"stdin_closed", "stdout", b"stdout", "tunnel", b"tunnel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "mesh", b"mesh", "resize", b"resize", "stderr", b"stderr", "stdin", b"stdin", "stdin_closed", b"stdin_closed", "stdout", b"stdout", "tunnel", b"tunnel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["stdin", "stdout", "stderr", "stdin_closed", "resize", "end"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["stdin", "stdout", "stderr", "stdin_closed", "resize", "end", "mesh"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 

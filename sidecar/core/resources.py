@@ -18,6 +18,7 @@ from sidecar.core.traffic import Backend, Backends, PairRoute, Shadow, leg_name,
 
 ROOTS = "roots"
 LOOPBACK = "127.0.0.1"
+Pair = tuple[ServiceName, ServiceName]  # who calls, who is called
 
 
 class Kind(StrEnum):
@@ -98,6 +99,7 @@ class UpstreamRoutes(Value, frozen=True, kw_only=True):
     routes: tuple[PairRoute, ...]
     mirror: Shadow | None = None
     fault: HttpFault | None = None
+    tapped: bool = False  # somebody looks at its requests
 
 
 class InboundRoutes(Value, frozen=True, kw_only=True):
@@ -145,8 +147,10 @@ def resources(
     view: MeshView,
     leaves: Mapping[ServiceName, Leaf],
     history: Mapping[ServiceName, AccessHistory],
+    tapped: Pair | None = None,
 ) -> ResourceSet:
-    """What `spec` needs under `view`. `leaves` have their keys; `history` has each service's rules as of now."""
+    """What `spec` needs under `view`. `leaves` have their keys; `history` has each service's rules as of now; of
+    `tapped` somebody looks at the requests."""
     if not (view.roots.trust_domain and view.roots.datacenter and view.roots.certificates_pem):
         return ResourceSet(resources={}, missing=("the mesh's trust roots",))
     found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
@@ -179,6 +183,7 @@ def resources(
                 known=known,
                 view=view,
                 virtual_taken=virtual_taken,
+                tapped=tapped,
             )
     return ResourceSet(resources=found, missing=tuple(missing))
 
@@ -263,6 +268,7 @@ def _add_outbound(
     known: MeshService,
     view: MeshView,
     virtual_taken: set[ServiceName],
+    tapped: Pair | None,
 ) -> None:
     destination = upstream.service
     pair = outbound_name(source, destination)
@@ -276,6 +282,7 @@ def _add_outbound(
             routes=routes,
             mirror=mirror,
             fault=known.traffic.fault,
+            tapped=tapped == (source, destination),
         )
         legs = {leg for route in routes for leg, _ in route.legs} | ({mirror.leg} if mirror is not None else set())
         for leg in sorted(legs):

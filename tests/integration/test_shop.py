@@ -1,6 +1,7 @@
 """examples/shop on a real fleet: what the demo shows is true, and what is not true is said."""
 
 import io
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -99,6 +100,47 @@ def test_the_command_line_tells_of_the_shop(fleet: DevFleet) -> None:
     assert fleet.outrider("exec", "shopper", "--", "sh", "-c", "exit 7").returncode == 7
     assert "Ready to accept connections" in fleet.outrider("logs", "shop").stdout
     assert "shopper -> web" in fleet.outrider("intention", "check", "shopper", "web").stdout
+    assert "rollout.successful" in fleet.outrider("events").stdout
     denied = fleet.outrider("intention", "check", "intruder", "web")
     assert (denied.returncode, "denied" in denied.stdout) == (1, True)
-    assert "rollout.successful" in fleet.outrider("events").stdout
+
+
+@pytest.mark.usefixtures("shown")
+def test_the_command_line_tells_of_the_mesh(fleet: DevFleet) -> None:
+    graph = fleet.json("mesh", "graph", "--over", "1s")
+    edges = {(edge["source"], edge["destination"]): edge for edge in graph["edges"]}
+    assert graph["silent"] == []
+    assert {("shopper", "web"), ("web", "api"), ("api", "redis")} <= edges.keys()
+    assert '"web" -> "api"' in fleet.outrider("mesh", "graph", "--over", "100ms", "--dot").stdout
+    certificates = fleet.json("mesh", "certs")
+    assert [root["active"] for root in certificates["roots"]] == [True]
+    assert {leaf["service"] for leaf in certificates["leaves"]} == {"shopper", "intruder", "web", "api", "redis"}
+    assert certificates["trust_domain"].endswith(".consul")
+
+
+@pytest.mark.usefixtures("shown")
+def test_the_command_line_explains_calls_by_the_first_thing_that_is_wrong(fleet: DevFleet) -> None:
+    good = fleet.outrider("mesh", "explain", "web", "api")
+    assert (good.returncode, good.stderr, "BAD" in good.stdout) == (0, "", False)
+    assert "HTTP 200 from the workload" in good.stdout
+    assert fleet.outrider("mesh", "explain", "api", "redis").returncode == 0
+    for ends, why in (
+        (("intruder", "web"), "denied: no intention names them"),
+        (("web", "redis"), "web does not name redis under `upstreams`"),
+        (("nobody", "web"), "no job of this fleet has a service nobody"),
+    ):
+        bad = fleet.outrider("mesh", "explain", *ends)
+        assert (bad.returncode, why in bad.stderr) == (1, True), bad.stderr
+    refused = json.loads(fleet.outrider("mesh", "explain", "intruder", "web", "--json").stdout)
+    probe = refused["findings"][-1]
+    assert (probe["part"], probe["good"]) == ("probe", False)
+    assert "HTTP 403 from a sidecar: " in probe["text"]
+    for words, why in (
+        (("explain", "Web", "api"), "source: 'Web' is no service's name"),
+        (("explain", "web", "api", "--path", "x"), "path: 'x' is none"),
+        (("graph", "--over", "2h"), "over: 7200 s; from 0.1 to 60"),
+        (("tap", "web", "api", "--sample", "0"), "sample: 0 %"),
+        (("tap", "web", "redis"), "web does not name redis"),
+        (("tap", "api", "redis"), "speaks tcp, which has no requests"),
+    ):
+        assert why in fleet.outrider("mesh", *words).stderr, words

@@ -1,6 +1,7 @@
 """Traffic rules carried out by real Envoys: permissions, splits, routes, limits, trouble made on purpose."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -9,7 +10,9 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from outrider.errors import RefusedError
 from outrider.ids import AllocId, ServiceName
+from outrider.model.insight import TappedCall
 from outrider.model.job import Protocol
 from outrider.model.mesh import Action, Intention, MeshService
 from outrider.model.traffic import (
@@ -30,6 +33,7 @@ from outrider.model.traffic import (
     TextMatch,
     Verdict,
 )
+from sidecar.core.resources import Kind
 from tests.integration.sidecar_mesh import Mesh, calling, endpoint, get, served, until
 
 pytestmark = pytest.mark.host
@@ -110,6 +114,10 @@ class Shop:
         assert await self.mesh.sidecars.acknowledged(10) == ()
         assert not any(self.mesh.sidecars.rejected(alloc) for alloc in (OLD, NEW, CALLER))
 
+    def listeners(self) -> dict[AllocId, dict[str, str]]:
+        """Their versions, as last sent."""
+        return {alloc: dict(one.versions[Kind.LISTENER]) for alloc, one in self.mesh.sidecars._sidecars.items()}
+
     async def answers(self, count: int, path: str = "/") -> Counter[str]:
         found: Counter[str] = Counter()
         async with aiohttp.ClientSession() as session:
@@ -181,13 +189,14 @@ async def test_a_grant_disturbs_no_websocket_and_a_revocation_ends_it(shop: Shop
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{shop.url}/socket") as socket:
         await socket.send_str("a")
         await socket.receive_str()
+        listeners = shop.listeners()
         shop.allow(
             Intention(source="cart", destination="api", action=Action.ALLOW, id="2"),
             Intention(source="web", destination="api", action=Action.ALLOW, id="1"),
         )
         shop.set(ServiceTraffic(policy=Policy(), routes=(Route(timeout_s=0.0, legs=(Leg(service="api"),)),)))
         await shop.settled()
-        await asyncio.sleep(1.5)  # longer than a replaced filter chain keeps its connections
+        assert shop.listeners() == listeners, "only a listener that is sent anew takes its connections along"
         await socket.send_str("b")
         assert (await socket.receive_str()).endswith(" b")
         shop.allow(Intention(source="cart", destination="api", action=Action.ALLOW, id="2"))
@@ -289,6 +298,35 @@ async def test_statuses_are_retried_where_asked_and_the_rate_is_kept(shop: Shop)
     found = [await get(shop.url) for _ in range(12)]
     assert Counter(status for status, _ in found)[429] >= 4
     assert "takes no more requests a second" in next(text for status, text in found if status == 429)
+
+
+async def test_a_tap_shows_requests_without_their_secrets_and_one_at_a_time_is_enough(shop: Shop) -> None:
+    listeners = shop.listeners()
+
+    async def tapped(*, headers: bool) -> TappedCall:
+        """The first request that is told of; asked again until one is."""
+        calls = shop.mesh.sidecars.tap(CALLER, ServiceName("web"), ServiceName("api"), headers=headers)
+        async with contextlib.aclosing(calls), asyncio.TaskGroup() as group:
+            first = group.create_task(anext(calls), name="first")
+            while not first.done():
+                await get(f"{shop.url}/cart?card=4711", headers={"authorization": "secret"})
+            return first.result()
+
+    call = await tapped(headers=False)
+    assert (call.method, call.path, call.status, call.alloc) == ("GET", "/cart", 200, CALLER)
+    assert call.duration_ms > 0
+    shown = {header.name: header for header in (*call.request, *call.response)}
+    assert (shown["authorization"].redacted, shown["authorization"].value) == (True, "")
+    assert shown["content-type"].value.startswith("text/plain")
+    whole = await tapped(headers=True)
+    assert whole.path == "/cart?card=4711"
+    assert ("authorization", "secret") in {(header.name, header.value) for header in whole.request}
+    assert shop.listeners() == listeners, "nobody's connection is the price of a look"
+    assert not shop.mesh.sidecars._sidecars[CALLER].tapped
+    with pytest.raises(RefusedError, match="has no sidecar here"):
+        await anext(shop.mesh.sidecars.tap(AllocId("0"), ServiceName("web"), ServiceName("api"), headers=False))
+    with pytest.raises(RefusedError, match="speaks tcp"):
+        await anext(shop.mesh.sidecars.tap(CALLER, ServiceName("web"), ServiceName("db"), headers=False))
 
 
 async def _raw(url: str, path: str) -> tuple[int, str]:

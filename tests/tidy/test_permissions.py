@@ -1,12 +1,13 @@
 """Every operation for people says what its caller needs; none is open by having been forgotten."""
 
 from controller.permissions import RULES, Where
-from outrider.v1 import access_pb2, archive_pb2, operator_pb2, stores_pb2
+from outrider.v1 import access_pb2, archive_pb2, insight_pb2, operator_pb2, stores_pb2
 
 SERVICES = (
     operator_pb2.DESCRIPTOR.services_by_name["OperatorService"],
     stores_pb2.DESCRIPTOR.services_by_name["StoreService"],
     access_pb2.DESCRIPTOR.services_by_name["AccessService"],
+    insight_pb2.DESCRIPTOR.services_by_name["InsightService"],
     archive_pb2.DESCRIPTOR.services_by_name["ArchiveService"],
 )
 

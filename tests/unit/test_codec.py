@@ -8,11 +8,12 @@ import pytest
 from outrider import codec
 from outrider.errors import InputError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
-from outrider.model import access, allocation, belongings, fleet, job, mesh, node, traffic
+from outrider.model import access, allocation, belongings, fleet, insight, job, mesh, node, traffic
 from outrider.v1 import (
     access_pb2,
     allocation_pb2,
     belongings_pb2,
+    insight_pb2,
     job_pb2,
     mesh_pb2,
     node_pb2,
@@ -29,6 +30,7 @@ PAIRS = (
     (mesh, mesh_pb2),
     (belongings, belongings_pb2),
     (traffic, traffic_pb2),
+    (insight, insight_pb2),
 )
 LOCAL_ONLY = {"Value", "TrafficValue", "Belonging", "MeshView", "LocalService"}  # never sent whole
 
