@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import signal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,7 +25,6 @@ from agent.discovery import Discovery
 from agent.drivers.process import sandbox_id
 from agent.engine import Engine
 from agent.envoys import Envoys, Files
-from agent.events import Broker
 from agent.executor import Executor
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
@@ -69,6 +69,9 @@ from outrider.tls import Identity, IdentityKind, ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
 from sidecar.sidecars import Sidecars
+
+if TYPE_CHECKING:
+    from agent.events import Broker
 
 QEMU = "qemu-system-x86_64"
 _KVM_DELAY_S = 5.0  # after joining: the first workloads start meanwhile
@@ -374,10 +377,12 @@ class Agent:
         )
         return self._belongings
 
-    def _make_broker(self) -> Broker | None:
+    def _make_broker(self) -> "Broker | None":
         config = self._config
         if config.mqtt is None:
             return None
+        from agent.events import Broker  # noqa: PLC0415 - a megabyte that few agents need
+
         tls = ssl_context(config.tls, server=False)
         return Broker(config=config.mqtt, cluster=config.cluster, node=config.node_id, tls=tls, log=self._log)
 

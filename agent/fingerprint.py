@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
-import psutil
-
 from agent.config import Config
 from outrider.model.node import Fingerprint
 
@@ -24,7 +22,7 @@ _PROGRAMS = ("crun", "conmon", "qemu-system-x86_64", "skopeo", "umoci")
 
 async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
     """`kvm` as `agent.kvm` has it: "" until its test has ended."""
-    memory = psutil.virtual_memory().total
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Fingerprint(
         cpu_millis=len(os.sched_getaffinity(0)) * 1000,
         memory_bytes=memory,

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from agent.sandbox.spec import StartError
 from outrider.errors import HostError
-from outrider.model.job import GuestFile
+from outrider.model.job import MIB, GuestFile
 
-_BLOCK_BYTES = 1024 * 1024
-_RESERVE_BYTES = 1024 * _BLOCK_BYTES  # for what guests write meanwhile
+_BLOCK_BYTES = 256 * 1024
+_RESERVE_BYTES = 1024 * MIB  # for what guests write meanwhile
 _UNFINISHED = "new-"
 _ZEROES = bytes(_BLOCK_BYTES)
 # docs/interop/qcow2.txt of QEMU: magic, version, backing file's place and length, cluster bits, size, encryption ...

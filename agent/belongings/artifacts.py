@@ -6,6 +6,7 @@ interrupted download goes on. The work is done by `agent.belongings.fetching`, a
 
 import asyncio
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -14,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from agent.belongings.fetching import AGAIN
 from agent.pull import cache as caches
 from agent.pull import programs
 from agent.pull.cache import Cache
@@ -92,7 +92,7 @@ class Artifacts:
             )
             if done.code != 0:
                 said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-                raise PullError(said, retry=done.code == AGAIN)
+                raise PullError(said, retry=done.code == os.EX_TEMPFAIL)
             await self._publish(scratch, digest)
         finally:
             await asyncio.to_thread(caches.removed, (scratch,))

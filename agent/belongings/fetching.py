@@ -21,7 +21,6 @@ from typing import IO, NoReturn
 from agent.belongings.unpacking import unpack
 from outrider.errors import InputError
 
-NEVER, AGAIN = 65, 75  # EX_DATAERR and EX_TEMPFAIL
 _BLOCK_BYTES = 1024 * 1024
 _SILENT_S = 30.0
 _TRIES = 4  # one after the other, where the connection broke off but something came
@@ -49,10 +48,10 @@ def main() -> NoReturn:
         sys.exit(wrong.code)
     except InputError as error:
         print(error, file=sys.stderr)
-        sys.exit(NEVER)
+        sys.exit(os.EX_DATAERR)
     except OSError as error:
         print(f"{error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(AGAIN)
+        sys.exit(os.EX_TEMPFAIL)
     sys.exit(0)
 
 
@@ -65,13 +64,13 @@ def _download(url: str, partial: Path, bytes_max: int) -> None:
         except urllib.error.HTTPError as error:
             if error.code == _ALL_OF_IT:
                 return
-            code = AGAIN if error.code in _TRY_AGAIN else NEVER
+            code = os.EX_TEMPFAIL if error.code in _TRY_AGAIN else os.EX_DATAERR
             raise _Wrong(f"the server answers {error.code} {error.reason}", code) from error
         except (http.client.HTTPException, OSError) as error:
             moved = partial.exists() and partial.stat().st_size > before
             if not left or not moved:
                 reason = getattr(error, "reason", None) or error
-                raise _Wrong(f"the server does not answer as it should ({reason})", AGAIN) from error
+                raise _Wrong(f"the server does not answer as it should ({reason})", os.EX_TEMPFAIL) from error
             time.sleep(1)
         else:
             return
@@ -97,11 +96,11 @@ def _copy(path: str, partial: Path, bytes_max: int) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file, partial.open("wb") as copy:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _Wrong(f"{path} is no regular file on this node", NEVER)
+                raise _Wrong(f"{path} is no regular file on this node", os.EX_DATAERR)
             _take(file, copy, bytes_max)
     except OSError as error:
         if error.filename == path:
-            raise _Wrong(f"{path}: {error.strerror} on this node", NEVER) from error
+            raise _Wrong(f"{path}: {error.strerror} on this node", os.EX_DATAERR) from error
         raise
 
 
@@ -110,7 +109,7 @@ def _take(source: IO[bytes] | http.client.HTTPResponse, target: IO[bytes], bytes
     while block := source.read(_BLOCK_BYTES):
         left -= len(block)
         if left < 0:
-            raise _Wrong(f"it is larger than the {bytes_max} bytes that this node allows", NEVER)
+            raise _Wrong(f"it is larger than the {bytes_max} bytes that this node allows", os.EX_DATAERR)
         target.write(block)
 
 
@@ -121,7 +120,7 @@ def _check(partial: Path, sha256: str) -> None:
             digest.update(block)
     if digest.hexdigest() != sha256:
         partial.unlink()
-        raise _Wrong(f"its sha256 is {digest.hexdigest()}, not what the job says: do not use it", NEVER)
+        raise _Wrong(f"its sha256 is {digest.hexdigest()}, not what the job says: do not use it", os.EX_DATAERR)
 
 
 def _finish(partial: Path, target: Path, kind: str, mode: int, bytes_max: int) -> None:
