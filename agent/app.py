@@ -53,6 +53,7 @@ from agent.record_writer import RecordWriter
 from agent.renewal import Renewal
 from agent.snapshots import Snapshots
 from agent.sources import Sources
+from agent.trust import trusting
 from agent.tunnels import Tunnels
 from agent.vm_operations import VmOperations
 from agent.vms import Vms
@@ -129,7 +130,12 @@ class Agent:
         self._volumes = Volumes(data=config.data, run=config.run, mounted=self._mounted, paths=config.volume_paths)
         identity = Identity(kind=IdentityKind.NODE, name=config.node, cluster=config.cluster)
         self._renewal = Renewal(
-            files=config.tls, identity=identity, renew=self._fleet.renew_certificate, log=log, rng=rng
+            files=config.tls,
+            identity=identity,
+            renew=self._fleet.renew_certificate,
+            changed=self._fleet.trusts,
+            log=log,
+            rng=rng,
         )
         self._broker = self._make_broker()
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
@@ -265,7 +271,12 @@ class Agent:
             metrics_address=self._config.metrics_listen or "",
             version=__version__,
         )
-        return Greeting(node=node, acknowledged=self._engine.acknowledged, reports=self._engine.reports())
+        return Greeting(
+            node=node,
+            acknowledged=self._engine.acknowledged,
+            reports=self._engine.reports(),
+            trusting=trusting(self._config.tls),
+        )
 
     async def heard(self, at_s: float) -> None:
         self._heard.remember(at_s)
@@ -278,6 +289,9 @@ class Agent:
 
     def mesh_changed(self, update: MeshUpdate) -> None:
         self._mesh.take(update)
+
+    def trust_told(self, roots_pem: tuple[str, ...], issuer_sha256: str) -> None:
+        self._renewal.tell(roots_pem, issuer_sha256)
 
     def tunnel_wanted(self, request: OpenTunnel) -> None:
         self._tunnels.open(request, self._tasks)
@@ -383,8 +397,13 @@ class Agent:
             return None
         from agent.events import Broker  # noqa: PLC0415 - a megabyte that few agents need
 
-        tls = ssl_context(config.tls, server=False)
-        return Broker(config=config.mqtt, cluster=config.cluster, node=config.node_id, tls=tls, log=self._log)
+        return Broker(
+            config=config.mqtt,
+            cluster=config.cluster,
+            node=config.node_id,
+            tls=lambda: ssl_context(config.tls, server=False),
+            log=self._log,
+        )
 
     def _operations(self) -> VmOperations:
         return VmOperations(

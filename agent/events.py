@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
+from collections.abc import Callable
 
 import aiomqtt
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from agent.config import MqttConfig
 from outrider.broker import alloc_event_topic, node_status_topic
 from outrider.clock import wall_s
+from outrider.errors import ConfigError
 from outrider.ids import AllocId, NodeId
 from outrider.log import Log
 from outrider.model.allocation import AllocReport
@@ -48,7 +50,9 @@ class AllocMessage(Value, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class Broker:
-    def __init__(self, *, config: MqttConfig, cluster: str, node: NodeId, tls: ssl.SSLContext, log: Log) -> None:
+    def __init__(
+        self, *, config: MqttConfig, cluster: str, node: NodeId, tls: Callable[[], ssl.SSLContext], log: Log
+    ) -> None:
         self.connected = False
         self.published = 0
         self.dropped = 0
@@ -105,7 +109,7 @@ class Broker:
                 except asyncio.CancelledError:
                     await self._say_gone(client)
                     raise
-        except* (aiomqtt.MqttError, OSError) as errors:
+        except* (aiomqtt.MqttError, OSError, ConfigError) as errors:
             reason = "; ".join(str(error) for error in errors.exceptions)
         return reason
 
@@ -119,7 +123,7 @@ class Broker:
             self._config.port,
             identifier=f"outrider-{self._cluster}-{self._node}",
             protocol=aiomqtt.ProtocolVersion.V5,
-            tls_context=self._tls,
+            tls_context=self._tls(),
             timeout=CONNECT_TIMEOUT_S,
             keepalive=KEEPALIVE_S,
             will=aiomqtt.Will(self._status_topic, _presence("gone"), qos=1, retain=True),

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 
 from agent.belongings.secrets import Secrets, SecretValue
+from agent.trust import Trusting
 from outrider import codec
 from outrider.clock import monotonic_s, uptime_s
 from outrider.errors import InputError, OutriderError, PeerError
@@ -56,6 +57,7 @@ class Greeting(Value, frozen=True, kw_only=True):
     node: Node
     acknowledged: Generation
     reports: tuple[AllocReport, ...]
+    trusting: Trusting | None = None  # None: it is told nothing of the fleet's CA
 
 
 class Wish(Value, frozen=True, kw_only=True):
@@ -74,6 +76,7 @@ class FleetListener(Protocol):
     async def heard(self, at_s: float) -> None: ...
     async def assigned(self, wish: Wish) -> None: ...
     def mesh_changed(self, update: MeshUpdate) -> None: ...
+    def trust_told(self, roots_pem: tuple[str, ...], issuer_sha256: str) -> None: ...
     def tunnel_wanted(self, request: fleet_pb2.OpenTunnel) -> None: ...
 
 
@@ -87,6 +90,7 @@ class _Outbox:
         self.fingerprint: Fingerprint | None = None
         self.figures: dict[AllocId, AllocFigures] = {}
         self.refusals: deque[ObservedRefusal] = deque(maxlen=REFUSALS_MAX)
+        self.trusting: Trusting | None = None
 
     def messages(self) -> Iterator[fleet_pb2.AgentMessage]:
         """Reports come before what acknowledges them."""
@@ -104,6 +108,8 @@ class _Outbox:
         if self.figures:
             figures = [codec.to_wire(each, allocation_pb2.AllocFigures) for each in self.figures.values()]
             yield fleet_pb2.AgentMessage(figures=fleet_pb2.Figures(figures=figures))
+        if self.trusting is not None:
+            yield fleet_pb2.AgentMessage(trusting=_trusting(self.trusting))
         if self.refusals:
             refusals = [codec.to_wire(refusal, mesh_pb2.ObservedRefusal) for refusal in self.refusals]
             yield fleet_pb2.AgentMessage(refusals=fleet_pb2.Refusals(refusals=refusals))
@@ -169,6 +175,10 @@ class FleetSession:
     def measured(self, figures: Iterable[AllocFigures]) -> None:
         """Older ones of the same allocations, not sent yet, are left out."""
         self._outbox.figures.update({each.alloc: each for each in figures})
+        self._wake.set()
+
+    def trusts(self, trusting: Trusting) -> None:
+        self._outbox.trusting = trusting
         self._wake.set()
 
     def refused(self, refusal: ObservedRefusal) -> None:
@@ -242,6 +252,7 @@ class FleetSession:
             acknowledged=codec.to_wire(greeting.acknowledged, allocation_pb2.Generation),
             reports=[codec.to_wire(report, allocation_pb2.AllocReport) for report in greeting.reports],
             protocol=PROTOCOL,
+            trusting=_trusting(greeting.trusting) if greeting.trusting is not None else None,
         )
         await stream.write(fleet_pb2.AgentMessage(hello=hello))
         message = await stream.read()
@@ -281,6 +292,8 @@ class FleetSession:
                 await self._listener.assigned(_wish(message.assignments))
             case "mesh_update":
                 self._listener.mesh_changed(codec.from_wire(message.mesh_update, MeshUpdate))
+            case "trust":
+                self._listener.trust_told(tuple(message.trust.roots_pem), message.trust.issuer_sha256)
             case "open_tunnel":
                 self._listener.tunnel_wanted(message.open_tunnel)
             case "log_level":
@@ -316,6 +329,10 @@ async def _send(stream: _Stream, message: fleet_pb2.AgentMessage) -> None:
         raise PeerError(f"took no message for {_WRITE_S:g} s") from error
     except asyncio.InvalidStateError as error:  # the call ended, and its reader has yet to hear of it
         raise PeerError("ended while a message was written") from error
+
+
+def _trusting(trusting: Trusting) -> fleet_pb2.Trusting:
+    return fleet_pb2.Trusting(roots_sha256=trusting.roots_sha256, issuer_sha256=trusting.issuer_sha256)
 
 
 def _wish(message: fleet_pb2.Assignments) -> Wish:

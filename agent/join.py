@@ -73,6 +73,8 @@ async def _join(config: Config, wanted: JoinConfig) -> None:
     if response.cluster != config.cluster:
         text = f"{wanted.address} is fleet {response.cluster!r}, the configuration's `cluster` says {config.cluster!r}"
         raise RefusedError("join", text)
+    if response.ca_pem:  # two roots, while the fleet's CA changes
+        write_secret(files.ca, response.ca_pem.encode(), 0o644)
     write_secret(files.certificate, response.certificate_pem.encode(), 0o600)  # last: its presence means joined
 
 

@@ -93,8 +93,6 @@ class Peers:
                 self._open -= 1
 
         context = ssl_context(self._tls, server=True)
-        # The certificate is renewed while we listen: each connection is shown the one that is there now.
-        context.sni_callback = self._show_newest
         server = await asyncio.start_server(take, address, port, ssl=context, limit=_LINE_BYTES_MAX)
         try:
             yield f"{address}:{server.sockets[0].getsockname()[1]}"
@@ -124,9 +122,6 @@ class Peers:
                 raise PeerError(f"node {node} broke off: {error}") from error
         finally:
             await line.close()
-
-    def _show_newest(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        connection.context = ssl_context(self._tls, server=True)
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
         node = self._node(writer)

@@ -40,12 +40,12 @@ while True:
     try:
         urllib.request.urlopen("http://web.mesh", timeout=5).read(); done += 1
     except OSError as error:
-        failed += 1; print("failure", error, flush=True)
+        failed += 1; print("failure", time.strftime("%X"), error, flush=True)
     if (done + failed) % 50 == 0:
         print("total", done, failed, flush=True)
     time.sleep(0.01)
 """
-_JOB = {
+LOAD_JOB = {
     "job": "load",
     "groups": {
         "web": {
@@ -57,6 +57,7 @@ _JOB = {
             "tasks": {"server": {"command": ["python3", "-u", "-c", _SERVER]}},
         },
         "client": {
+            "depends_on": ["web"],
             "services": [{"name": "client", "upstreams": ["web"]}],
             "tasks": {"client": {"command": ["python3", "-u", "-c", _CLIENT]}},
         },
@@ -105,17 +106,17 @@ def deploy(hosts: SshHosts, file: Path, *words: str, source: Path | None = None)
 
 
 def upgrade_under_load(hosts: SshHosts) -> tuple[int, int, Sequence[str]]:
-    """Requests that were answered while every host was upgraded, those that failed, and workloads that are others."""
+    """Requests that were answered during an upgrade of every host, those that failed, and workloads that are others."""
     file = inventory(hosts)
     deploy(hosts, file)
     job = hosts.path(hosts.addresses[0], "/var/tmp/load.yaml")  # noqa: S108 - the host's own
-    job.write_text(yaml.safe_dump(_JOB))
+    job.write_text(yaml.safe_dump(LOAD_JOB))
     outrider(hosts, "job", "run", "/var/tmp/load.yaml")  # noqa: S108
     before = _allocations(hosts)
-    _until_total(hosts, 50)
+    done_before, failed_before = _until_total(hosts, 50)
     deploy(hosts, file, "--upgrade", source=_newer(hosts.directory / "newer"))
     done, failed = _until_total(hosts, _total(hosts)[0] + 100)
-    return done, failed, sorted(before - _allocations(hosts))
+    return done - done_before, failed - failed_before, sorted(before - _allocations(hosts))
 
 
 def outrider(hosts: SshHosts, *words: str) -> str:

@@ -165,6 +165,9 @@ class _Node:
     def mesh_changed(self, update: MeshUpdate) -> None:
         self.relay.take(update)
 
+    def trust_told(self, roots_pem: tuple[str, ...], issuer_sha256: str) -> None:
+        raise AssertionError(f"{len(roots_pem)} roots, {issuer_sha256}: it greets as one that knows nothing of that")
+
     def tunnel_wanted(self, request: fleet_pb2.OpenTunnel) -> None:  # noqa: ARG002
         raise AssertionError("nobody asks for logs here")
 

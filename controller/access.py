@@ -29,6 +29,7 @@ from controller.core.access_records import (
 from controller.core.events import AccessChangeRequested
 from controller.parts import Parts
 from controller.people import PeopleEdge, done
+from controller.rotation import Rotation
 from controller.rpc import Context, stream, unary
 from outrider import codec
 from outrider.clock import wall_s
@@ -59,9 +60,10 @@ _ID_CHARS = 12
 
 
 class AccessService(PeopleEdge, access_pb2_grpc.AccessServiceServicer):
-    def __init__(self, parts: Parts, *, callers: Callers, audit: AuditLog, ca: FleetCa) -> None:
+    def __init__(self, parts: Parts, *, callers: Callers, audit: AuditLog, ca: FleetCa, rotation: Rotation) -> None:
         super().__init__(parts, callers=callers, audit=audit, log=Log("access"))
         self._ca = ca
+        self._rotation = rotation
 
     @unary
     async def WhoAmI(self, request: access_pb2.WhoAmIRequest, context: Context) -> access_pb2.WhoAmIResponse:
@@ -161,7 +163,7 @@ class AccessService(PeopleEdge, access_pb2_grpc.AccessServiceServicer):
         issued = await asyncio.to_thread(self._ca.issue_user, request.csr_pem.encode(), request.user)
         self.call.changes = (f"serial {issued.serial}",)
         return access_pb2.IssueCertificateResponse(
-            certificate_pem=issued.pem.decode(), ca_pem=self._ca.pem.decode(), expires_at_s=issued.expires_at_s
+            certificate_pem=issued.pem.decode(), ca_pem=self._ca.roots_pem.decode(), expires_at_s=issued.expires_at_s
         )
 
     @unary
@@ -196,6 +198,23 @@ class AccessService(PeopleEdge, access_pb2_grpc.AccessServiceServicer):
     @unary
     async def RevokeNode(self, request: access_pb2.RevokeNodeRequest, context: Context) -> access_pb2.ChangeResponse:
         return await self._change(NodeRevoked(node=NodeId(request.node), key_sha256=""))
+
+    @unary
+    async def GetCa(self, request: access_pb2.GetCaRequest, context: Context) -> access_pb2.CaState:
+        return codec.to_wire(self._rotation.told(), access_pb2.CaState)
+
+    @unary
+    async def RotateCa(self, request: access_pb2.RotateCaRequest, context: Context) -> access_pb2.CaState:
+        now = await self._rotation.rotate()
+        self.call.changes = (f"signs: {now.sha256}", f"trusted too: {now.previous_sha256}")
+        return codec.to_wire(now, access_pb2.CaState)
+
+    @unary
+    async def RetireCa(self, request: access_pb2.RetireCaRequest, context: Context) -> access_pb2.CaState:
+        before = self._rotation.told()
+        now = await self._rotation.retire(force=request.force)
+        self.call.changes = (f"no longer trusted: {before.previous_sha256}",) if before.previous_sha256 else ()
+        return codec.to_wire(now, access_pb2.CaState)
 
     @stream(write_timeout_s=WRITE_TIMEOUT_S)
     async def ReadAudit(

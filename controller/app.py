@@ -42,6 +42,7 @@ from controller.mesh.mesh import Mesh
 from controller.metrics import ControllerCollector, exposition, http_listener
 from controller.operator import OperatorService
 from controller.parts import Parts
+from controller.rotation import Rotation
 from controller.stores import StoreService
 from controller.term import Term
 from outrider.config import host_port
@@ -157,7 +158,7 @@ class Controller:
         return tasks
 
     async def begin(self) -> None:
-        """Once the tasks run: what needs the journal."""
+        """Once the tasks run, and when the CA changes: what needs the journal."""
         if self._config.join_token_file is not None:
             await keep_join_token(self._config.join_token_file, self._engine, self._ca)
 
@@ -167,7 +168,7 @@ class Controller:
         broker = Broker(
             config=self._config.mqtt,
             cluster=self._config.cluster,
-            tls=ssl_context(self._files, server=False),
+            tls=lambda: ssl_context(self._files, server=False),
             seen=self._engine.post,
             log=Log("mqtt"),
         )
@@ -205,7 +206,15 @@ class Controller:
         )
         operator = OperatorService(parts, consul=self._consul_url, callers=callers, audit=self._audit)
         stores = StoreService(parts, callers=callers, audit=self._audit)
-        access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca)
+        rotation = Rotation(
+            ca=self._ca,
+            sessions=parts.sessions,
+            state=self._engine.state,
+            share=self._term.share or (lambda: None),
+            issue=lambda: issue(self._ca, config),
+            changed=self.begin,
+        )
+        access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca, rotation=rotation)
         insight = InsightService(parts, callers=callers, audit=self._audit)
         collector = ControllerCollector(
             parts, catalog_requests=self._catalog.requests if self._catalog else {}, broker=self._broker
@@ -217,7 +226,7 @@ class Controller:
             metrics=lambda: exposition(collector),
             configuration=msgspec.to_builtins(config, enc_hook=str),
         )
-        fleet = FleetService(parts, ca=self._ca)
+        fleet = FleetService(parts, ca=self._ca, trust=rotation.trust)
         join = JoinService(cluster=config.cluster, ca=self._ca, admit=admission(self._engine), refused=parts.refused)
 
         def register_people(server: grpc.aio.Server) -> None:

@@ -1,13 +1,19 @@
 """The fleet's CA: mTLS between processes (the mesh has a CA of its own). Files below DATA/ca, keys mode 0600.
 
-Owns making and keeping certificates. Never decides who may join: `join` does, by its tokens.
+Owns making and keeping certificates, and the CA's own change: `rotate` makes a successor which the one before signs too
+(`cross.crt`), and from then on two roots are trusted until `retire`. Whoever knows only one of the two can follow every
+chain, so that nobody must hear of the change first. Never decides who may join: `join` does, by its tokens.
 """
 
 import datetime as dt
+import hashlib
 import ipaddress
+import secrets
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -25,6 +31,7 @@ NODE_VALID_S = 7 * 24 * 3600.0  # renewed at half life
 _CA_VALID = dt.timedelta(days=3650)
 _OWN_VALID = dt.timedelta(days=365)  # made anew at each start
 _USER_VALID = dt.timedelta(days=30)
+_SUCCESSOR = "successor"  # an Authority that is not yet in all of its files
 _CLOCK_SKEW = dt.timedelta(minutes=5)
 
 _PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
@@ -38,6 +45,28 @@ class Issued(Value, frozen=True, kw_only=True):
     expires_at_s: float
 
 
+class Authority(Value, frozen=True, kw_only=True):
+    """Who signs, and who is trusted beside it meanwhile. `cross`: the certificate's name and key, by `previous`."""
+
+    key_pem: bytes
+    certificate_pem: bytes
+    cross_pem: bytes = b""
+    previous_pem: bytes = b""
+
+    @property
+    def roots(self) -> tuple[bytes, ...]:
+        """The one that signs first."""
+        return (self.certificate_pem, self.previous_pem) if self.previous_pem else (self.certificate_pem,)
+
+    def __post_init__(self) -> None:
+        if _private_key(self.key_pem).public_key() != self.certificate.public_key():
+            raise ValueError("ca.key: it is not the key of ca.crt")
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificate(self.certificate_pem)
+
+
 class FleetCa:
     """One fleet's CA, made at the controller's first start."""
 
@@ -48,22 +77,63 @@ class FleetCa:
         self._node_valid = dt.timedelta(seconds=node_valid_s)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not (directory / "ca.key").exists():
-                self._create()
-            self._key = _private_key((directory / "ca.key").read_bytes())
-            self._certificate = x509.load_pem_x509_certificate((directory / "ca.crt").read_bytes())
+            self._authority = self._found() or self._made()
         except (OSError, ValueError) as error:
             hint = "restore the directory from a backup, or remove it: all nodes must join again then"
             raise HostError(str(directory), step=f"open the fleet's CA: {error}", hint=hint) from error
 
     @property
     def sha256(self) -> str:
-        """The CA certificate's fingerprint, in hexadecimal: tokens carry it."""
-        return self._certificate.fingerprint(hashes.SHA256()).hex()
+        """The fingerprint of the certificate that signs, in hexadecimal: tokens carry it."""
+        return pem_sha256(self._authority.certificate_pem.decode())
 
     @property
-    def pem(self) -> bytes:
-        return self._certificate.public_bytes(serialization.Encoding.PEM)
+    def roots(self) -> tuple[str, ...]:
+        """Who is trusted, as PEM: one, or two while the CA changes, the one that signs first."""
+        return tuple(pem.decode() for pem in self._authority.roots)
+
+    @property
+    def roots_pem(self) -> bytes:
+        return b"".join(self._authority.roots)
+
+    @property
+    def rotated_at_s(self) -> float | None:
+        """Since when two roots are trusted; None: there is one."""
+        path = self._directory / "previous.crt"
+        return path.stat().st_mtime if self._authority.previous_pem else None
+
+    def rotate(self) -> bool:
+        """From here on a new CA signs, and both are trusted. False: two are trusted already. Raises OSError."""
+        before = self._authority
+        if before.previous_pem:
+            return False
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = self._name()
+        root = _root(name, name, key.public_key(), key)
+        cross = _root(name, before.certificate.subject, key.public_key(), _private_key(before.key_pem), path_length=0)
+        after = Authority(
+            key_pem=_key_pem(key),
+            certificate_pem=_pem(root),
+            cross_pem=_pem(cross),
+            previous_pem=before.certificate_pem,
+        )
+        # One file, then the files that it stands for: a crash between them is mended by the next start.
+        write_file(self._directory / _SUCCESSOR, msgspec.msgpack.encode(after), 0o600)
+        self._settle(after)
+        return True
+
+    def retire(self) -> bool:
+        """From here on the newer root alone is trusted. False: so it is already. Raises OSError."""
+        retired = bool(self._authority.previous_pem)
+        self._authority = msgspec.structs.replace(self._authority, cross_pem=b"", previous_pem=b"")
+        for name in ("previous.crt", "cross.crt"):
+            (self._directory / name).unlink(missing_ok=True)
+        return retired
+
+    def reload(self) -> bool:
+        """What another controller of the fleet made of it. False: nothing. Raises HostError as at the beginning."""
+        before, self._authority = self._authority, self._found() or self._authority
+        return before != self._authority
 
     def issue_server(self, names: Sequence[str]) -> TlsFiles:
         """The controller's own certificate, good for both ends; `names` are more DNS names and IP addresses."""
@@ -100,16 +170,42 @@ class FleetCa:
         identity = Identity(kind=IdentityKind.USER, name=user, cluster=self._cluster)
         return self._sign(requested_key(csr_pem), "@user", [_uri(identity)], server=False, valid=_USER_VALID)
 
-    def _create(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Outrider fleet {self._cluster}")])
-        builder = _builder(name, name, key.public_key(), _CA_VALID)
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        builder = builder.add_extension(_key_usage(ca=True), critical=True)
-        certificate = builder.sign(key, hashes.SHA256())
+    def _found(self) -> Authority | None:
+        """As the files say."""
+        directory = self._directory
+        if (directory / _SUCCESSOR).exists():
+            self._settle(msgspec.msgpack.decode((directory / _SUCCESSOR).read_bytes(), type=Authority))
+        if not (directory / "ca.key").exists():
+            return None
+        cross, previous = directory / "cross.crt", directory / "previous.crt"
+        both = cross.exists() and previous.exists()
+        return Authority(
+            key_pem=(directory / "ca.key").read_bytes(),
+            certificate_pem=(directory / "ca.crt").read_bytes(),
+            cross_pem=cross.read_bytes() if both else b"",
+            previous_pem=previous.read_bytes() if both else b"",
+        )
+
+    def _made(self) -> Authority:
+        key, name = ec.generate_private_key(ec.SECP256R1()), self._name()
+        made = Authority(key_pem=_key_pem(key), certificate_pem=_pem(_root(name, name, key.public_key(), key)))
+        self._settle(made)
+        return made
+
+    def _settle(self, authority: Authority) -> None:
+        if authority.previous_pem:
+            write_file(self._directory / "previous.crt", authority.previous_pem, 0o644)
+            write_file(self._directory / "cross.crt", authority.cross_pem, 0o644)
         # The certificate first: a key on disk means that both are there.
-        write_file(self._directory / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        write_file(self._directory / "ca.key", _key_pem(key), 0o600)
+        write_file(self._directory / "ca.crt", authority.certificate_pem, 0o644)
+        write_file(self._directory / "ca.key", authority.key_pem, 0o600)
+        (self._directory / _SUCCESSOR).unlink(missing_ok=True)
+        self._authority = authority
+
+    def _name(self) -> x509.Name:
+        """No two of a fleet have the same: chains are followed by it."""
+        text = f"Outrider fleet {self._cluster} {secrets.token_hex(4)}"
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
     def _issue_files(self, stem: str, common_name: str, names: Sequence[x509.GeneralName], *, server: bool) -> TlsFiles:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -119,10 +215,11 @@ class FleetCa:
             certificate=self._directory / f"{stem}.crt",
             key=self._directory / f"{stem}.key",
         )
-        write_file(files.ca, self.pem, 0o644)
+        write_file(files.ca, self.roots_pem, 0o644)
         write_file(files.key, _key_pem(key), 0o600)
-        # A server shows the CA too: a node that joins knows its fingerprint before it has the certificate.
-        write_file(files.certificate, pem + self.pem if server else pem, 0o644)
+        # A server shows the CA too: a node that joins knows its fingerprint before it has the certificate. The
+        # certificate comes last: who watches the files looks at that one.
+        write_file(files.certificate, pem + self.roots_pem if server else pem, 0o644)
         return files
 
     def _sign(
@@ -134,22 +231,47 @@ class FleetCa:
         server: bool,
         valid: dt.timedelta,
     ) -> Issued:
+        authority = self._authority
+        signing_key = _private_key(authority.key_pem)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
-        builder = _builder(subject, self._certificate.subject, public_key, valid)
+        builder = _builder(subject, authority.certificate.subject, public_key, valid)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(ca=False), critical=True)
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         builder = builder.add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()), critical=False
         )
-        signed = builder.sign(self._key, hashes.SHA256())
+        signed = builder.sign(signing_key, hashes.SHA256())
         return Issued(
-            pem=signed.public_bytes(serialization.Encoding.PEM),
+            pem=_pem(signed) + authority.cross_pem,  # by which those who know only the previous root follow
             serial=f"{signed.serial_number:x}",
             expires_at_s=signed.not_valid_after_utc.timestamp(),
         )
+
+
+def pem_sha256(pem: str) -> str:
+    """A certificate's fingerprint, in hexadecimal."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+
+
+def _root(
+    name: x509.Name,
+    issuer: x509.Name,
+    public_key: ec.EllipticCurvePublicKey,
+    signing_key: ec.EllipticCurvePrivateKey,
+    *,
+    path_length: int = 1,  # room for a successor that it signs
+) -> x509.Certificate:
+    builder = _builder(name, issuer, public_key, _CA_VALID)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+    builder = builder.add_extension(_key_usage(ca=True), critical=True)
+    return builder.sign(signing_key, hashes.SHA256())
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _builder(

@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,8 @@ from outrider.log import Log
 from outrider.tls import TlsFiles, server_credentials
 
 _RETRY_S: Final = 0.5
+_CA_POLL_S: Final = 2.0
+_CALLS_GRACE_S: Final = 5.0
 
 Lead = Callable[[Config, Term, asyncio.Event], Awaitable[None]]
 Issue = Callable[[FleetCa, Config], TlsFiles]
@@ -57,14 +60,22 @@ async def candidate(config: Config, stop: asyncio.Event, *, lead: Lead, issue: I
             stack.push_async_callback(election.resign)
             patience_s = _RETRY_S  # an uncontested lock is won at once: nobody needs to be told who leads meanwhile
             while not stop.is_set():
-                await _follow(config, election, files, stop, log, patience_s=patience_s)
+                await _follow(
+                    config,
+                    election,
+                    files,
+                    stop,
+                    log,
+                    patience_s=patience_s,
+                    changed=partial(_changed, config, shared, issue),
+                )
                 patience_s = 0.0
                 if stop.is_set():
                     return
                 log.info("term begins")
                 try:
                     await asyncio.to_thread(shared.pull)
-                    await lead(config, _term(config, election), stop)
+                    await lead(config, _term(config, election, shared), stop)
                 except* (LeadershipLostError, RestoredError, PeerError) as lost:
                     log.warning("term ends", reason="; ".join(str(each) for each in _flat(lost)))
                 await election.resign()
@@ -86,8 +97,35 @@ async def _files(config: Config, shared: SharedFiles, issue: Issue, stop: asynci
     return issue(FleetCa(config.data / "ca", config.cluster), config)
 
 
+def _changed(config: Config, shared: SharedFiles, issue: Issue) -> bool:
+    """Whether the leader changed the fleet's CA: then this controller has new certificates of its own."""
+    changed = shared.pull()
+    if changed:
+        issue(FleetCa(config.data / "ca", config.cluster), config)
+    return changed
+
+
+async def _watch_ca(changed: Callable[[], bool], follower: Follower, log: Log) -> None:
+    """For ever. A Consul that is away is asked again."""
+    while True:
+        await asyncio.sleep(_CA_POLL_S)
+        try:
+            if await asyncio.to_thread(changed):
+                log.warning("the fleet's CA changes")
+                await follower.close(grace_s=_CALLS_GRACE_S)
+        except PeerError as error:
+            log.warning("consul away", reason=str(error))
+
+
 async def _follow(
-    config: Config, election: Election, files: TlsFiles, stop: asyncio.Event, log: Log, *, patience_s: float
+    config: Config,
+    election: Election,
+    files: TlsFiles,
+    stop: asyncio.Event,
+    log: Log,
+    *,
+    patience_s: float,
+    changed: Callable[[], bool],
 ) -> None:
     """Until this controller holds the lock, or `stop` is set."""
     follower = Follower(cluster=config.cluster, files=files, election=election, refused=Counter(), log=Log("follower"))
@@ -96,6 +134,7 @@ async def _follow(
         stack.push_async_callback(follower.close)
         winning = asyncio.create_task(election.win(), name="election")
         stopping = asyncio.create_task(stop.wait(), name="stop")
+        watching = asyncio.create_task(_watch_ca(changed, follower, log), name="ca")
         try:
             await asyncio.wait((winning, stopping), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if not winning.done():
@@ -118,21 +157,24 @@ async def _follow(
                 ):
                     await stack.enter_async_context(listener)
                 log.info("following")
-                await asyncio.wait((winning, stopping), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((winning, stopping, watching), return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
             if winning.done():
                 winning.result()
         finally:
-            winning.cancel()
-            stopping.cancel()
+            for task in (winning, stopping, watching):
+                task.cancel()
 
 
-def _term(config: Config, election: Election) -> Term:
+def _term(config: Config, election: Election, shared: SharedFiles) -> Term:
     session = election.session
     return Term(
         journal=ConsulJournal(_kv(config), cluster=config.cluster, session=session),
         standing=election,
         lock=HeldLock(cluster=config.cluster, session=session),
         confirm=election.confirm,
+        share=lambda: shared.push(session),
     )
 
 

@@ -17,6 +17,7 @@ from controller.config import MqttConfig
 from controller.core.events import LastWillSeen
 from outrider.broker import MESSAGE_BYTES_MAX, controller_topic, node_status_topic, node_topic, topic_root
 from outrider.clock import wall_s
+from outrider.errors import ConfigError
 from outrider.ids import NodeId, is_name
 from outrider.log import Log
 from outrider.model.fleet import FleetEvent
@@ -41,7 +42,13 @@ class Broker:
     """The controller's connection to the broker."""
 
     def __init__(
-        self, *, config: MqttConfig, cluster: str, tls: ssl.SSLContext, seen: Callable[[LastWillSeen], None], log: Log
+        self,
+        *,
+        config: MqttConfig,
+        cluster: str,
+        tls: Callable[[], ssl.SSLContext],
+        seen: Callable[[LastWillSeen], None],
+        log: Log,
     ) -> None:
         """`seen` is called for every last will, a retained one too: the core looks, and decides nothing by it."""
         self.connected = False
@@ -86,7 +93,7 @@ class Broker:
                 self._log.info("broker connected", host=self._config.host, port=self._config.port)
                 group.create_task(self._publish(client), name="mqtt-publish")
                 await self._receive(client)
-        except* (aiomqtt.MqttError, OSError) as errors:
+        except* (aiomqtt.MqttError, OSError, ConfigError) as errors:
             reason = "; ".join(str(error) for error in errors.exceptions)
         return reason
 
@@ -96,7 +103,7 @@ class Broker:
             self._config.port,
             identifier=f"outrider-{self._cluster}-controller",
             protocol=aiomqtt.ProtocolVersion.V5,
-            tls_context=self._tls,
+            tls_context=self._tls(),
             timeout=CONNECT_TIMEOUT_S,
             keepalive=KEEPALIVE_S,
             will=aiomqtt.Will(self._status_topic, _presence("gone"), qos=1, retain=True),

@@ -5,7 +5,7 @@ Tasks: two for each session (read, write) and two for each tunnel, in the call's
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from controller.ca import FleetCa, requested_key
@@ -47,9 +47,10 @@ _Message = TypeVar("_Message")
 
 
 class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
-    def __init__(self, parts: Parts, *, ca: FleetCa) -> None:
+    def __init__(self, parts: Parts, *, ca: FleetCa, trust: Callable[[], fleet_pb2.Trust]) -> None:
         super().__init__(log=Log("fleet"), refused=parts.refused)
         self._cluster = parts.cluster
+        self._trust = trust
         self._ca = ca
         self._engine = parts.engine
         self._mesh = parts.mesh
@@ -72,6 +73,9 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         session = self._sessions.begin(node_id)
         self.log.info("session began", node=node_id, session=session.id, peer=context.peer())
         session.send(self._welcome())
+        if hello.hello.HasField("trusting"):
+            session.trusting = hello.hello.trusting
+            session.send(fleet_pb2.ControllerMessage(trust=self._trust()))
         self._sessions.deliver(node_id, self._mesh.full(node_id))
         try:
             await self._engine.tell(
@@ -206,6 +210,8 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
             case "figures":
                 figures = tuple(codec.from_wire(each, AllocFigures) for each in message.figures.figures)
                 await self._engine.tell(FiguresReported(session=at, node=node, figures=figures))
+            case "trusting":
+                session.trusting = message.trusting
             case "refusals":
                 observed = tuple(codec.from_wire(each, ObservedRefusal) for each in message.refusals.refusals)
                 self._refusals.add(node, observed)

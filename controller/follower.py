@@ -58,10 +58,12 @@ class Follower:
         """For the listener without client certificates: users show tokens there, which the leader looks at."""
         return _Handlers({**dict.fromkeys(_PEOPLE, self._operate_by_token), _JOIN: self._join})
 
-    async def close(self) -> None:
-        for kept in (self._members, self._joins):
-            if kept is not None:
-                await kept[1].close(grace=None)
+    async def close(self, *, grace_s: float | None = None) -> None:
+        """Calls that are under way have so long. The next ones go by new connections, with what the files hold then."""
+        kept, self._members, self._joins = (self._members, self._joins), None, None
+        for each in kept:
+            if each is not None:
+                await each[1].close(grace=grace_s)
 
     async def _operate(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
         caller = Identity(kind=IdentityKind.OPERATOR, name="cli", cluster=self._cluster)

@@ -82,7 +82,7 @@ class JoinService(Edge, fleet_pb2_grpc.JoinServiceServicer):
             raise
         self.log.info("node joined", node=request.node, address=address)
         return fleet_pb2.JoinResponse(
-            certificate_pem=certificate_pem.decode(), ca_pem=self._ca.pem.decode(), cluster=self._cluster
+            certificate_pem=certificate_pem.decode(), ca_pem=self._ca.roots_pem.decode(), cluster=self._cluster
         )
 
     async def _certificate(self, plain: str, node: NodeId, csr_pem: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """A join token in a file, for a fleet whose nodes share the controller's machine: `outrider dev`, a compose file.
 
-Made at the start where the file has none that works. Owns that file; everything else is the journal's.
+Made at the start, and when the fleet's CA changes, where the file has none that works. Owns that file; everything else
+is the journal's.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from controller.people import done
 from outrider.clock import wall_s
 from outrider.errors import HostError
 from outrider.model.access import Token, TokenKind
-from outrider.tokens import join_token
+from outrider.tokens import join_token, parse_token
 
 _USES = 1000
 _VALID_S = 24 * 3600.0
@@ -27,7 +28,8 @@ async def keep_join_token(path: Path, engine: Engine, ca: FleetCa) -> None:
     """Raises HostError where the file cannot be written, PeerError where the journal does not answer."""
     now_s = wall_s()
     kept = await asyncio.to_thread(_read, path)
-    if engine.state.access.token_by_hash(_sha256(kept), TokenKind.JOIN, now_s) is not None:
+    works = engine.state.access.token_by_hash(_sha256(kept), TokenKind.JOIN, now_s) is not None
+    if works and parse_token(kept).ca_sha256 == ca.sha256:
         return
     plain = join_token(ca_sha256=ca.sha256, secret=secrets.token_urlsafe(32))
     token = Token(

@@ -103,6 +103,9 @@ RULES: Mapping[str, Rule] = {
     "ListTokens": Rule(_ADMIN, Where.FLEET),
     "RevokeToken": Rule(_ADMIN, Where.FLEET, changing=True),
     "RevokeNode": Rule(_ADMIN, Where.FLEET, changing=True),
+    "GetCa": Rule(_ADMIN, Where.FLEET),
+    "RotateCa": Rule(_ADMIN, Where.FLEET, changing=True),
+    "RetireCa": Rule(_ADMIN, Where.FLEET, changing=True),
     "ReadAudit": Rule(_ADMIN, Where.FLEET),
 }
 

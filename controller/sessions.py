@@ -29,6 +29,7 @@ class AgentSession:
         self.ended = asyncio.Event()
         self.reason = ""
         self.error: OutriderError | None = None
+        self.trusting: fleet_pb2.Trusting | None = None  # None: its agent knows nothing of Trust
         self._queue: asyncio.Queue[fleet_pb2.ControllerMessage] = asyncio.Queue(MESSAGES_MAX)
 
     def send(self, message: fleet_pb2.ControllerMessage) -> None:
@@ -99,6 +100,23 @@ class Sessions:
         session = self._current.get(node)
         if session is not None:
             session.send(fleet_pb2.ControllerMessage(mesh_update=codec.to_wire(update, mesh_pb2.MeshUpdate)))
+
+    def trust(self, trust: fleet_pb2.Trust) -> None:
+        """Tell all, and whoever comes from here on."""
+        for session in self._current.values():
+            if session.trusting is not None:
+                session.send(fleet_pb2.ControllerMessage(trust=trust))
+
+    def behind(self, node: NodeId, trust: fleet_pb2.Trust) -> str:
+        """Why the node could not do with the issuer of `trust` alone; "" where it can."""
+        session = self._current.get(node)
+        if session is None:
+            return "it is not connected"
+        if session.trusting is None:
+            return "its agent is too old: upgrade it"
+        if session.trusting.issuer_sha256 != trust.issuer_sha256:
+            return "its certificate is of the CA before"
+        return "" if trust.issuer_sha256 in session.trusting.roots_sha256 else "it does not trust the new CA yet"
 
     def check(self, node: NodeId) -> None:
         """Raises PeerError where the node has no session."""

@@ -16,3 +16,4 @@ class Term:
     standing: Standing = dataclasses.field(default_factory=Alone)
     lock: Lock | None = None
     confirm: Callable[[], Coroutine[object, object, None]] | None = None  # runs beside the rest
+    share: Callable[[], None] | None = None  # the fleet's CA, to the other controllers

@@ -56,10 +56,29 @@ class TlsFiles(Value, frozen=True, kw_only=True):
 
 
 def server_credentials(files: TlsFiles, *, client_certificate: bool = True) -> grpc.ServerCredentials:
-    """For a gRPC listener. Without `client_certificate` anybody may connect: for JoinService alone."""
-    pair = (_read(files.key), _read(files.certificate))
-    roots = _read(files.ca) if client_certificate else None
-    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=client_certificate)
+    """For a gRPC listener. Without `client_certificate` anybody may connect: for JoinService alone.
+
+    Files that change hold from the next handshake on; their certificate must be written last.
+    """
+    known = _changed(files)
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        pair = (_read(files.key), _read(files.certificate))
+        roots = _read(files.ca) if client_certificate else None
+        return grpc.ssl_server_certificate_configuration([pair], roots)
+
+    def newer() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal known
+        if (now := _changed(files)) == known:
+            return None
+        known = now
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(),
+        newer,  # type: ignore[arg-type]  # None keeps the present one: grpc's own documentation says so, its stubs do not
+        client_certificate,
+    )
 
 
 def channel(
@@ -80,8 +99,25 @@ def joining_channel(target: str, ca: Path) -> grpc.aio.Channel:
 
 
 def ssl_context(files: TlsFiles, *, server: bool) -> ssl.SSLContext:
-    """For aiohttp and aiomqtt, either side. Both sides must show a certificate of the fleet's CA."""
+    """For aiohttp and aiomqtt, either side. Both sides must show a certificate of the fleet's CA.
+
+    A server's files may change: each connection is judged by those that are there then. A client makes a new one.
+    """
+    context = _context(files, server=server)
+    if server:
+
+        def newest(connection: ssl.SSLObject, _name: str | None, _before: ssl.SSLContext) -> None:
+            connection.context = _context(files, server=True)
+
+        context.sni_callback = newest
+    return context
+
+
+def _context(files: TlsFiles, *, server: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    if server:  # a resumed session would not be judged at all
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
     try:
@@ -121,6 +157,14 @@ def _channel(
 ) -> grpc.aio.Channel:
     arguments: dict[str, int | str] = {"grpc.ssl_target_name_override": server_name, **(options or {})}
     return grpc.aio.secure_channel(target, credentials, options=tuple(arguments.items()))
+
+
+def _changed(files: TlsFiles) -> tuple[int, int]:
+    try:
+        found = files.certificate.stat()
+    except OSError as error:
+        raise ConfigError(f"{files.certificate}: cannot be read: {error.strerror}") from error
+    return found.st_ino, found.st_mtime_ns
 
 
 def _read(path: Path) -> bytes:

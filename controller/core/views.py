@@ -191,7 +191,7 @@ def _allocation(state: State, row: int) -> Allocation:
         node=state.nodes.nodes[ref].id if ref >= 0 else None,
         desired=Desired.STOP if table.desired[row] == columns.STOP else Desired.RUN,
         status=status,
-        healthy=bool(table.healthy[row]) and table.status[row] == columns.LIVE,
+        healthy=bool(table.healthy[row] and table.status[row] == columns.LIVE),
         report=report,
         mesh_ports=dict(zip(group.mesh_services, state.ports.get(serial, ()), strict=False)),
         ports=published_ports(group.group.network, dict(zip(group.dynamic_ports, dynamic, strict=False))),

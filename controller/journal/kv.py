@@ -34,7 +34,7 @@ class Pair(Value, frozen=True, kw_only=True):
 
 
 class Operation(Value, frozen=True, kw_only=True):
-    """One step of a transaction, as Consul names it: set, cas, delete-tree, check-session, get."""
+    """One step of a transaction, as Consul names it: set, cas, delete, delete-tree, check-session, get."""
 
     verb: str
     key: str

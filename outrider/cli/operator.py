@@ -2,16 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from outrider.model.access import CaState
+    from outrider.v1 import access_pb2
+
 app = typer.Typer(no_args_is_help=True)
 snapshot = typer.Typer(no_args_is_help=True)
+authority = typer.Typer(no_args_is_help=True)
+app.add_typer(authority, name="ca", help="The CA of the fleet's own certificates, and its change.")
 app.add_typer(snapshot, name="snapshot", help="The fleet's whole state as one file.")
 
 _CHUNK_BYTES = 256 * 1024
 _LOG_BYTES_MAX = 4 * 1024 * 1024
+_POLL_S = 0.5
 
 
 @snapshot.command()
@@ -102,6 +109,84 @@ def log_level(
     with connect() as fleet:
         fleet.call(fleet.stub.SetLogLevel, operator_pb2.SetLogLevelRequest(level=level, node=node))
     print(f"{node or 'the controller'}: logs {level}")
+
+
+@authority.command()
+def status(json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """Who signs the fleet's certificates, and, while that changes, who would be shut out by the end of it."""
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.v1 import access_pb2
+
+    with connect() as fleet:
+        state = _ca_state(fleet.call(fleet.access.GetCa, access_pb2.GetCaRequest()))
+    if json:
+        output.print_json(state)
+        return
+    _print_ca(state)
+
+
+@authority.command()
+def rotate(
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the nodes.")] = False,
+) -> None:
+    """Let a new CA sign, and trust both. Waits until every node has a certificate of the new one; nothing restarts.
+
+    `outrider operator ca retire` ends it. Said again, it tells everybody again and waits on.
+    """
+    import time
+
+    from outrider.cli import output
+    from outrider.cli.client import connect
+    from outrider.v1 import access_pb2
+
+    with connect() as fleet:
+        state = _ca_state(fleet.call(fleet.access.RotateCa, access_pb2.RotateCaRequest()))
+        output.say(f"CA {state.sha256[:16]} signs; {state.previous_sha256[:16]} is trusted beside it")
+        left = len(state.behind)
+        while state.behind and not detach:
+            if len(state.behind) != left:
+                left = len(state.behind)
+                output.say(f"{left} nodes are behind")
+            time.sleep(_POLL_S)
+            state = _ca_state(fleet.call(fleet.access.GetCa, access_pb2.GetCaRequest()))
+    _print_ca(state)
+
+
+@authority.command()
+def retire(
+    force: Annotated[bool, typer.Option("--force", help="Nodes that are behind must join again.")] = False,
+) -> None:
+    """Trust the new CA alone. Tokens and users' certificates that are older than the change end with it."""
+    from outrider.cli.client import connect
+    from outrider.v1 import access_pb2
+
+    with connect() as fleet:
+        state = _ca_state(fleet.call(fleet.access.RetireCa, access_pb2.RetireCaRequest(force=force)))
+    _print_ca(state)
+
+
+def _ca_state(message: "access_pb2.CaState") -> "CaState":
+    from outrider import codec
+    from outrider.model.access import CaState
+
+    return codec.from_wire(message, CaState)
+
+
+def _print_ca(state: "CaState") -> None:
+    from outrider.cli import output
+
+    output.print_fields(
+        (
+            ("signs", state.sha256),
+            ("trusted too", state.previous_sha256),
+            ("since", f"{output.age(state.rotated_at_s)} ago" if state.rotated_at_s is not None else ""),
+            ("older tokens", state.tokens_before or ""),
+            *((f"behind: {each.node}", each.reason) for each in state.behind),
+        )
+    )
+    if state.previous_sha256 and not state.behind:
+        print("every node is ready for `outrider operator ca retire`")
 
 
 def _write(path: Path, content: bytes) -> None:

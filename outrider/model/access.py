@@ -76,6 +76,21 @@ class Token(Value, frozen=True, kw_only=True):
     created_by: str = ""
 
 
+class NodeBehind(Value, frozen=True, kw_only=True):
+    node: NodeId
+    reason: str
+
+
+class CaState(Value, frozen=True, kw_only=True):
+    """The CA of the fleet's own certificates; while it is changed, two are trusted."""
+
+    sha256: str  # of the one that signs
+    previous_sha256: str = ""  # "": it is trusted alone
+    rotated_at_s: float | None = None
+    behind: tuple[NodeBehind, ...] = ()  # nodes that would be shut out without the previous one
+    tokens_before: int = 0  # valid tokens that are older than the change: they end with the previous one
+
+
 class AuditEntry(Value, frozen=True, kw_only=True):
     """One changing call, done or refused: who, from where, what, and what it changed."""
 

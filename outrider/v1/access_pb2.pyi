@@ -807,6 +807,117 @@ class RevokeNodeRequest(_message.Message):
 Global___RevokeNodeRequest: _TypeAlias = RevokeNodeRequest  # noqa: Y015
 
 @_typing.final
+class GetCaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCaRequest: _TypeAlias = GetCaRequest  # noqa: Y015
+
+@_typing.final
+class RotateCaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateCaRequest: _TypeAlias = RotateCaRequest  # noqa: Y015
+
+@_typing.final
+class RetireCaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORCE_FIELD_NUMBER: _builtins.int
+    force: _builtins.bool
+    """nodes that are behind must join again"""
+    def __init__(
+        self,
+        *,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireCaRequest: _TypeAlias = RetireCaRequest  # noqa: Y015
+
+@_typing.final
+class CaState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SHA256_FIELD_NUMBER: _builtins.int
+    ROTATED_AT_S_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
+    TOKENS_BEFORE_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """of the one that signs"""
+    previous_sha256: _builtins.str
+    """that is trusted beside it; "" for none"""
+    rotated_at_s: _builtins.float
+    tokens_before: _builtins.int
+    """valid tokens that are older than the change: they end with the previous one"""
+    @_builtins.property
+    def behind(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeBehind]:
+        """nodes that would be shut out without the previous one"""
+
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        previous_sha256: _builtins.str = ...,
+        rotated_at_s: _builtins.float | None = ...,
+        behind: _abc.Iterable[Global___NodeBehind] | None = ...,
+        tokens_before: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rotated_at_s", b"_rotated_at_s", "rotated_at_s", b"rotated_at_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rotated_at_s", b"_rotated_at_s", "behind", b"behind", "previous_sha256", b"previous_sha256", "rotated_at_s", b"rotated_at_s", "sha256", b"sha256", "tokens_before", b"tokens_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rotated_at_s: _TypeAlias = _typing.Literal["rotated_at_s"]  # noqa: Y015
+    _WhichOneofArgType__rotated_at_s: _TypeAlias = _typing.Literal["_rotated_at_s", b"_rotated_at_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotated_at_s) -> _WhichOneofReturnType__rotated_at_s | None: ...
+
+Global___CaState: _TypeAlias = CaState  # noqa: Y015
+
+@_typing.final
+class NodeBehind(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeBehind: _TypeAlias = NodeBehind  # noqa: Y015
+
+@_typing.final
 class ReadAuditRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

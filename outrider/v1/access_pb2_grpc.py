@@ -116,6 +116,21 @@ class AccessServiceStub:
                 request_serializer=outrider_dot_v1_dot_access__pb2.RevokeNodeRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_access__pb2.ChangeResponse.FromString,
                 _registered_method=True)
+        self.GetCa = channel.unary_unary(
+                '/outrider.v1.AccessService/GetCa',
+                request_serializer=outrider_dot_v1_dot_access__pb2.GetCaRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_access__pb2.CaState.FromString,
+                _registered_method=True)
+        self.RotateCa = channel.unary_unary(
+                '/outrider.v1.AccessService/RotateCa',
+                request_serializer=outrider_dot_v1_dot_access__pb2.RotateCaRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_access__pb2.CaState.FromString,
+                _registered_method=True)
+        self.RetireCa = channel.unary_unary(
+                '/outrider.v1.AccessService/RetireCa',
+                request_serializer=outrider_dot_v1_dot_access__pb2.RetireCaRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_access__pb2.CaState.FromString,
+                _registered_method=True)
         self.ReadAudit = channel.unary_stream(
                 '/outrider.v1.AccessService/ReadAudit',
                 request_serializer=outrider_dot_v1_dot_access__pb2.ReadAuditRequest.SerializeToString,
@@ -228,6 +243,27 @@ class AccessServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCa(self, request, context):
+        """The CA of the fleet's own certificates, and whether it is being changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateCa(self, request, context):
+        """A new CA signs from here on, and both are trusted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireCa(self, request, context):
+        """The CA before is trusted no longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadAudit(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -316,6 +352,21 @@ def add_AccessServiceServicer_to_server(servicer, server):
                     servicer.RevokeNode,
                     request_deserializer=outrider_dot_v1_dot_access__pb2.RevokeNodeRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_access__pb2.ChangeResponse.SerializeToString,
+            ),
+            'GetCa': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCa,
+                    request_deserializer=outrider_dot_v1_dot_access__pb2.GetCaRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_access__pb2.CaState.SerializeToString,
+            ),
+            'RotateCa': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateCa,
+                    request_deserializer=outrider_dot_v1_dot_access__pb2.RotateCaRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_access__pb2.CaState.SerializeToString,
+            ),
+            'RetireCa': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireCa,
+                    request_deserializer=outrider_dot_v1_dot_access__pb2.RetireCaRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_access__pb2.CaState.SerializeToString,
             ),
             'ReadAudit': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadAudit,
@@ -757,6 +808,87 @@ class AccessService:
             '/outrider.v1.AccessService/RevokeNode',
             outrider_dot_v1_dot_access__pb2.RevokeNodeRequest.SerializeToString,
             outrider_dot_v1_dot_access__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCa(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.AccessService/GetCa',
+            outrider_dot_v1_dot_access__pb2.GetCaRequest.SerializeToString,
+            outrider_dot_v1_dot_access__pb2.CaState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateCa(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.AccessService/RotateCa',
+            outrider_dot_v1_dot_access__pb2.RotateCaRequest.SerializeToString,
+            outrider_dot_v1_dot_access__pb2.CaState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireCa(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.AccessService/RetireCa',
+            outrider_dot_v1_dot_access__pb2.RetireCaRequest.SerializeToString,
+            outrider_dot_v1_dot_access__pb2.CaState.FromString,
             options,
             channel_credentials,
             insecure,

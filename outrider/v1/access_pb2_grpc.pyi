@@ -55,6 +55,12 @@ class AccessServiceStub:
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_access_pb2.RevokeTokenRequest, _access_pb2.ChangeResponse]
     RevokeNode: _grpc.UnaryUnaryMultiCallable[_access_pb2.RevokeNodeRequest, _access_pb2.ChangeResponse]
     """Its certificate is worth nothing from here on; what runs there is lost to the fleet once the grace is over."""
+    GetCa: _grpc.UnaryUnaryMultiCallable[_access_pb2.GetCaRequest, _access_pb2.CaState]
+    """The CA of the fleet's own certificates, and whether it is being changed."""
+    RotateCa: _grpc.UnaryUnaryMultiCallable[_access_pb2.RotateCaRequest, _access_pb2.CaState]
+    """A new CA signs from here on, and both are trusted."""
+    RetireCa: _grpc.UnaryUnaryMultiCallable[_access_pb2.RetireCaRequest, _access_pb2.CaState]
+    """The CA before is trusted no longer."""
     ReadAudit: _grpc.UnaryStreamMultiCallable[_access_pb2.ReadAuditRequest, _access_pb2.AuditEntry]
 
 @_typing.type_check_only
@@ -84,6 +90,12 @@ class AccessServiceAsyncStub(AccessServiceStub):
     RevokeToken: _aio.UnaryUnaryMultiCallable[_access_pb2.RevokeTokenRequest, _access_pb2.ChangeResponse]  # type: ignore[assignment]
     RevokeNode: _aio.UnaryUnaryMultiCallable[_access_pb2.RevokeNodeRequest, _access_pb2.ChangeResponse]  # type: ignore[assignment]
     """Its certificate is worth nothing from here on; what runs there is lost to the fleet once the grace is over."""
+    GetCa: _aio.UnaryUnaryMultiCallable[_access_pb2.GetCaRequest, _access_pb2.CaState]  # type: ignore[assignment]
+    """The CA of the fleet's own certificates, and whether it is being changed."""
+    RotateCa: _aio.UnaryUnaryMultiCallable[_access_pb2.RotateCaRequest, _access_pb2.CaState]  # type: ignore[assignment]
+    """A new CA signs from here on, and both are trusted."""
+    RetireCa: _aio.UnaryUnaryMultiCallable[_access_pb2.RetireCaRequest, _access_pb2.CaState]  # type: ignore[assignment]
+    """The CA before is trusted no longer."""
     ReadAudit: _aio.UnaryStreamMultiCallable[_access_pb2.ReadAuditRequest, _access_pb2.AuditEntry]  # type: ignore[assignment]
 
 class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -206,6 +218,30 @@ class AccessServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_access_pb2.ChangeResponse, _abc.Awaitable[_access_pb2.ChangeResponse]]:
         """Its certificate is worth nothing from here on; what runs there is lost to the fleet once the grace is over."""
+
+    @_abc_1.abstractmethod
+    def GetCa(
+        self,
+        request: _access_pb2.GetCaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.CaState, _abc.Awaitable[_access_pb2.CaState]]:
+        """The CA of the fleet's own certificates, and whether it is being changed."""
+
+    @_abc_1.abstractmethod
+    def RotateCa(
+        self,
+        request: _access_pb2.RotateCaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.CaState, _abc.Awaitable[_access_pb2.CaState]]:
+        """A new CA signs from here on, and both are trusted."""
+
+    @_abc_1.abstractmethod
+    def RetireCa(
+        self,
+        request: _access_pb2.RetireCaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_access_pb2.CaState, _abc.Awaitable[_access_pb2.CaState]]:
+        """The CA before is trusted no longer."""
 
     @_abc_1.abstractmethod
     def ReadAudit(

@@ -209,6 +209,7 @@ class AgentMessage(_message.Message):
     FINGERPRINT_CHANGED_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     FIGURES_FIELD_NUMBER: _builtins.int
+    TRUSTING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -225,6 +226,8 @@ class AgentMessage(_message.Message):
     def refusals(self) -> Global___Refusals: ...
     @_builtins.property
     def figures(self) -> Global___Figures: ...
+    @_builtins.property
+    def trusting(self) -> Global___Trusting: ...
     def __init__(
         self,
         *,
@@ -236,12 +239,13 @@ class AgentMessage(_message.Message):
         fingerprint_changed: Global___FingerprintChanged | None = ...,
         refusals: Global___Refusals | None = ...,
         figures: Global___Figures | None = ...,
+        trusting: Global___Trusting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "figures", b"figures", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "figures", b"figures", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports", "trusting", b"trusting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "figures", b"figures", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "figures", b"figures", "fingerprint_changed", b"fingerprint_changed", "heartbeat", b"heartbeat", "hello", b"hello", "mesh_applied", b"mesh_applied", "message", b"message", "refusals", b"refusals", "reports", b"reports", "trusting", b"trusting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "reports", "applied", "mesh_applied", "fingerprint_changed", "refusals", "figures"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "reports", "applied", "mesh_applied", "fingerprint_changed", "refusals", "figures", "trusting"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -257,6 +261,7 @@ class ControllerMessage(_message.Message):
     MESH_UPDATE_FIELD_NUMBER: _builtins.int
     OPEN_TUNNEL_FIELD_NUMBER: _builtins.int
     LOG_LEVEL_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
     log_level: _builtins.str
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
@@ -268,6 +273,8 @@ class ControllerMessage(_message.Message):
     def mesh_update(self) -> _mesh_pb2.MeshUpdate: ...
     @_builtins.property
     def open_tunnel(self) -> Global___OpenTunnel: ...
+    @_builtins.property
+    def trust(self) -> Global___Trust: ...
     def __init__(
         self,
         *,
@@ -277,12 +284,13 @@ class ControllerMessage(_message.Message):
         mesh_update: _mesh_pb2.MeshUpdate | None = ...,
         open_tunnel: Global___OpenTunnel | None = ...,
         log_level: _builtins.str = ...,
+        trust: Global___Trust | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "log_level", b"log_level", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "log_level", b"log_level", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "trust", b"trust", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "log_level", b"log_level", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "heartbeat", b"heartbeat", "log_level", b"log_level", "mesh_update", b"mesh_update", "message", b"message", "open_tunnel", b"open_tunnel", "trust", b"trust", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "mesh_update", "open_tunnel", "log_level"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "mesh_update", "open_tunnel", "log_level", "trust"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -296,6 +304,7 @@ class Hello(_message.Message):
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     REPORTS_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
+    TRUSTING_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """of this conversation; 1"""
     @_builtins.property
@@ -306,6 +315,10 @@ class Hello(_message.Message):
     def reports(self) -> _containers.RepeatedCompositeFieldContainer[_allocation_pb2.AllocReport]:
         """all that runs here"""
 
+    @_builtins.property
+    def trusting(self) -> Global___Trusting:
+        """absent from an agent that knows nothing of Trust: it is never sent one"""
+
     def __init__(
         self,
         *,
@@ -313,14 +326,68 @@ class Hello(_message.Message):
         acknowledged: _allocation_pb2.Generation | None = ...,
         reports: _abc.Iterable[_allocation_pb2.AllocReport] | None = ...,
         protocol: _builtins.int = ...,
+        trusting: Global___Trusting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "node", b"node"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "node", b"node", "trusting", b"trusting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "node", b"node", "protocol", b"protocol", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "node", b"node", "protocol", b"protocol", "reports", b"reports", "trusting", b"trusting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Trust(_message.Message):
+    """Whom members of the fleet come from, after Welcome and whenever it changes. An agent whose own certificate is not of
+    the issuer asks for a new one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOTS_PEM_FIELD_NUMBER: _builtins.int
+    ISSUER_SHA256_FIELD_NUMBER: _builtins.int
+    issuer_sha256: _builtins.str
+    """one of the roots"""
+    @_builtins.property
+    def roots_pem(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        roots_pem: _abc.Iterable[_builtins.str] | None = ...,
+        issuer_sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuer_sha256", b"issuer_sha256", "roots_pem", b"roots_pem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trust: _TypeAlias = Trust  # noqa: Y015
+
+@_typing.final
+class Trusting(_message.Message):
+    """What a node made of it: the fingerprints of whom it trusts, and of whom its certificate is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOTS_SHA256_FIELD_NUMBER: _builtins.int
+    ISSUER_SHA256_FIELD_NUMBER: _builtins.int
+    issuer_sha256: _builtins.str
+    @_builtins.property
+    def roots_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        roots_sha256: _abc.Iterable[_builtins.str] | None = ...,
+        issuer_sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuer_sha256", b"issuer_sha256", "roots_sha256", b"roots_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trusting: _TypeAlias = Trusting  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):

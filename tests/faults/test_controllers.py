@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import functools
+import hashlib
 import secrets
+import shutil
 import signal
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,8 +19,8 @@ import pytest_asyncio
 from outrider import codec
 from outrider.ids import JobName, NodeId, ServiceName
 from outrider.model.job import Job
-from outrider.tls import channel
-from outrider.v1 import fleet_pb2_grpc, job_pb2, operator_pb2
+from outrider.tls import TlsFiles, channel
+from outrider.v1 import access_pb2, access_pb2_grpc, fleet_pb2_grpc, job_pb2, operator_pb2
 from tests.faults.consul_cluster import ConsulCluster, consul_cluster
 from tests.integration.controllers import Controller, web_job
 from tests.integration.processes import free_port, until
@@ -184,6 +187,58 @@ async def test_the_loss_of_any_consul_server_loses_nothing(fleet: Fleet) -> None
         for controller in fleet.controllers:
             knows = functools.partial(fleet.knows, controller, names)
             await until(knows, "each controller knows all of it", WAIT_S)
+
+
+async def test_all_controllers_change_the_fleets_ca_together(fleet: Fleet, tmp_path: Path) -> None:
+    await fleet.settled()
+    leader = await fleet.led()
+    follower = next(one for one in fleet.controllers if one is not leader)
+    old = TlsFiles(ca=tmp_path / "ca", certificate=tmp_path / "crt", key=tmp_path / "key")
+    for mine, kept in zip(follower.operator_files.__struct_fields__, old.__struct_fields__, strict=True):
+        shutil.copy(getattr(follower.operator_files, mine), getattr(old, kept))
+
+    async def has(controller: Controller, sha256: str) -> bool:
+        return await asyncio.to_thread(lambda: ca_sha256(controller) == sha256)
+
+    async with access(follower) as through:  # passed on to the leader
+        state = await through.RotateCa(access_pb2.RotateCaRequest(), timeout=CALL_S)
+    for controller in fleet.controllers:
+        await until(functools.partial(has, controller, state.sha256), "each controller has the new CA", WAIT_S)
+        assert await lets_in(controller, old), "the old one is trusted beside it"
+    await leader.kill()
+    await fleet.led()
+    await leader.launch()
+    await fleet.settled()
+    async with access(await fleet.led()) as at:
+        assert (await at.GetCa(access_pb2.GetCaRequest(), timeout=CALL_S)).sha256 == state.sha256
+        await at.RetireCa(access_pb2.RetireCaRequest(force=True), timeout=CALL_S)
+    for controller in fleet.controllers:
+        new = controller.operator_files
+
+        async def refuses(controller: Controller = controller) -> bool:
+            return not await lets_in(controller, old)
+
+        await until(refuses, "no controller trusts the old CA", WAIT_S)
+        await until(functools.partial(lets_in, controller, new), "each trusts the new one, and passes calls on", WAIT_S)
+
+
+def ca_sha256(controller: Controller) -> str:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(controller.ca.read_text())).hexdigest()
+
+
+@contextlib.asynccontextmanager
+async def access(controller: Controller) -> AsyncIterator["access_pb2_grpc.AccessServiceAsyncStub"]:
+    async with grpc.aio.insecure_channel(f"unix:{controller.socket}") as connection:
+        yield access_pb2_grpc.AccessServiceStub(connection)
+
+
+async def lets_in(controller: Controller, files: TlsFiles) -> bool:
+    """Whether an operator's certificate opens the members' door, and the call gets to whoever leads."""
+    async with channel(str(controller.configuration["listen"]), files) as connection:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await access_pb2_grpc.AccessServiceStub(connection).WhoAmI(access_pb2.WhoAmIRequest(), timeout=CALL_S)
+            return True
+    return False
 
 
 async def test_what_a_dead_fleet_acknowledged_is_there_when_it_starts_again(fleet: Fleet) -> None:

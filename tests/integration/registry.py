@@ -91,7 +91,7 @@ class Registry:
         trusted.mkdir(parents=True)
         authority = FleetCa(directory / "ca", "registry")
         self.files = authority.issue_server(["127.0.0.1"])
-        (trusted / "ca.crt").write_bytes(authority.pem)
+        (trusted / "ca.crt").write_bytes(authority.roots_pem)
         credentials = base64.b64encode(_CREDENTIALS.encode()).decode()
         self.auth_file.write_text(json.dumps({"auths": {self.host: {"auth": credentials}}}))
         (directory / "htpasswd").write_text(_PASSWORD_FILE)

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import datetime as dt
 import json
+import sys
+import tarfile
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from outrider.v1 import (
     stores_pb2,
     stores_pb2_grpc,
 )
-from tests.integration.controllers import CALL_S, Agent, Controller, submit, web_job
+from tests.integration.controllers import CALL_S, Agent, Controller, healthy, submit, web_job
 from tests.integration.processes import until
 
 N1 = NodeId("n1")
@@ -329,8 +331,20 @@ async def test_log_levels_change_while_it_runs(controller: Controller, root: Peo
     )
 
 
+async def debug_archive(controller: Controller) -> dict[str, str]:
+    """What `outrider operator debug` packs."""
+    file = controller.directory / "debug.tar.gz"
+    words = ("-m", "outrider", "--address", f"unix:{controller.socket}", "operator", "debug", str(file))
+    process = await asyncio.create_subprocess_exec(sys.executable, *words)
+    assert await process.wait() == 0
+    with tarfile.open(file) as tar:
+        return {
+            name: opened.read().decode() for name in tar.getnames() if (opened := tar.extractfile(name)) is not None
+        }
+
+
 async def test_planted_secrets_are_nowhere_but_where_they_belong(controller: Controller, root: People) -> None:
-    """Canaries: a user's token, a join token, a secret, a variable of a job's environment."""
+    """Canaries: a user's token, a join token, a secret, a variable of a job's environment, a workload's last words."""
     canary = "canary-7f3a9c51e2"
     token = await user(root, "alice", "default:submit")
     async with grpc.aio.insecure_channel(f"unix:{controller.socket}") as connection:
@@ -343,6 +357,10 @@ async def test_planted_secrets_are_nowhere_but_where_they_belong(controller: Con
             task = msgspec.structs.replace(task, env={"PASSWORD": value})
             group = msgspec.structs.replace(job.groups[0], tasks=(task,))
             await alice.operator.SubmitJob(submission(msgspec.structs.replace(job, groups=(group,))))
+    agent = Agent(controller, N1, await controller.join(N1))
+    agent.tells = lambda told: msgspec.structs.replace(healthy(told), log_tail=f"I was told {canary}")
+    async with agent.session():
+        await until(lambda: bool(agent.reports), "the agent told what the workload printed last")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await controller.join(NodeId("n5"), controller.token[:-6] + "aaaaaa")
     events = [event async for event in root.operator.WatchEvents(operator_pb2.WatchEventsRequest())]
@@ -361,7 +379,9 @@ async def test_planted_secrets_are_nowhere_but_where_they_belong(controller: Con
         "audit": str(audit),
         "tokens": str(tokens),
         "metrics": metrics,
+        **{f"debug: {name}": text for name, text in (await debug_archive(controller)).items()},
     }
+    assert "debug: outrider-debug/allocations.json" in places
     journal = b"".join(path.read_bytes() for path in controller.data.glob("journal.db*"))
     for secret in (token.rpartition(".")[2], controller.token.rpartition(".")[2], canary):
         assert not {name for name, text in places.items() if secret in text}

@@ -10,7 +10,7 @@ import typer
 from outrider.errors import InputError
 
 if TYPE_CHECKING:
-    from outrider.cli.deploy.inventory import Inventory
+    from outrider.cli.deploy.inventory import Host, Inventory
 
 CACHE = Path("~/.cache/outrider/bundles")
 
@@ -44,12 +44,13 @@ def deploy(  # noqa: PLR0917 - typer's way
 
     if upgrade and remove:
         raise InputError("--upgrade and --remove: give one of them")
-    inventory = _inventory(hosts or [], file, only or [], controller)
+    inventory, ways = _inventory(hosts or [], file, only or [], controller)
     bundle = make_bundle(Path(os.environ.get("OUTRIDER_BUNDLES", CACHE)).expanduser(), source=source)
     width = max(len(host.host) for host in inventory.hosts)
     deployment = Deployment(
         inventory,
         bundle,
+        ways=ways,
         parallel=parallel or (2 if upgrade else 10),
         dry_run=dry_run,
         tell=lambda host, text: output.say(f"{host.ljust(width)}  {text}"),
@@ -72,7 +73,10 @@ def deploy(  # noqa: PLR0917 - typer's way
         )
 
 
-def _inventory(hosts: list[str], file: Path | None, only: list[str], controller: str) -> "Inventory":
+def _inventory(
+    hosts: list[str], file: Path | None, only: list[str], controller: str
+) -> tuple["Inventory", tuple["Host", ...]]:
+    """What is worked on, and the hosts of the fleet's controllers, worked on or not."""
     import msgspec
 
     from outrider.cli.deploy.inventory import Host, Inventory, read_inventory
@@ -88,10 +92,11 @@ def _inventory(hosts: list[str], file: Path | None, only: list[str], controller:
         outside = inventory.controllers
         if not any("controller" in host.roles for host in kept):
             outside = tuple(host.reached_at for host in inventory.controller_hosts) or outside
-        return msgspec.structs.replace(inventory, hosts=kept, controllers=outside)
+        return msgspec.structs.replace(inventory, hosts=kept, controllers=outside), inventory.controller_hosts
     if not controller:
         raise InputError("--controller: say where the fleet's controller is, or deploy with -f hosts.yaml")
-    return Inventory(cluster=_cluster(), hosts=tuple(Host(host=host) for host in hosts), controllers=(controller,))
+    named = tuple(Host(host=host) for host in hosts)
+    return Inventory(cluster=_cluster(), hosts=named, controllers=(controller,)), ()
 
 
 def _cluster() -> str:

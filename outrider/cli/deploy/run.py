@@ -45,13 +45,23 @@ class Outcome(Value, frozen=True, kw_only=True):
 class Deployment:
     """One run over an inventory. `tell` is called for every step of every host."""
 
-    def __init__(self, inventory: Inventory, bundle: Bundle, *, parallel: int, dry_run: bool, tell: Tell) -> None:
-        self._inventory, self._bundle = inventory, bundle
+    def __init__(
+        self,
+        inventory: Inventory,
+        bundle: Bundle,
+        *,
+        ways: Sequence[Host] = (),
+        parallel: int,
+        dry_run: bool,
+        tell: Tell,
+    ) -> None:
+        """`ways`: hosts with a controller of the fleet, worked on or not; none: it is that of OUTRIDER_ADDRESS."""
+        self._inventory, self._bundle, self._ways = inventory, bundle, ways
         self._parallel = parallel
         self._gate = asyncio.Semaphore(parallel)
         self._dry_run = dry_run
         self._tell = tell
-        self._fleet: FleetAccess = Direct()
+        self._fleet: FleetAccess | None = None if ways else Direct()
         self._stack = contextlib.AsyncExitStack()
 
     async def deploy(self) -> tuple[Outcome, ...]:
@@ -63,6 +73,7 @@ class Deployment:
                 left = tuple(Outcome(host=host.host, error="not begun: a controller failed") for host in rest)
                 return (*first, *left)
             others = [host for host in self._inventory.hosts if "controller" not in host.roles]
+            await self._known(others)
             return (*first, *await self._each(others, self._whole))
 
     async def upgrade(self) -> tuple[Outcome, ...]:
@@ -77,6 +88,8 @@ class Deployment:
                     break
             waiting = list(agents)
             sick = any(outcome.error for outcome in outcomes)
+            if not sick:
+                await self._known(agents)
             while waiting and not sick:
                 batch, waiting = waiting[: self._parallel], waiting[self._parallel :]
                 outcomes += await self._each(batch, self._whole)
@@ -98,7 +111,7 @@ class Deployment:
                 return tuple(await self._each(self._inventory.hosts, self._would_remove))
             emptied: list[Outcome] = []
             if not force:
-                emptied = await self._emptied(nodes, controllers, deadline_s)
+                emptied = await self._emptied(nodes, deadline_s)
             sick = {outcome.host for outcome in emptied if outcome.error}
             alone = [host for host in nodes if host not in controllers and host.host not in sick]
             removed = await self._each(alone, partial(self._take_away, data=data, force=force))
@@ -112,9 +125,7 @@ class Deployment:
                 return (*failed, *removed, *left)
             return (*removed, *await self._each(controllers, partial(self._take_away, data=data, force=force)))
 
-    async def _emptied(
-        self, nodes: Sequence[Host], controllers: Sequence[Host], deadline_s: float | None
-    ) -> list[Outcome]:
+    async def _emptied(self, nodes: Sequence[Host], deadline_s: float | None) -> list[Outcome]:
         """No copy goes from one node that leaves to another: all are closed before the first is drained."""
         joined: list[Host] = []
 
@@ -129,19 +140,16 @@ class Deployment:
             return away
         leaving = frozenset(host.node for host in joined)
         try:
-            if controllers:
-                ssh = ssh_of(self._inventory.ssh, controllers[0].ssh)
-                remote = await self._stack.enter_async_context(connect(controllers[0], ssh))
-                self._fleet = await on_controller(remote, self._sockets())
-            for node in leaving & (await self._fleet.nodes()).keys():
-                await self._fleet.close(node)
+            fleet = await self._reach()
+            for node in leaving & (await fleet.nodes()).keys():
+                await fleet.close(node)
         except OutriderError as error:
             text = f"no drain: {error}; `--force` removes without"
             return [*away, *(Outcome(host=host.host, error=text) for host in joined)]
 
         async def one(host: Host, _: Remote) -> str:
             told = partial(self._tell, host.host)
-            await empty(self._fleet, host.node, leaving=leaving, deadline_s=deadline_s, tell=told)
+            await empty(fleet, host.node, leaving=leaving, deadline_s=deadline_s, tell=told)
             return "empty"
 
         return [*away, *await self._each(joined, one)]
@@ -169,7 +177,25 @@ class Deployment:
         """Whoever kept a copy of its key has nothing. Of a fleet whose last controller goes there is no trust left."""
         last = contextlib.suppress(PeerError) if "controller" in host.roles else contextlib.nullcontext()
         with last, contextlib.suppress(RefusedError):  # one that never joined is not known
-            await self._fleet.revoke(host.node)
+            await (await self._reach()).revoke(host.node)
+
+    async def _known(self, nodes: Sequence[Host]) -> None:
+        """The fleet that these nodes are of, before anything is done to them."""
+        if nodes and not self._dry_run:
+            await self._reach()
+
+    async def _reach(self) -> FleetAccess:
+        """The fleet, by the first of its controllers' hosts that answers. Raises HostError."""
+        for at, way in enumerate(self._ways if self._fleet is None else ()):
+            try:
+                remote = await self._stack.enter_async_context(connect(way, ssh_of(self._inventory.ssh, way.ssh)))
+                self._fleet = await on_controller(remote, self._sockets())
+                break
+            except HostError:
+                if at == len(self._ways) - 1:
+                    raise
+        assert self._fleet is not None, "without ways there is the fleet of OUTRIDER_ADDRESS"
+        return self._fleet
 
     async def _each(self, hosts: Iterable[Host], work: Callable[[Host, Remote], Awaitable[str]]) -> list[Outcome]:
         async def one(host: Host) -> Outcome:
@@ -199,6 +225,8 @@ class Deployment:
         plan = make_plan(host, facts, self._bundle, _digests(wanted))
         if self._dry_run:
             return plan.told
+        if facts.running.get("controller") and "controller" in host.roles:
+            self._fleet = await on_controller(remote, self._sockets())
         before = await self._running(host, facts)
         await self._prepare(host, remote, plan, wanted, remote_bundle)
         if "controller" in host.roles:
@@ -254,20 +282,20 @@ class Deployment:
     async def _agent(self, host: Host, remote: Remote, facts: Facts, plan: Plan) -> None:
         if Step.JOIN in plan.steps:
             self._tell(host.host, "join")
-            token = await self._fleet.join_token(host.node)
+            token = await (await self._reach()).join_token(host.node)
             await remote.ask("configure", files={JOIN_TOKEN: {"content": token, "mode": "600"}})
         if Step.START in plan.steps or Step.RESTART in plan.steps:
             verb = "restart" if facts.running.get("agent") else "start"
             self._tell(host.host, verb)
             await remote.ask("service", role="agent", verb=verb)
-        told = await wait_ready(self._fleet, host.node, version=self._bundle.version, timeout_s=READY_S)
+        told = await wait_ready(await self._reach(), host.node, version=self._bundle.version, timeout_s=READY_S)
         if told:
             text = (await remote.ask("logs", role="agent"))["text"]
             raise HostError(host.host, step=f"node {host.node} is not healthy: {told}\n{_indented(text)}")
 
     async def _running(self, host: Host, facts: Facts) -> frozenset[str]:
         """What runs on the node, where it is one already."""
-        if "agent" not in host.roles or not facts.joined.get("agent"):
+        if "agent" not in host.roles or not facts.joined.get("agent") or self._fleet is None:
             return frozenset()
         with contextlib.suppress(PeerError, RefusedError):
             return (await self._fleet.node(host.node)).allocations

@@ -27,7 +27,7 @@ def joined(ca: FleetCa, name: str, directory: Path) -> TlsFiles:
     files.certificate.write_bytes(issued.pem)
     private = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     files.key.write_bytes(key.private_bytes(serialization.Encoding.PEM, *private))
-    files.ca.write_bytes(ca.pem)
+    files.ca.write_bytes(ca.roots_pem)
     return files
 
 

@@ -36,7 +36,7 @@ def test_keys_are_closed_and_the_ca_is_the_same_after_a_restart(tmp_path: Path) 
     ca.issue_operator("cli")
     for key in (tmp_path / "ca").glob("*.key"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    assert FleetCa(tmp_path / "ca", "dev").pem == ca.pem
+    assert FleetCa(tmp_path / "ca", "dev").roots_pem == ca.roots_pem
 
 
 def test_a_node_is_who_the_ca_says_not_who_it_asks_to_be(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_node_is_who_the_ca_says_not_who_it_asks_to_be(tmp_path: Path) -> None
     assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert list(names) == [x509.UniformResourceIdentifier(uri)], "no host's name: it poses as no other server"
-    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca.pem))
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca.roots_pem))
 
 
 def test_a_users_certificate_names_the_user_and_is_short_lived(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_request_signed_by_another_key_is_refused(tmp_path: Path) -> None:
 def test_a_server_shows_the_ca_in_its_chain(tmp_path: Path) -> None:
     ca = FleetCa(tmp_path / "ca", "dev")
     chain = x509.load_pem_x509_certificates(ca.issue_server([]).certificate.read_bytes())
-    assert chain[1] == x509.load_pem_x509_certificate(ca.pem)
+    assert chain[1] == x509.load_pem_x509_certificate(ca.roots_pem)
 
 
 def test_a_broken_directory_is_named(tmp_path: Path) -> None:
