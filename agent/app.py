@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -397,13 +398,8 @@ class Agent:
             return None
         from agent.events import Broker  # noqa: PLC0415 - a megabyte that few agents need
 
-        return Broker(
-            config=config.mqtt,
-            cluster=config.cluster,
-            node=config.node_id,
-            tls=lambda: ssl_context(config.tls, server=False),
-            log=self._log,
-        )
+        tls = partial(ssl_context, config.tls, server=False)
+        return Broker(config=config.mqtt, cluster=config.cluster, node=config.node_id, tls=tls, log=self._log)
 
     def _operations(self) -> VmOperations:
         return VmOperations(
