@@ -172,7 +172,7 @@ def _term(config: Config, election: Election, shared: SharedFiles) -> Term:
     return Term(
         journal=ConsulJournal(_kv(config), cluster=config.cluster, session=session),
         standing=election,
-        lock=HeldLock(cluster=config.cluster, session=session),
+        lock=HeldLock(cluster=config.cluster, session=session, confirmed=election.confirmed),
         confirm=election.confirm,
         share=lambda: shared.push(session),
     )

@@ -10,6 +10,7 @@ acting until it can; one that lost it ends its term.
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -165,9 +166,14 @@ class Election:
 class HeldLock:
     """The mesh's leadership where the journal's lock already says who leads: its writes are fenced by the same one."""
 
-    def __init__(self, *, cluster: str, session: str) -> None:
-        self.held = True
-        self._key, self._session = lock_key(cluster), session
+    def __init__(self, *, cluster: str, session: str, confirmed: Callable[[], bool]) -> None:
+        self._key, self._session, self._confirmed = lock_key(cluster), session, confirmed
+        self._lost = False
+
+    @property
+    def held(self) -> bool:
+        """A leader that could not confirm its lock for CONFIRMED_S writes nothing until it can."""
+        return not self._lost and self._confirmed()
 
     async def take(self) -> bool:
         return self.held
@@ -176,10 +182,10 @@ class HeldLock:
         """The progress check does."""
 
     def lost(self) -> None:
-        self.held = False
+        self._lost = True
 
     def guard(self) -> Txn:
         return Txn(kv=TxnKv(verb="check-session", key=self._key, session=self._session))
 
     async def release(self) -> None:
-        self.held = False
+        self._lost = True

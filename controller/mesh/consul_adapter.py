@@ -33,6 +33,7 @@ from controller.mesh.shapes import (
     Txn,
     TxnAnswer,
     TxnError,
+    Written,
 )
 from outrider.errors import ConfigError, PeerError, RefusedError
 from outrider.model.job import Value
@@ -138,12 +139,23 @@ class ConsulAdapter:
         found = await self._watch(f"/v1/config/{kind}", index)
         return found.index, _decode(found.body, list[Entry])
 
-    async def put_entry(self, entry: Entry) -> None:
-        """Raises RefusedError with Consul's own words where it takes no such entry, or is too old for it."""
-        answer = await self._call("PUT", "/v1/config", {}, msgspec.json.encode(entry))
+    async def entries(self, kind: str) -> list[tuple[Entry, int]]:
+        """Each with the index at which it was written last."""
+        body = await self._get(f"/v1/config/{kind}")
+        written = _decode(body, list[Written])
+        return list(zip(_decode(body, list[Entry]), (one.modify_index for one in written), strict=True))
+
+    async def put_entry(self, entry: Entry, as_read: int | None = None) -> None:
+        """Where it is as it was at the index `as_read` (0: where there is none). Raises RefusedError with Consul's own
+        words where it takes no such entry, or is too old for it; PeerError where somebody else was quicker.
+        """
+        query = {"cas": str(as_read)} if as_read is not None else {}
+        answer = await self._call("PUT", "/v1/config", query, msgspec.json.encode(entry))
         if answer.code != 200:
             what = " ".join(answer.body.split())[:300]
             raise RefusedError("refused", f"Consul {self.version} refuses {entry.kind} {entry.name}: {what}")
+        if not _decode(bytes(answer.body.encode()), bool):
+            raise PeerError(f"{entry.kind} {entry.name} was changed by somebody else meanwhile")
 
     async def delete_entry(self, kind: str, name: str) -> None:
         answer = await self._call("DELETE", f"/v1/config/{kind}/{quote(name)}")

@@ -6,6 +6,7 @@ Never decides where anything runs, nor who may have a leaf: its callers do.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 
 from controller import entries
@@ -31,6 +32,7 @@ from outrider.model.traffic import Permission, Verdict
 
 # Names that no service has: how Consul answers for them is how it answers where no intention says anything.
 _NOBODY = ("outrider-nobody-calls", "outrider-nobody-answers")
+_LEAD_S = 5.0  # that an operator's write waits for this controller to lead
 
 
 class _Withdrawal(Value, frozen=True, kw_only=True):
@@ -189,6 +191,7 @@ class Mesh:
             or None,
             description=description,
         )
+        await self._lead()
         if old is None:
             await self._consul.create_intention(wanted)
         else:
@@ -216,8 +219,17 @@ class Mesh:
         if owner := intention(found, self._cluster).owner:
             hint = f"take it out of the job's `allow:`, or create a deny for {source} -> {destination}"
             raise RefusedError("owned", f"intention {source} -> {destination} belongs to job {owner}: {hint}")
+        await self._lead()
         await self._consul.delete_intention(found)
         return True
+
+    async def _lead(self) -> None:
+        """Raises PeerError where this controller does not come to lead: an operator's write is to be its alone, too."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAD_S):
+                while not self.leading:  # noqa: ASYNC110 - nobody tells, and it takes a moment after a start alone
+                    await asyncio.sleep(0.05)
+        await self._writer.fence.check()
 
     async def check(self, source: ServiceName, destination: ServiceName) -> tuple[bool, Intention | None]:
         """Whether `source` may call `destination`, and what decides. None: no intention does, but Consul's default."""
@@ -272,6 +284,8 @@ class Mesh:
         if await self._find(WILDCARD, WILDCARD) is not None:
             text = f"Consul at {self._consul.url} has an intention * -> * that allows, made by hand: delete it first"
             raise RefusedError("default_allow", text)
+        if self.leading:  # one of several controllers has its lock already; one alone takes it next
+            await self._writer.fence.check()
         await self._consul.create_intention(DEFAULT_DENY)
         self._log.info("default deny made", consul=self._consul.url)
 

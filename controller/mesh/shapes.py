@@ -114,6 +114,12 @@ class ConsulLeaf(Shape, frozen=True, kw_only=True):
     valid_before: str
 
 
+class Written(Shape, frozen=True, kw_only=True):
+    """Of anything: when it was written last."""
+
+    modify_index: int
+
+
 class ConsulSession(Shape, frozen=True, kw_only=True):
     id: str = msgspec.field(name="ID")
     name: str = ""

@@ -12,6 +12,7 @@ from controller.core.mesh_intent import NodeRegistration, OwnedIntention
 from controller.entries import TRAFFIC_KINDS, Entry
 from controller.mesh.concurrency import each
 from controller.mesh.consul_adapter import ConsulAdapter
+from controller.mesh.fence import Fence
 from controller.mesh.intentions import plan_owned
 from controller.mesh.known import Known, registers
 from controller.mesh.leader import Lock
@@ -42,6 +43,7 @@ class Writer:
     def __init__(self, consul: ConsulAdapter, cluster: str, lock: Lock, log: Log) -> None:
         self._consul, self._cluster, self._log = consul, cluster, log
         self.leadership = lock
+        self.fence = Fence(consul, lock)
         self.wake = asyncio.Event()
         self.changed: Callable[[], None] = lambda: None
         self._registrations: dict[str, NodeRegistration] = {}  # by Consul's node name
@@ -237,32 +239,27 @@ class Writer:
             answer = await self._consul.transact([self.leadership.guard(), *batch])
             errors = answer.errors or ()
             if any(error.op_index == 0 for error in errors):
-                self.leadership.lost()
-                raise PeerError("the leader lock is lost")
+                self.fence.lost()
             if errors:
                 self._refused(involved, "; ".join(error.what for error in errors))
                 refused |= involved
         return refused
 
     async def _register(self, proxies: list[Registration]) -> set[str]:
-        """The nodes that Consul refused. A registration takes no session check: one is asked for just before."""
+        """The nodes that Consul refused."""
         if not proxies:
             return set()
-        await self._require_lock()
         refused: set[str] = set()
 
         async def register(one: Registration) -> None:
+            await self.fence.check()
             if why := await self._consul.register(one):
                 self._refused({one.node}, why)
                 refused.add(one.node)
 
         await each(proxies, register, at_once=_REQUESTS_AT_ONCE, name="mesh-register")
+        await self.fence.ask()
         return refused
-
-    async def _require_lock(self) -> None:
-        if (await self._consul.transact([self.leadership.guard()])).errors:
-            self.leadership.lost()
-            raise PeerError("the leader lock is lost")
 
     def _refused(self, nodes: set[str], why: str) -> None:
         self._log.warning("catalog refused", nodes=sorted(nodes), why=why)
@@ -277,7 +274,10 @@ class Writer:
                 *((self._consul.create_intention, one) for one in plan.create),
             )
             for write, one in steps:
+                await self.fence.check()
                 await write(one)
+            if steps:
+                await self.fence.ask()
         except BaseException:
             self._owned_dirty = True
             raise
@@ -285,12 +285,18 @@ class Writer:
     async def _write_entries(self, entries: tuple[Entry, ...]) -> None:
         """One that Consul refuses is told of, and tried again with the next sweep: the others do not wait for it."""
         try:
-            found = [one for kind in TRAFFIC_KINDS for one in (await self._consul.watch_entries(kind, 0))[1]]
-            plan = plan_entries(entries, found, self._cluster)
+            found = [pair for kind in TRAFFIC_KINDS for pair in await self._consul.entries(kind)]
+            indexes = {(one.kind, one.name): index for one, index in found}
+            plan = plan_entries(entries, [one for one, _ in found], self._cluster)
             for kind, name in plan.delete:
+                await self.fence.check()
                 await self._attempt(self._consul.delete_entry(kind, name), kind, name)
             for one in plan.put:
-                await self._attempt(self._consul.put_entry(one), one.kind, one.name)
+                await self.fence.check()
+                as_read = indexes.get((one.kind, one.name), 0)
+                await self._attempt(self._consul.put_entry(one, as_read), one.kind, one.name)
+            if plan.put or plan.delete:
+                await self.fence.ask()
         except PeerError:
             self._entries_dirty = True
             raise

@@ -18,6 +18,7 @@ from controller.core.mesh_intent import NodeRegistration, OwnedIntention, Servic
 from controller.entries import TRAFFIC_KINDS
 from controller.mesh.consul_adapter import ConsulAdapter, Dialect
 from controller.mesh.issuer import ConsulIssuer, EmbeddedIssuer, Issuer
+from controller.mesh.leader import Leadership
 from controller.mesh.mesh import Mesh
 from controller.mesh.shapes import CatalogNode, ConsulService, Txn, TxnNode, TxnService
 from controller.mesh.watcher import WATCHES_MAX
@@ -477,8 +478,15 @@ async def test_the_dialect_of_later_consuls(tmp_path: Path) -> None:
     try:
         await consul.probe()
         consul.dialect = Dialect.EXACT
+        lock = Leadership(consul, CLUSTER, Log("mesh"))
+        assert await lock.take()
         mesh = Mesh(
-            consul=consul, issuer=record.issuer(consul), cluster=CLUSTER, adopt_intentions=False, log=Log("mesh")
+            consul=consul,
+            issuer=record.issuer(consul),
+            cluster=CLUSTER,
+            adopt_intentions=False,
+            log=Log("mesh"),
+            lock=lock,
         )
         made = await mesh.create_intention("web", "api", Action.ALLOW, "by hand")
         assert await mesh.check(WEB, API) == (True, made)
