@@ -17,7 +17,7 @@ from outrider.model.node import Fingerprint
 
 _VERSION = re.compile(r"\d+(?:\.\d+)+")
 _PROGRAM_S = 5.0
-_PROGRAMS = ("crun", "conmon", "qemu-system-x86_64", "skopeo", "umoci")
+_PROGRAMS = ("crun", "conmon", "qemu-system-x86_64", "skopeo")
 
 
 async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:

@@ -1,1 +1,1 @@
-"""Container images on this node: fetched by skopeo, unpacked by umoci once, kept while an allocation needs them."""
+"""Container images on this node: fetched by skopeo and unpacked once, kept while an allocation needs them."""

@@ -1,11 +1,10 @@
-"""What skopeo and umoci say when something is wrong, in words for a job's author, and whether to try again. Pure."""
+"""What skopeo and `layers` say when something is wrong, in words for a job's author, and whether to try again. Pure."""
 
 import re
 
 from outrider.errors import OutriderError
 
 _FATAL = re.compile(r'level=fatal msg="((?:[^"\\]|\\.)*)"')
-_UMOCI = re.compile(r"^\s*\u2a2f\s*(.*)$", re.MULTILINE)  # it begins a complaint with a small cross
 _CHARS_MAX = 400
 
 # The first that fits. The second part is what to do about it; the third whether it may come good by itself.
@@ -56,10 +55,12 @@ def judged(output: str) -> PullError:
     return PullError(said, retry=True)
 
 
-def not_unpacked(output: str) -> PullError:
-    """The same of umoci: its input is always the same, so only the disk can come good."""
+def not_unpacked(output: str, *, retry: bool) -> PullError:
+    """The same of the unpacker: its input is always the same, so only the host can come good."""
     said = _last_words(output)
-    return PullError(f"it cannot be unpacked ({said})", retry="no space left on device" in said)
+    if re.search("no space left on device", said, re.IGNORECASE):
+        return PullError(f"the node's disk is full ({said})", retry=True)
+    return PullError(f"it cannot be unpacked ({said})", retry=retry)
 
 
 def _last_words(output: str) -> str:
@@ -67,6 +68,5 @@ def _last_words(output: str) -> str:
     if found:
         text = found[-1].replace('\\"', '"').replace("\\\\", "\\")
     else:
-        marked = _UMOCI.findall(output)
-        text = marked[-1] if marked else (output.strip().splitlines() or ["it ended without a word"])[-1]
+        text = (output.strip().splitlines() or ["it ended without a word"])[-1]
     return " ".join(text.split())[:_CHARS_MAX]

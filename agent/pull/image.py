@@ -32,9 +32,9 @@ class Manifest(Value, frozen=True, kw_only=True):
 
 
 class Index(Value, frozen=True, kw_only=True):
-    """An image layout's `index.json`."""
+    """Of several: one for each architecture."""
 
-    manifests: tuple[Descriptor, ...]
+    manifests: tuple[Descriptor, ...] = ()
 
 
 class Settings(Value, frozen=True, kw_only=True, rename="pascal"):
@@ -68,6 +68,11 @@ class UnpackedImage(Value, frozen=True, kw_only=True):
 
 def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def listed(raw: bytes) -> tuple[str, ...]:
+    """The digests of the manifests that an index speaks of; none where it is a manifest itself."""
+    return tuple(each.digest for each in read(raw, Index, "manifest").manifests)
 
 
 def name_of(image: Image) -> str:

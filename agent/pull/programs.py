@@ -1,4 +1,4 @@
-"""Runs skopeo and umoci: bounded in what they write and in how long they may be silent, ended with this agent.
+"""Runs skopeo and what unpacks: bounded in what they write and in how long they may be silent, ended with this agent.
 
 Owns nothing beyond a call.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 from agent.pull.complaints import PullError
 from agent.sandbox import process
@@ -17,6 +18,7 @@ from outrider.model.job import MIB, Value
 _POLL_S = 0.05
 _SILENT_S_MAX = 60.0
 _OUTPUT_BYTES_MAX = 4 * MIB  # more than registries let a manifest have
+_INPUT_BYTES_MAX = 65_536  # what a pipe takes at once
 _FILES_MAX = 1_000_000
 # A proxy is the operator's to set, in the agent's own environment.
 _PASSED_ON = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
@@ -29,9 +31,16 @@ class Finished(Value, frozen=True, kw_only=True):
 
 
 async def run(
-    argv: Sequence[str], *, directory: Path, bytes_max: int, written: Callable[[int], None] | None = None
+    argv: Sequence[str],
+    *,
+    directory: Path,
+    bytes_max: int,
+    written: Callable[[int], None] | None = None,
+    told: asyncio.Future[str] | None = None,
 ) -> Finished:
     """Run a program to its end. `written` is told now and then how many bytes it has written, to whatever.
+
+    `told`: what it reads, as soon as that is known; it is started, and waits for it.
 
     Raises PullError where it writes more than `bytes_max`, makes too many files below `directory`, or falls silent.
     """
@@ -41,7 +50,9 @@ async def run(
     guarded = ("setpriv", "--pdeathsig", "KILL", process.program(argv[0]), *argv[1:])
     pid = None
     try:
-        pid = process.spawn(guarded, descriptors={1: stdout, 2: stderr}, env=environment)
+        with _Input(told) as stdin:
+            pid = process.spawn(guarded, descriptors={0: stdin.reads, 1: stdout, 2: stderr}, env=environment)
+            await stdin.tell()
         code = await _watched(pid, directory, bytes_max, written)
         pid = None
         return Finished(
@@ -56,6 +67,28 @@ async def run(
             await process.ended(pid)
         os.close(stdout)
         os.close(stderr)
+
+
+class _Input:
+    """What a program reads: nothing, or what somebody will know later."""
+
+    def __init__(self, told: asyncio.Future[str] | None) -> None:
+        self._told = told
+        self.reads, self._writes = os.pipe()  # neither is inherited
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.reads)
+        os.close(self._writes)
+
+    async def tell(self) -> None:
+        if self._told is not None:
+            text = (await self._told).encode()
+            if len(text) > _INPUT_BYTES_MAX:
+                raise PullError("it has too many layers", retry=False)
+            os.write(self._writes, text)
 
 
 async def _watched(pid: int, directory: Path, bytes_max: int, written: Callable[[int], None] | None) -> int:

@@ -1,6 +1,7 @@
 """Fetches images into the cache: each once, however many ask for it, in an order that leaves nothing half done.
 
-resolve the reference -> is its digest there? -> skopeo copies it into a layout -> umoci unpacks that -> one rename.
+resolve the reference -> is its digest there? -> skopeo fetches its blobs -> `layers` unpacks them -> one rename.
+A tag that means nothing here yet is not resolved before: what skopeo fetched says which image it is.
 Tasks: one for each image under way, in the agent's TaskGroup, ended when nobody waits for it any more.
 """
 
@@ -8,8 +9,9 @@ import asyncio
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -19,7 +21,8 @@ from agent.pull import programs
 from agent.pull.cache import Cache
 from agent.pull.complaints import PullError, judged, not_unpacked
 from agent.pull.gate import Gate
-from agent.pull.image import Configuration, Index, Manifest, UnpackedImage
+from agent.pull.image import Configuration, Manifest, UnpackedImage
+from agent.pull.layers import NEVER
 from agent.sandbox.beneath import open_beneath
 from outrider.errors import HostError
 from outrider.log import Log
@@ -29,7 +32,7 @@ _PULLS_MAX = 3
 _ACCOUNTS_BYTES_MAX = MIB
 _RESERVE_BYTES = 1024 * MIB  # with less of the disk free, what nobody needs goes first
 _POLICY = Path("/etc/containers/policy.json")
-_TAG = "image"  # within the layout in between
+_BLOBS = "blobs"  # below the scratch: as skopeo fetched them
 
 Told = Callable[[str], None]
 
@@ -115,15 +118,19 @@ class Puller:
             return PullError(f"the node's cache of images: {error.strerror}", retry=True)
 
     async def _pulled(self, image: Image, told: Told) -> UnpackedImage:
+        name = images.name_of(image)
         scratch = self._cache.scratch()
         try:
-            digest = await self._resolved(image, scratch)
-            async with self._locks.setdefault(digest, asyncio.Lock()):
-                found = self._cache.find(digest)
-                if found is None:
-                    found = await self._made(image, digest, scratch, told)
+            digest = images.pinned(image)
+            if not digest and (image.kind is not ImageKind.OCI or self._cache.meaning(name)):
+                digest = await self._resolved(image, scratch)
+            if digest:
+                async with self._lock(digest):
+                    found = self._cache.find(digest) or await self._made(image, digest, scratch, told)
+            else:
+                found = await self._made(image, "", scratch, told)
             if image.kind is ImageKind.OCI:
-                self._cache.remember(images.name_of(image), digest)
+                self._cache.remember(name, found.digest)
             return found
         finally:
             await asyncio.to_thread(caches.removed, (scratch,))
@@ -134,57 +141,81 @@ class Puller:
         done = await programs.run(argv, directory=scratch, bytes_max=self._cache.bytes_max)
         if done.code != 0:
             raise judged(done.stderr)
-        digest = images.digest_of(done.stdout)
-        if images.pinned(image) not in ("", digest):
-            raise PullError(f"the registry answers with another manifest, {digest}", retry=False)
-        return digest
+        # What was fetched by its tag is known by the manifest for this architecture, of those that the tag may mean.
+        known = (digest for digest in images.listed(done.stdout) if self._cache.find(digest) is not None)
+        return next(known, images.digest_of(done.stdout))
 
     async def fetch_blob(self, reference: str, scratch: Path, written: Callable[[int], None]) -> Path:
         """The one blob of something in a registry that is no image, below `scratch`. Raises PullError."""
         image = Image(kind=ImageKind.OCI, reference=reference)
-        layout = scratch / "layout"
-        access = self._access(image, nobody="--src-no-creds", certificates="--src-cert-dir")
-        argv = (*self._skopeo(scratch), "copy", "-q", *access, _source(image), f"oci:{layout}:{_TAG}")
-        done = await programs.run(argv, directory=scratch, bytes_max=self._cache.bytes_max, written=written)
-        if done.code != 0:
-            raise judged(done.stderr)
-        layers = _manifest(layout).layers
+        layers = _manifest(await self._copied(image, "", scratch, written)).layers
         if len(layers) != 1:
             raise PullError(f"it has {len(layers)} layers, and an artifact is one blob", retry=False)
-        return _blob_path(layout, layers[0].digest)
+        return scratch / _BLOBS / _blob_name(layers[0].digest)
 
-    async def _made(self, image: Image, digest: str, scratch: Path, told: Told) -> UnpackedImage:
+    async def _made(self, image: Image, known: str, scratch: Path, told: Told) -> UnpackedImage:
+        """`known`: its digest, whose lock is held; "" for whatever the reference means now."""
+        # What unpacks is started beside, and waits: its own start takes as long as a small image's unpacking.
+        layers: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        unpacking = self._tasks.create_task(self._unpacked(layers, scratch), name=f"unpack-{image.reference}")
+        try:
+            raw = await self._fetched(image, known, scratch, told)
+            digest = known or images.digest_of(raw)
+            async with nullcontext() if known else self._lock(digest):
+                found = self._cache.find(digest)  # it may be known by another name
+                if found is not None:
+                    return found
+                manifest = _manifest(raw)
+                configuration = images.read(_blob(scratch, manifest.config.digest), Configuration, "configuration")
+                # Judged before it is unpacked: another architecture's is not worth the disk.
+                images.check_platform(configuration, platform.machine())
+                told(f"unpacking {images.name_of(image)}")
+                layers.set_result("".join(f"{_blob_name(layer.digest)}\n" for layer in manifest.layers))
+                wrong = await unpacking
+                if wrong is not None:
+                    raise wrong
+                return await self._published(configuration, digest, scratch)
+        finally:
+            unpacking.cancel()
+            await asyncio.wait({unpacking})
+
+    async def _fetched(self, image: Image, digest: str, scratch: Path, told: Told) -> bytes:
+        """Its manifest; the blobs are there then."""
         name = images.name_of(image)
         told(f"pulling {name}")
         if shutil.disk_usage(scratch).free < _RESERVE_BYTES:
             await asyncio.to_thread(caches.removed, self._cache.evict(bytes_max=0))
-        layout = scratch / "layout"
-        access = self._access(image, nobody="--src-no-creds", certificates="--src-cert-dir")
-        argv = (*self._skopeo(scratch), "copy", "-q", *access, _source(image, digest), f"oci:{layout}:{_TAG}")
 
         def written(count: int) -> None:
             if count >= MIB:
                 told(f"pulling {name}, {count // MIB} MiB so far")
 
+        return await self._copied(image, digest, scratch, written)
+
+    async def _copied(self, image: Image, digest: str, scratch: Path, written: Callable[[int], None]) -> bytes:
+        access = self._access(image, nobody="--src-no-creds", certificates="--src-cert-dir")
+        blobs = scratch / _BLOBS
+        argv = (*self._skopeo(scratch), "copy", "-q", *access, _source(image, digest), f"dir:{blobs}")
         done = await programs.run(argv, directory=scratch, bytes_max=self._cache.bytes_max, written=written)
         if done.code != 0:
             raise judged(done.stderr)
-        manifest = _manifest(layout)
-        configuration = images.read(_blob(layout, manifest.config.digest), Configuration, "configuration")
-        # Judged before it is unpacked: another architecture's is not worth the disk.
-        images.check_platform(configuration, platform.machine())
-        told(f"unpacking {name}")
-        done = await programs.run(
-            ("umoci", "raw", "unpack", "--image", f"{layout}:{_TAG}", str(scratch / "root")),
-            directory=scratch,
-            bytes_max=self._cache.bytes_max,
-        )
-        if done.code != 0:
-            raise not_unpacked(done.stdout.decode(errors="replace") + done.stderr)
-        return await self._published(configuration, digest, scratch)
+        return (blobs / "manifest.json").read_bytes()
+
+    async def _unpacked(self, layers: asyncio.Future[str], scratch: Path) -> PullError | None:
+        """What was wrong, as a value: one raised here would end the agent."""
+        blobs, root, bytes_max = scratch / _BLOBS, scratch / "root", self._cache.bytes_max
+        blobs.mkdir()
+        argv = (sys.executable, "-m", "agent.pull.layers", str(blobs), str(root), str(bytes_max))
+        try:
+            done = await programs.run(argv, directory=scratch, bytes_max=bytes_max, told=layers)
+        except PullError as error:
+            return error
+        except OSError as error:
+            return PullError(f"the node's cache of images: {error.strerror}", retry=True)
+        return not_unpacked(done.stderr, retry=done.code != NEVER) if done.code != 0 else None
 
     async def _published(self, configuration: Configuration, digest: str, scratch: Path) -> UnpackedImage:
-        root, layout = scratch / "root", scratch / "layout"
+        root = scratch / "root"
         unpacked = images.unpacked(
             configuration,
             digest=digest,
@@ -192,7 +223,7 @@ class Puller:
             passwd=_account_file(root, "/etc/passwd"),
             group=_account_file(root, "/etc/group"),
         )
-        size_bytes = await asyncio.to_thread(_finished, root, layout)
+        size_bytes = await asyncio.to_thread(caches.size_of, root)
         if size_bytes > self._cache.bytes_max:
             raise programs.too_large(self._cache.bytes_max)
         final = self._cache.scratch()
@@ -203,6 +234,9 @@ class Puller:
         evicted = self._cache.evict(bytes_max=self._cache.bytes_max, keep=digest)
         await asyncio.to_thread(caches.removed, evicted)
         return unpacked
+
+    def _lock(self, digest: str) -> asyncio.Lock:
+        return self._locks.setdefault(digest, asyncio.Lock())
 
     def _skopeo(self, scratch: Path) -> tuple[str, ...]:
         # Where the operator has a policy (signatures, trusted registries), it holds.
@@ -236,27 +270,20 @@ def _source(image: Image, digest: str = "") -> str:
             return f"docker-archive:{image.reference}"
 
 
-def _manifest(layout: Path) -> Manifest:
-    index = images.read((layout / "index.json").read_bytes(), Index, "index")
-    if not index.manifests:
-        raise PullError("it has no manifest", retry=False)
-    return images.read(_blob(layout, index.manifests[0].digest), Manifest, "manifest")
+def _manifest(raw: bytes) -> Manifest:
+    return images.read(raw, Manifest, "manifest")
 
 
-def _blob(layout: Path, digest: str) -> bytes:
-    return _blob_path(layout, digest).read_bytes()
+def _blob(scratch: Path, digest: str) -> bytes:
+    return (scratch / _BLOBS / _blob_name(digest)).read_bytes()
 
 
-def _blob_path(layout: Path, digest: str) -> Path:
+def _blob_name(digest: str) -> str:
+    """As skopeo calls its file."""
     algorithm, _, name = digest.partition(":")
-    if algorithm != "sha256" or not name.isalnum():
+    if algorithm != "sha256" or not (name.isascii() and name.isalnum()):
         raise PullError(f"it speaks of a digest that this node does not know: {digest[:80]!r}", retry=False)
-    return layout / "blobs" / algorithm / name
-
-
-def _finished(root: Path, layout: Path) -> int:
-    shutil.rmtree(layout, ignore_errors=True)
-    return caches.size_of(root)
+    return name
 
 
 def _account_file(root: Path, path: str) -> str:

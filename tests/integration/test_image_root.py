@@ -34,7 +34,7 @@ async def runtime(place: Sandboxes) -> AsyncIterator[SandboxRuntime]:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A tree as umoci leaves it: owned by ids of the host that mean those of the image."""
+    """A tree as an image's unpacking leaves it: owned by ids of the host that mean those of the image."""
     root = tmp_path / "image"
     for name in ("bin", "etc", "home/app"):
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""skopeo's and umoci's own words, and what is made of them."""
+"""skopeo's and the unpacker's own words, and what is made of them."""
 
 import pytest
 
@@ -33,9 +33,11 @@ def test_what_skopeo_says(said: str, meaning: str, *, retry: bool) -> None:
     assert error.retry is retry
 
 
-def test_what_umoci_says() -> None:
-    error = not_unpacked("   \u2022 unpacking rootfs ...\n   \u2a2f unpack layer: link: no such file or directory\n")
-    assert str(error) == "it cannot be unpacked (unpack layer: link: no such file or directory)"
+def test_what_unpacking_says() -> None:
+    error = not_unpacked("Traceback\nlayer 2, 0123456789ab: 'x' leads out of it\n", retry=False)
+    assert str(error) == "it cannot be unpacked (layer 2, 0123456789ab: 'x' leads out of it)"
     assert not error.retry
-    assert not_unpacked("\u2a2f write: no space left on device").retry
-    assert not_unpacked("").args
+    full = not_unpacked("layer 1, 0123456789ab: /big: No space left on device", retry=True)
+    assert str(full) == "the node's disk is full (layer 1, 0123456789ab: /big: No space left on device)"
+    assert full.retry
+    assert not_unpacked("", retry=True).args
