@@ -29,6 +29,7 @@ from agent.envoys import Envoys, Files
 from agent.executor import Executor
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
+from agent.gateways import Gateways
 from agent.guest_states import GuestStates
 from agent.guests import Guests
 from agent.held import SIDECAR
@@ -69,7 +70,7 @@ from outrider.model.mesh import PUBLIC_PORT, MeshUpdate, MeshView, workload_addr
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import Identity, IdentityKind, ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
-from sidecar.core.intent import SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
+from sidecar.core.intent import SidecarGateway, SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
 from sidecar.sidecars import Sidecars
 
 if TYPE_CHECKING:
@@ -121,7 +122,6 @@ class Agent:
     def __init__(self, config: Config, host: Host, sidecars: Sidecars, tasks: asyncio.TaskGroup, log: Log) -> None:
         rng = random.Random()  # noqa: S311 - jitter
         self._config, self._host, self._sidecars, self._tasks, self._log = config, host, sidecars, tasks, log
-        self._library = _Library(sidecars, config.node_id)
         self._fingerprint: Fingerprint | None = None
         self._fleet = FleetSession(
             controllers=config.controllers, tls=config.tls, listener=self, log=Log("fleet", node=config.node), rng=rng
@@ -139,6 +139,8 @@ class Agent:
             rng=rng,
         )
         self._broker = self._make_broker()
+        self._gateways = Gateways(ask=self._fleet.secrets, give=sidecars.set_gateway_certificate, tasks=tasks, log=log)
+        self._library = _Library(sidecars, config.node_id, self._gateways)
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
         self._writer = RecordWriter(
@@ -454,12 +456,14 @@ class Agent:
 class _Library:
     """The sidecar library, as `agent.envoys` wants it."""
 
-    def __init__(self, sidecars: Sidecars, node: NodeId) -> None:
-        self._sidecars = sidecars
-        self._node = node
+    def __init__(self, sidecars: Sidecars, node: NodeId, gateways: Gateways) -> None:
+        self._sidecars, self._node, self._gateways = sidecars, node, gateways
 
     async def add(self, assignment: Assignment, *, uid: int, local_address: str) -> Files:
-        return await self._sidecars.add(sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address))
+        spec = sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address)
+        files = await self._sidecars.add(spec)
+        self._gateways.acquire(assignment)
+        return files
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
         await self._sidecars.ready(alloc, deadline_s)
@@ -471,6 +475,7 @@ class _Library:
         return sum(pair.connections_active for pair in (await self._sidecars.stats(alloc)).inbound)
 
     async def remove(self, alloc: AllocId) -> None:
+        self._gateways.release(alloc)
         await self._sidecars.remove(alloc)
 
 
@@ -492,6 +497,12 @@ def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_addres
                 upstreams=tuple(
                     SidecarUpstream(service=upstream.service, local_port=upstream.port)
                     for upstream in service.upstreams
+                ),
+                gateway=tuple(
+                    SidecarGateway(
+                        port=ports[listener.port], to=listener.to, routes=listener.routes, secret=listener.secret
+                    )
+                    for listener in service.gateway
                 ),
             )
             for index, service in enumerate(assignment.group.services)

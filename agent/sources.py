@@ -104,12 +104,12 @@ class Sources:
     ) -> AsyncIterator[tuple[str, bytes]]:
         """Pieces as (stream, bytes); followed over restarts of the task, until the allocation has ended."""
         task = self._task(alloc, task)
-        lives = bool(self._store.tasks(alloc))
+        lives = bool(self._store.tasks(alloc)) or self._holds(alloc)
         kept = self._store.allocation_directory(alloc) if lives else self._store.ended.directory(alloc)
         directory = sandbox_directory(kept, task)
 
         def following() -> bool:
-            return follow and any(held.assignment.alloc == alloc for held in self._held())
+            return follow and self._holds(alloc)
 
         async for piece in logs.read(
             str(directory),
@@ -123,6 +123,8 @@ class Sources:
         """The one that is meant. Raises RefusedError where it cannot be known."""
         tasks = self._store.tasks(alloc) or self._store.ended.tasks(alloc)
         known = [task.name for task in tasks]
+        if task == SIDECAR and self._holds(alloc):
+            return task  # of a gateway too, which has no tasks
         if not known:
             raise RefusedError("not-found", f"allocation {alloc} is not on this node, or was forgotten")
         if task in known or task == SIDECAR:
@@ -132,6 +134,9 @@ class Sources:
             return mains[0]
         what = f"no task {task!r}" if task else "several tasks"
         raise RefusedError("ambiguous", f"allocation {alloc} has {what}; say which: {', '.join(known)} or {SIDECAR}")
+
+    def _holds(self, alloc: AllocId) -> bool:
+        return any(held.assignment.alloc == alloc for held in self._held())
 
     def _is_guest(self, alloc: AllocId) -> bool:
         return any(held.assignment.alloc == alloc and has_guest(held.assignment.group) for held in self._held())

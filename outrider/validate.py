@@ -44,6 +44,7 @@ from outrider.model.job import (
 from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
 from outrider.model.node import KVM
 from outrider.placement import wrong_wishes
+from outrider.validate_gateway import gateway_findings
 from outrider.validate_kinds import group_findings, job_findings
 from outrider.validate_traffic import traffic_findings
 
@@ -111,7 +112,7 @@ def _job(job: Job) -> Iterator[Problem]:
             yield Problem(path=(*path, "count"), message="a system job runs one copy on each node; leave count out")
         yield from _rollout_kind(job, path, group)
         yield from _group(path, group)
-        for at, message in group_findings(job, group):
+        for at, message in (*group_findings(job, group), *gateway_findings(group)):
             yield Problem(path=(*path, *at), message=message)
     for at, message in job_findings(job):
         yield Problem(path=at, message=message)
@@ -126,7 +127,8 @@ def _group(path: Path, group: Group) -> Iterator[Problem]:
     yield from _disconnect((*path, "disconnect"), group.disconnect)
     yield from _stop_after((*path, "disconnect"), group)
     yield from _network((*path, "network"), group.network)
-    yield from _range((*path, "tasks"), len(group.tasks), 1, TASKS_MAX, "tasks")
+    tasks_min = 0 if any(service.gateway for service in group.services) else 1  # a gateway is its sidecar
+    yield from _range((*path, "tasks"), len(group.tasks), tasks_min, TASKS_MAX, "tasks")
     yield from _unique((*path, "tasks"), (task.name for task in group.tasks), "task")
     for task in group.tasks:
         yield from _task((*path, "tasks", task.name), task)

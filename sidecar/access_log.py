@@ -45,6 +45,12 @@ def outbound_log(source: str, destination: str, *, http: bool) -> list[Config]:
     return [_stdout({**names, **_OUTBOUND, **(_HTTP if http else _TCP), **_COMMON})]
 
 
+def gateway_log(service: str, *, http: bool) -> list[Config]:
+    """Whoever calls from outside has an address and no name."""
+    names = {"side": "gateway", "service": service, "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"}
+    return [_stdout({**names, "sni": "%REQUESTED_SERVER_NAME%", **(_HTTP if http else _TCP), **_COMMON})]
+
+
 def _stdout(fields: Config) -> Config:
     return {
         "name": "stdout",

@@ -37,6 +37,7 @@ from google.protobuf.message import Message
 from outrider.model.job import Protocol
 from outrider.model.traffic import Balancing, Limits, Outliers
 from sidecar.access_log import Config
+from sidecar.core.gateway import GatewayCertificate, GatewayCluster, GatewayListener, GatewayRoutes
 from sidecar.core.resources import (
     AccessRules,
     EndpointSet,
@@ -53,6 +54,7 @@ from sidecar.core.resources import (
     is_http,
     leaf_name,
 )
+from sidecar.render_gateway import gateway_listener, gateway_routes, gateway_way
 from sidecar.render_listener import (
     ADS,
     TLS_PARAMETERS,
@@ -117,29 +119,60 @@ def render(resource: Resource) -> discovery_pb2.Resource:
 
 def _message(resource: Resource) -> Message:
     message: Message
+    config: Config = {}
     match resource:
-        case LocalCluster():
-            message = json_format.ParseDict(_local_cluster(resource), cluster_pb2.Cluster())
-        case UpstreamCluster():
-            message = json_format.ParseDict(_upstream_cluster(resource), cluster_pb2.Cluster())
         case EndpointSet():
             message = _endpoints(resource)
-        case LeafSecret() | RootsSecret():
+        case LeafSecret() | RootsSecret() | GatewayCertificate():
             message = _secret(resource)
-        case InboundListener():
-            message = json_format.ParseDict(inbound_listener(resource), listener_pb2.Listener())
-        case OutboundListener():
-            message = json_format.ParseDict(outbound_listener(resource), listener_pb2.Listener())
-        case UpstreamRoutes():
-            message = json_format.ParseDict(upstream_routes(resource), route_pb2.RouteConfiguration())
-        case InboundRoutes():
-            message = json_format.ParseDict(inbound_routes(resource), route_pb2.RouteConfiguration())
+        case LocalCluster() | UpstreamCluster() | GatewayCluster():
+            config, message = _cluster(resource), cluster_pb2.Cluster()
+        case InboundListener() | OutboundListener() | GatewayListener():
+            config, message = _listener(resource), listener_pb2.Listener()
+        case UpstreamRoutes() | InboundRoutes() | GatewayRoutes():
+            config, message = _routes(resource), route_pb2.RouteConfiguration()
         case AccessRules():
             config = {"name": resource.name, "typed_config": access_rules(resource)}
-            message = json_format.ParseDict(config, extension_pb2.TypedExtensionConfig())
+            message = extension_pb2.TypedExtensionConfig()
         case _:
             assert_never(resource)
-    return message
+    return json_format.ParseDict(config, message)  # into what it has already
+
+
+def _cluster(cluster: LocalCluster | UpstreamCluster | GatewayCluster) -> Config:
+    match cluster:
+        case LocalCluster():
+            return _local_cluster(cluster)
+        case UpstreamCluster():
+            return _upstream_cluster(cluster)
+        case GatewayCluster():
+            return gateway_way(cluster)
+        case _:
+            assert_never(cluster)
+
+
+def _listener(listener: InboundListener | OutboundListener | GatewayListener) -> Config:
+    match listener:
+        case InboundListener():
+            return inbound_listener(listener)
+        case OutboundListener():
+            return outbound_listener(listener)
+        case GatewayListener():
+            return gateway_listener(listener)
+        case _:
+            assert_never(listener)
+
+
+def _routes(routes: UpstreamRoutes | InboundRoutes | GatewayRoutes) -> Config:
+    match routes:
+        case UpstreamRoutes():
+            return upstream_routes(routes)
+        case InboundRoutes():
+            return inbound_routes(routes)
+        case GatewayRoutes():
+            return gateway_routes(routes)
+        case _:
+            assert_never(routes)
 
 
 def _local_cluster(cluster: LocalCluster) -> Config:
@@ -265,12 +298,16 @@ def _endpoints(endpoints: EndpointSet) -> endpoint_pb2.ClusterLoadAssignment:
     return assignment
 
 
-def _secret(secret: LeafSecret | RootsSecret) -> secret_pb2.Secret:
+def _secret(secret: LeafSecret | RootsSecret | GatewayCertificate) -> secret_pb2.Secret:
     message = secret_pb2.Secret(name=secret.name)
     match secret:
         case LeafSecret():
             message.tls_certificate.certificate_chain.inline_string = secret.certificate_pem
             message.tls_certificate.private_key.inline_string = secret.key_pem
+        case GatewayCertificate():
+            # One file has both, and each reader takes its part.
+            message.tls_certificate.certificate_chain.inline_string = secret.pem
+            message.tls_certificate.private_key.inline_string = secret.pem
         case RootsSecret():
             message.validation_context.trusted_ca.inline_string = "\n".join(
                 pem.strip() for pem in secret.certificates_pem

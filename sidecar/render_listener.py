@@ -42,7 +42,7 @@ _QUERY = r"(?:\?.*)?"
 
 # On public listeners, and so on what they accept: callers on a host that died must not hold connections for ever.
 # (level, name, value) of SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT.
-_ACCEPTED = ((1, 9, 1), (6, 4, 5), (6, 5, 1), (6, 6, 3), (6, 18, 10_000))
+ACCEPTED = ((1, 9, 1), (6, 4, 5), (6, 5, 1), (6, 6, 3), (6, 18, 10_000))
 
 
 def inbound_listener(listener: InboundListener) -> Config:
@@ -64,7 +64,7 @@ def inbound_listener(listener: InboundListener) -> Config:
         "filters": _inbound_http(listener) if http else _inbound_tcp(listener),
     }
     options = [
-        {"level": level, "name": name, "int_value": value, "state": "STATE_PREBIND"} for level, name, value in _ACCEPTED
+        {"level": level, "name": name, "int_value": value, "state": "STATE_PREBIND"} for level, name, value in ACCEPTED
     ]
     return {**_listener(listener, chain, "INBOUND"), "socket_options": options}
 
@@ -137,7 +137,7 @@ def _inbound_http(listener: InboundListener) -> list[Config]:
             f"inbound.{service}",
             {
                 "rds": {"route_config_name": inbound_name(service), "config_source": ADS},
-                "http_filters": [_discovered_rules(service, _HTTP_RBAC), dormant(RATE_LIMIT), _router()],
+                "http_filters": [_discovered_rules(service, _HTTP_RBAC), dormant(RATE_LIMIT), router()],
                 # Who calls, proven by the certificate, replaces whatever the caller wrote there.
                 "forward_client_cert_details": "SANITIZE_SET",
                 "set_current_client_cert_details": {"uri": True},
@@ -210,7 +210,7 @@ def _outbound_http(listener: OutboundListener) -> list[Config]:
             f"outbound.{source}.{destination}",
             {
                 "rds": {"route_config_name": outbound_name(source, destination), "config_source": ADS},
-                "http_filters": [_tap(source, destination), dormant(FAULT), _router()],
+                "http_filters": [_tap(source, destination), dormant(FAULT), router()],
                 "local_reply_config": {"mappers": [nobody, full, late, broken, unreachable]},
                 "access_log": outbound_log(source, destination, http=True),
             },
@@ -249,7 +249,7 @@ def _tap(source: ServiceName, destination: ServiceName) -> Config:
     return dormant(TAP, {"common_config": admin, "record_headers_received_time": True})
 
 
-def _router() -> Config:
+def router() -> Config:
     router = {"@type": _TYPE + "extensions.filters.http.router.v3.Router", "suppress_envoy_headers": True}
     return {"name": "router", "typed_config": router}
 

@@ -16,7 +16,7 @@ import msgspec
 from envoy.service.discovery.v3 import discovery_pb2
 
 from outrider.errors import PeerError, RefusedError
-from outrider.ids import AllocId, ServiceName
+from outrider.ids import AllocId, SecretName, ServiceName
 from outrider.log import Log
 from outrider.model.insight import TappedCall
 from outrider.model.job import Value
@@ -121,6 +121,13 @@ class Sidecars:
         assert leaf.key_pem, f"the leaf of {leaf.service} comes without its key"
         self._leaves[leaf.service] = leaf
         self._update(*self._sidecars.values())
+
+    def set_gateway_certificate(self, alloc: AllocId, secret: SecretName, pem: str) -> None:
+        """What its gateway shows to callers from outside: certificates and key. Nothing for one that has gone."""
+        sidecar = self._sidecars.get(alloc)
+        if sidecar is not None:
+            sidecar.pems = {**sidecar.pems, secret: pem}
+            self._update(sidecar)
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
         """Returns once Envoy serves; `deadline_s` is a duration. Raises PeerError that names what is missing."""
@@ -262,6 +269,7 @@ class _Sidecar:
         self.versions: Versions = {}
         self.complete = False
         self.tapped: Pair | None = None
+        self.pems: Mapping[SecretName, str] = {}
         self.stream: Stream | None = None
         self._missing: tuple[str, ...] = ()
         self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
@@ -273,7 +281,7 @@ class _Sidecar:
         view = self._own(view)
         own = tuple(service.service for service in self.spec.services)
         leaves = {name: leaves[name] for name in own if name in leaves}
-        seen = (view, leaves, self.tapped)
+        seen = (view, leaves, self.tapped, self.pems)
         if seen == self._seen:
             return False
         self._seen = seen
@@ -282,7 +290,7 @@ class _Sidecar:
             # A controller that just started may not know yet what runs here: no key is not the same as no intention.
             rules = {name: access_rules(name, found, view.roots) for name, found in view.intentions.items()}
             history = remember(history, rules)
-        self._install(resources(self.spec, view, leaves, history, self.tapped))
+        self._install(resources(self.spec, view, leaves, history, tapped=self.tapped, pems=self.pems))
         changed = history != self.state.history
         self.state = SidecarState(token=self.state.token, history=history)
         return changed

@@ -163,7 +163,7 @@ def stop(alloc: AllocState, turn: Turn) -> None:
     if alloc.phase in _UP:
         for probe in alloc.probes.values():
             health.pause(probe, "stopping")
-        if alloc.sidecar_ready and alloc.any_live:
+        if alloc.sidecar_ready and (alloc.any_live or not alloc.tasks):  # a gateway is its sidecar alone
             alloc.become(Phase.DRAINING)
             turn.emit(DrainSidecar(alloc=alloc.id))
         else:

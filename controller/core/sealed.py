@@ -23,15 +23,14 @@ def stamped(state: State, job: Job) -> Job:
 def refusal(state: State, job: Job) -> str:
     """Why `job` cannot have the secrets that it names; "" where it can."""
     for group in job.groups:
-        for task in group.tasks:
-            for use in task.secrets:
-                entry = state.stored.secrets.get((job.namespace, use.name))
-                where = f"group {group.name}: task {task.name}"
-                if entry is None:
-                    return f"{where}: {_missing(job.namespace, use.name)}"
-                if use.version is not None and use.version not in entry.versions:
-                    kept = ", ".join(map(str, sorted(entry.versions)))
-                    return f"{where}: secret {use.name} has no version {use.version} any more; kept are {kept}"
+        for whose, use in _named(group):
+            entry = state.stored.secrets.get((job.namespace, use.name))
+            where = f"group {group.name}: {whose}"
+            if entry is None:
+                return f"{where}: {_missing(job.namespace, use.name)}"
+            if use.version is not None and use.version not in entry.versions:
+                kept = ", ".join(map(str, sorted(entry.versions)))
+                return f"{where}: secret {use.name} has no version {use.version} any more; kept are {kept}"
     return ""
 
 
@@ -116,7 +115,16 @@ def restamped(state: State, job: Job, newer: Mapping[tuple[Namespace, SecretName
 
 
 def uses(group: Group) -> Iterator[SecretUse]:
-    return (use for task in group.tasks for use in task.secrets)
+    return (use for _, use in _named(group))
+
+
+def _named(group: Group) -> Iterator[tuple[str, SecretUse]]:
+    """With whose they are, for people."""
+    yield from ((f"task {task.name}", use) for task in group.tasks for use in task.secrets)
+    for service in group.services:
+        for listener in service.gateway:
+            if listener.secret is not None:
+                yield f"gateway {service.name}", SecretUse(name=listener.secret)
 
 
 def naming(state: State, namespace: Namespace, name: SecretName) -> tuple[JobName, ...]:

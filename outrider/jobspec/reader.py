@@ -116,7 +116,9 @@ def _job(root: Node, directory: FilePath, faults: Faults) -> Job:
 def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults) -> Group:
     fields = Fields(node, path, faults, _GROUP_KEYS)
     network = read_network(fields, faults)
-    tasks = fields.required("tasks", "{server: {command: [...]}}") if isinstance(node, Mapping) else None
+    services = read_services(fields, network, faults)
+    needed = isinstance(node, Mapping) and not any(service.gateway for service in services)
+    tasks = fields.required("tasks", "{server: {command: [...]}}") if needed else fields.node("tasks")
     scaling = read_scaling(fields, faults)
     return Group(
         name=GroupName(name),
@@ -126,7 +128,7 @@ def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Fault
         reschedule=read_reschedule(fields, faults),
         disconnect=read_disconnect(fields, faults),
         network=network,
-        services=read_services(fields, network, faults),
+        services=services,
         constraints=read_constraints(fields, faults),
         affinities=read_affinities(fields, faults),
         spread=read_spread(fields, faults),

@@ -3,11 +3,12 @@
 from outrider.ids import PortName, ServiceName
 from outrider.jobspec.document import Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, listed, named, suggestion, text_of
+from outrider.jobspec.gateway import implied_upstreams, read_gateway
 from outrider.jobspec.traffic import read_traffic
 from outrider.jobspec.units import duration_s
 from outrider.model.job import Check, CheckKind, Network, Protocol, Service, Upstream
 
-_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow", "traffic", "meta")
+_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow", "traffic", "meta", "gateway")
 _KINDS = {"http": CheckKind.HTTP, "tcp": CheckKind.TCP, "grpc": CheckKind.GRPC, "command": CheckKind.COMMAND}
 
 
@@ -19,24 +20,27 @@ def read_services(group: Fields, network: Network, faults: Faults) -> tuple[Serv
     return tuple(_service(item, at, network, faults) for at, item in listed(node, path, faults))
 
 
-def _service(node: Node, path: Path, network: Network, faults: Faults) -> Service:
-    fields = Fields(node, path, faults, _SERVICE_KEYS)
+def _service(item: Node, path: Path, network: Network, faults: Faults) -> Service:
+    fields = Fields(item, path, faults, _SERVICE_KEYS)
     if not faults.told(path):
         fields.required("name", "web")
     ports = [port.name for port in network.ports]
     port = PortName(fields.text("port", "")) or None
     if port is not None and port not in ports:
         fields.fault("port", f"the group has no port {port!r}; {suggestion(port, ports)}")
-    upstreams = fields.node("upstreams")
+    node = fields.node("upstreams")
+    upstreams = _upstreams(node, (*path, "upstreams"), faults) if node is not None else ()
+    gateway = read_gateway(fields, network, faults)
     return Service(
         name=ServiceName(fields.text("name", "")),
         port=port,
         protocol=fields.choice("protocol", Protocol, Protocol.TCP),
         check=_check(fields, faults),
-        upstreams=_upstreams(upstreams, (*path, "upstreams"), faults) if upstreams is not None else (),
+        upstreams=(*upstreams, *implied_upstreams(gateway, upstreams)),
         allow=tuple(ServiceName(caller) for caller in fields.texts("allow")),
         traffic=read_traffic(fields, fields.text("name", ""), faults),
         meta=_meta(fields, faults),
+        gateway=gateway,
     )
 
 

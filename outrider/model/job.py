@@ -20,6 +20,7 @@ from outrider.ids import (
     TaskName,
 )
 from outrider.model.belongings import Artifact, SecretUse, Template, VolumeUse
+from outrider.model.gateway import GatewayListener
 from outrider.model.traffic import Traffic
 
 MIB = 1024 * 1024
@@ -199,6 +200,7 @@ class Service(Value, frozen=True, kw_only=True):
     allow: tuple[ServiceName, ...] = ()  # who may call it; "*" is everybody in the mesh
     traffic: Traffic | None = None  # None: nothing but what sidecars do anyway
     meta: Mapping[str, str] = {}  # shown in Consul; subsets choose by it
+    gateway: tuple[GatewayListener, ...] = ()  # ways in for callers outside of the mesh
 
 
 class GuestFile(Value, frozen=True, kw_only=True):

@@ -581,6 +581,69 @@ class Upstream(_message.Message):
 Global___Upstream: _TypeAlias = Upstream  # noqa: Y015
 
 @_typing.final
+class GatewayRoute(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    to: _builtins.str
+    host: _builtins.str
+    prefix: _builtins.str
+    def __init__(
+        self,
+        *,
+        to: _builtins.str = ...,
+        host: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "prefix", b"prefix", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayRoute: _TypeAlias = GatewayRoute  # noqa: Y015
+
+@_typing.final
+class GatewayListener(_message.Message):
+    """A published port where callers outside of the mesh come in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    port: _builtins.str
+    to: _builtins.str
+    secret: _builtins.str
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayRoute]: ...
+    def __init__(
+        self,
+        *,
+        port: _builtins.str = ...,
+        to: _builtins.str | None = ...,
+        routes: _abc.Iterable[Global___GatewayRoute] | None = ...,
+        secret: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_secret", b"_secret", "_to", b"_to", "secret", b"secret", "to", b"to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_secret", b"_secret", "_to", b"_to", "port", b"port", "routes", b"routes", "secret", b"secret", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__secret: _TypeAlias = _typing.Literal["secret"]  # noqa: Y015
+    _WhichOneofArgType__secret: _TypeAlias = _typing.Literal["_secret", b"_secret"]  # noqa: Y015
+    _WhichOneofReturnType__to: _TypeAlias = _typing.Literal["to"]  # noqa: Y015
+    _WhichOneofArgType__to: _TypeAlias = _typing.Literal["_to", b"_to"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__secret) -> _WhichOneofReturnType__secret | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to) -> _WhichOneofReturnType__to | None: ...
+
+Global___GatewayListener: _TypeAlias = GatewayListener  # noqa: Y015
+
+@_typing.final
 class Service(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -612,6 +675,7 @@ class Service(_message.Message):
     ALLOW_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     META_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     port: _builtins.str
     protocol: Global___Protocol.ValueType
@@ -625,6 +689,8 @@ class Service(_message.Message):
     def traffic(self) -> _traffic_pb2.Traffic: ...
     @_builtins.property
     def meta(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def gateway(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayListener]: ...
     def __init__(
         self,
         *,
@@ -636,10 +702,11 @@ class Service(_message.Message):
         allow: _abc.Iterable[_builtins.str] | None = ...,
         traffic: _traffic_pb2.Traffic | None = ...,
         meta: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        gateway: _abc.Iterable[Global___GatewayListener] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_port", b"_port", "check", b"check", "port", b"port", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_port", b"_port", "allow", b"allow", "check", b"check", "meta", b"meta", "name", b"name", "port", b"port", "protocol", b"protocol", "traffic", b"traffic", "upstreams", b"upstreams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_port", b"_port", "allow", b"allow", "check", b"check", "gateway", b"gateway", "meta", b"meta", "name", b"name", "port", b"port", "protocol", b"protocol", "traffic", b"traffic", "upstreams", b"upstreams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__port: _TypeAlias = _typing.Literal["port"]  # noqa: Y015
     _WhichOneofArgType__port: _TypeAlias = _typing.Literal["_port", b"_port"]  # noqa: Y015

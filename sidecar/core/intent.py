@@ -1,6 +1,7 @@
 """What the agent wants of one sidecar. Values only; peers and intentions come with the mesh view."""
 
-from outrider.ids import AllocId, NodeId, ServiceName
+from outrider.ids import AllocId, NodeId, SecretName, ServiceName
+from outrider.model.gateway import GatewayRoute
 from outrider.model.job import Protocol, Value
 
 
@@ -9,6 +10,15 @@ class SidecarUpstream(Value, frozen=True, kw_only=True):
 
     service: ServiceName
     local_port: int | None = None
+
+
+class SidecarGateway(Value, frozen=True, kw_only=True):
+    """A port where callers outside of the mesh come in."""
+
+    port: int
+    to: ServiceName | None = None
+    routes: tuple[GatewayRoute, ...] = ()
+    secret: SecretName | None = None
 
 
 class SidecarService(Value, frozen=True, kw_only=True):
@@ -20,6 +30,7 @@ class SidecarService(Value, frozen=True, kw_only=True):
     workload_port: int | None = None  # None: it only calls, nothing listens
     protocol: Protocol = Protocol.TCP
     upstreams: tuple[SidecarUpstream, ...] = ()
+    gateway: tuple[SidecarGateway, ...] = ()
 
 
 class SidecarSpec(Value, frozen=True, kw_only=True):

@@ -8,11 +8,12 @@ from enum import StrEnum
 
 import msgspec
 
-from outrider.ids import NodeId, ServiceName
+from outrider.ids import NodeId, SecretName, ServiceName
 from outrider.model.job import Protocol, Value
 from outrider.model.mesh import VIRTUAL_PORT, Leaf, MeshService, MeshView, spiffe_id
 from outrider.model.traffic import HttpFault, RateLimit
 from sidecar.core.access import AccessHistory, AccessRule
+from sidecar.core.gateway import GatewayResource, gateway_parts
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
 from sidecar.core.traffic import Backend, Backends, PairRoute, Shadow, leg_name, pair_routes
 
@@ -132,6 +133,7 @@ Resource = (
     | UpstreamRoutes
     | InboundRoutes
     | AccessRules
+    | GatewayResource
 )
 
 
@@ -147,10 +149,12 @@ def resources(
     view: MeshView,
     leaves: Mapping[ServiceName, Leaf],
     history: Mapping[ServiceName, AccessHistory],
+    *,
     tapped: Pair | None = None,
+    pems: Mapping[SecretName, str] = {},
 ) -> ResourceSet:
     """What `spec` needs under `view`. `leaves` have their keys; `history` has each service's rules as of now; of
-    `tapped` somebody looks at the requests."""
+    `tapped` somebody looks at the requests; `pems` are the gateways' certificates and keys."""
     if not (view.roots.trust_domain and view.roots.datacenter and view.roots.certificates_pem):
         return ResourceSet(resources={}, missing=("the mesh's trust roots",))
     found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
@@ -185,7 +189,27 @@ def resources(
                 virtual_taken=virtual_taken,
                 tapped=tapped,
             )
+        if service.gateway:
+            missing += _add_gateway(found, spec, service, view, pems)
     return ResourceSet(resources=found, missing=tuple(missing))
+
+
+def _add_gateway(
+    found: dict[Kind, dict[str, Resource]],
+    spec: SidecarSpec,
+    service: SidecarService,
+    view: MeshView,
+    pems: Mapping[SecretName, str],
+) -> tuple[str, ...]:
+    parts = gateway_parts(spec, service, view.services, pems)
+    for kind, several in (
+        (Kind.CLUSTER, parts.clusters),
+        (Kind.SECRET, parts.certificates),
+        (Kind.LISTENER, parts.listeners),
+        (Kind.ROUTES, parts.routes),
+    ):
+        found[kind].update({one.name: one for one in several})
+    return parts.missing
 
 
 def leaf_name(service: ServiceName) -> str:

@@ -2,20 +2,33 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import examples.shop
 from examples.shop.fleet import ShopFleet
 from examples.shop.show import Show, UntrueError
 from outrider.cli.address import Address
 from outrider.cli.client import Fleet, open_channel
 from outrider.model.mesh import Action
-from tests.integration.fleet import DevFleet, fleet
+from tests.integration.certificates import Authority
+from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
 pytestmark = pytest.mark.host
+_ASK = """
+import ssl, sys, urllib.error, urllib.request
+request = urllib.request.Request(sys.argv[1], headers={"host": "shop.example"})
+try:
+    print(urllib.request.urlopen(request, timeout=10, context=ssl._create_unverified_context()).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+"""
 
 
 class Shown:
@@ -91,7 +104,7 @@ def test_prometheus_has_the_figures_of_each_pair(shown: Shown) -> None:
 
 @pytest.mark.usefixtures("shown")
 def test_the_command_line_tells_of_the_shop(fleet: DevFleet) -> None:
-    assert {job["name"] for job in fleet.json("job", "ls")} == {"shop", "shopper", "intruder"}
+    assert {"shop", "shopper", "intruder"} <= {job["name"] for job in fleet.json("job", "ls")}
     status = fleet.json("job", "status", "shop")
     assert status["rollout"] == "successful"
     web = next(each for each in status["allocations"] if each["group"] == "web")
@@ -116,6 +129,38 @@ def test_the_command_line_tells_of_the_mesh(fleet: DevFleet) -> None:
     assert [root["active"] for root in certificates["roots"]] == [True]
     assert {leaf["service"] for leaf in certificates["leaves"]} == {"shopper", "intruder", "web", "api", "redis"}
     assert certificates["trust_domain"].endswith(".consul")
+
+
+@pytest.mark.usefixtures("shown")
+def test_a_gateway_lets_callers_from_outside_in_where_the_service_allows_it(fleet: DevFleet, tmp_path: Path) -> None:
+    job = str(Path(examples.shop.__file__).with_name("edge.yaml"))
+    missing = fleet.outrider("job", "run", job)
+    assert (missing.returncode, "gateway edge: no secret 'edge-tls' in namespace default" in missing.stderr) == (
+        1,
+        True,
+    )
+    leaf = Authority("outside", "none").leaf("edge", "https://shop.example")
+    pem = tmp_path / "edge.pem"
+    pem.write_text(leaf.certificate_pem + leaf.key_pem)
+    assert fleet.outrider("secret", "put", "edge-tls", "--file", str(pem)).returncode == 0
+    run = fleet.outrider("job", "run", job)
+    assert run.returncode == 0, run.stderr
+    (alloc,) = fleet.json("job", "status", "edge")["allocations"]
+    node = fleet.layout.address(alloc["node"])
+
+    def ask(url: str) -> str:
+        """From another host: the control namespace."""
+        into = ("nsenter", f"--net={fleet.layout.control_namespace}", "--", sys.executable, "-c", _ASK, url)
+        return subprocess.run(into, capture_output=True, text=True, check=False, timeout=60).stdout
+
+    assert "svc/edge may not call service web" in ask(f"http://{node}:8480/")
+    assert fleet.outrider("intention", "create", "edge", "web").returncode == 0
+    eventually(lambda: '"web"' in ask(f"http://{node}:8480/"), "the shop, in the clear")
+    assert '"web"' in ask(f"https://{node}:8443/")
+    assert '"side":"gateway"' in fleet.outrider("alloc", "logs", alloc["id"], "sidecar").stdout
+    assert fleet.outrider("mesh", "explain", "edge", "web").returncode == 0
+    assert fleet.outrider("job", "stop", "edge").returncode == 0
+    assert fleet.outrider("intention", "delete", "edge", "web").returncode == 0
 
 
 @pytest.mark.usefixtures("shown")

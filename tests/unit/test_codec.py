@@ -8,7 +8,7 @@ import pytest
 from outrider import codec
 from outrider.errors import InputError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, PortName, ServiceName, TaskName
-from outrider.model import access, allocation, belongings, fleet, insight, job, mesh, node, traffic
+from outrider.model import access, allocation, belongings, fleet, gateway, insight, job, mesh, node, traffic
 from outrider.v1 import (
     access_pb2,
     allocation_pb2,
@@ -31,6 +31,7 @@ PAIRS = (
     (belongings, belongings_pb2),
     (traffic, traffic_pb2),
     (insight, insight_pb2),
+    (gateway, job_pb2),
 )
 LOCAL_ONLY = {"Value", "TrafficValue", "Belonging", "MeshView", "LocalService"}  # never sent whole
 
