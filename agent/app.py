@@ -25,7 +25,7 @@ from agent.core.events import Assigned, ControllerHeard, Recovered, Saved
 from agent.discovery import Discovery
 from agent.drivers.process import sandbox_id
 from agent.engine import Engine
-from agent.envoys import Envoys, Files
+from agent.envoys import Envoys
 from agent.executor import Executor
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
@@ -39,6 +39,7 @@ from agent.insight import Insight
 from agent.join import join
 from agent.last_heard import LastHeard
 from agent.leaves import Leaves
+from agent.library import SidecarLibrary
 from agent.load import Load
 from agent.mesh_relay import MeshRelay
 from agent.metrics import NodeFigures, Workload, http_listener
@@ -62,15 +63,14 @@ from agent.vms import Vms
 from outrider import __version__
 from outrider.clock import wall_s
 from outrider.errors import PeerError
-from outrider.ids import AllocId, NodeId, TaskName
+from outrider.ids import AllocId, TaskName
 from outrider.log import Log
-from outrider.model.allocation import AllocReport, Assignment
-from outrider.model.job import inner_ports
-from outrider.model.mesh import PUBLIC_PORT, MeshUpdate, MeshView, workload_address
+from outrider.model.allocation import AllocReport
+from outrider.model.mesh import MeshUpdate, MeshView
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import Identity, IdentityKind, ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
-from sidecar.core.intent import SidecarGateway, SidecarService, SidecarSpec, SidecarStats, SidecarUpstream
+from sidecar.core.intent import SidecarStats
 from sidecar.sidecars import Sidecars
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Agent:
         )
         self._broker = self._make_broker()
         self._gateways = Gateways(ask=self._fleet.secrets, give=sidecars.set_gateway_certificate, tasks=tasks, log=log)
-        self._library = _Library(sidecars, config.node_id, self._gateways)
+        self._library = SidecarLibrary(sidecars, config.node_id, self._gateways)
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
         self._writer = RecordWriter(
@@ -451,60 +451,3 @@ class Agent:
         self._log.info("kvm tested", verdict=verdict)
         self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=verdict)
         self._fleet.fingerprint_changed(self._fingerprint)
-
-
-class _Library:
-    """The sidecar library, as `agent.envoys` wants it."""
-
-    def __init__(self, sidecars: Sidecars, node: NodeId, gateways: Gateways) -> None:
-        self._sidecars, self._node, self._gateways = sidecars, node, gateways
-
-    async def add(self, assignment: Assignment, *, uid: int, local_address: str) -> Files:
-        spec = sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address)
-        files = await self._sidecars.add(spec)
-        self._gateways.acquire(assignment)
-        return files
-
-    async def ready(self, alloc: AllocId, deadline_s: float) -> None:
-        await self._sidecars.ready(alloc, deadline_s)
-
-    async def drain(self, alloc: AllocId) -> None:
-        await self._sidecars.drain(alloc)
-
-    async def inbound_active(self, alloc: AllocId) -> int:
-        return sum(pair.connections_active for pair in (await self._sidecars.stats(alloc)).inbound)
-
-    async def remove(self, alloc: AllocId) -> None:
-        self._gateways.release(alloc)
-        await self._sidecars.remove(alloc)
-
-
-def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_address: str) -> SidecarSpec:
-    """What the sidecar of `assignment` fronts and calls."""
-    ports = inner_ports(assignment.group.network)
-    return SidecarSpec(
-        alloc=assignment.alloc,
-        node=node,
-        uid=uid,
-        local_address=local_address,
-        services=tuple(
-            SidecarService(
-                service=service.name,
-                public_port=PUBLIC_PORT + index,
-                workload_address=workload_address(assignment.group),
-                workload_port=ports[service.port] if service.port is not None else None,
-                protocol=service.protocol,
-                upstreams=tuple(
-                    SidecarUpstream(service=upstream.service, local_port=upstream.port)
-                    for upstream in service.upstreams
-                ),
-                gateway=tuple(
-                    SidecarGateway(
-                        port=ports[listener.port], to=listener.to, routes=listener.routes, secret=listener.secret
-                    )
-                    for listener in service.gateway
-                ),
-            )
-            for index, service in enumerate(assignment.group.services)
-        ),
-    )

@@ -185,7 +185,7 @@ class Executor:
             if network is not None:
                 held.namespace, held.local_address = network.namespace, network.local_address
                 self._leaves.acquire(alloc, _services(assignment), self._tasks)
-                self._names.adopt(alloc, _upstreams(assignment), guest=has_guest(assignment.group))
+                self._names.adopt(alloc, assignment.group)
         held.assignment = assignment
         return held
 
@@ -212,7 +212,7 @@ class Executor:
             return
         held.namespace, held.local_address = network.namespace, network.local_address
         # Names are there long before the first task is: Envoy takes its time.
-        attaching = self._names.attach(alloc, _upstreams(assignment), guest=has_guest(assignment.group))
+        attaching = self._names.attach(alloc, assignment.group)
         self._tasks.create_task(attaching, name=f"{alloc}-names")
         await self._tell(NetworkReady(alloc=alloc, local_address=network.local_address))
 
@@ -412,7 +412,3 @@ async def _ended(watcher: asyncio.Task[None], timeout_s: float) -> bool:
 
 def _services(assignment: Assignment) -> tuple[ServiceName, ...]:
     return tuple(service.name for service in assignment.group.services)
-
-
-def _upstreams(assignment: Assignment) -> frozenset[ServiceName]:
-    return frozenset(upstream.service for service in assignment.group.services for upstream in service.upstreams)

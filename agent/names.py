@@ -6,7 +6,7 @@ changed. A responder that is away delays names, never a workload.
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from agent.network.dns.resolver import Resolver, open_dns_sockets
@@ -17,6 +17,7 @@ from agent.sandbox.spec import INNER_USER, StartError
 from outrider.errors import HostError, InputError, PeerError
 from outrider.ids import AllocId, ServiceName
 from outrider.log import Log
+from outrider.model.job import Group, has_guest
 from outrider.model.mesh import MeshView
 
 _RETRY_S = 0.5
@@ -44,6 +45,8 @@ class Names:
         self._resolver = Resolver(socket=responder_socket(self._sockets))
         self._log = log
         self._view: Mapping[ServiceName, str] | None = None  # None: the mesh is not known yet
+        self._reach: Mapping[ServiceName, tuple[ServiceName, ...]] = {}  # of transparent services
+        self._services: dict[AllocId, frozenset[ServiceName]] = {}
         self._upstreams: dict[AllocId, frozenset[ServiceName]] = {}
         self._guests: set[AllocId] = set()  # those that get their address from the responder
         self._told: dict[AllocId, Mapping[str, str]] = {}
@@ -51,27 +54,28 @@ class Names:
 
     def set_view(self, view: MeshView) -> None:
         addresses = {name: service.virtual_address for name, service in view.services.items()}
-        if addresses != self._view:
-            self._view = addresses
+        if (addresses, view.reach) != (self._view, self._reach):
+            self._view, self._reach = addresses, view.reach
             self._changed.set()
 
-    async def attach(self, alloc: AllocId, upstreams: Iterable[ServiceName], *, guest: bool) -> None:
+    async def attach(self, alloc: AllocId, group: Group) -> None:
         """Before the allocation's tasks start. Returns even where the responder is away: it is told later."""
-        self._remember(alloc, upstreams, guest=guest)
+        self._remember(alloc, group)
         try:
             await self._tell(alloc)
         except (PeerError, HostError, InputError) as error:
             self._log.warning("names delayed", alloc=alloc, reason=str(error))
             self._changed.set()
 
-    def adopt(self, alloc: AllocId, upstreams: Iterable[ServiceName], *, guest: bool) -> None:
+    def adopt(self, alloc: AllocId, group: Group) -> None:
         """The responder may have answered for it all the while: nothing changes until the mesh is known."""
-        self._remember(alloc, upstreams, guest=guest)
+        self._remember(alloc, group)
         self._changed.set()
 
     async def detach(self, alloc: AllocId) -> None:
         """Its sockets would keep the namespace alive. A responder that is away holds none."""
         self._upstreams.pop(alloc, None)
+        self._services.pop(alloc, None)
         self._guests.discard(alloc)
         self._told.pop(alloc, None)
         try:
@@ -154,10 +158,12 @@ class Names:
         await self._resolver.set_names(alloc, names)
         self._told[alloc] = names
 
-    def _remember(self, alloc: AllocId, upstreams: Iterable[ServiceName], *, guest: bool) -> None:
-        self._upstreams[alloc] = frozenset(upstreams)
-        if guest:
+    def _remember(self, alloc: AllocId, group: Group) -> None:
+        self._services[alloc] = frozenset(service.name for service in group.services)
+        self._upstreams[alloc] = frozenset(one.service for service in group.services for one in service.upstreams)
+        if has_guest(group):
             self._guests.add(alloc)
 
     def _names(self, alloc: AllocId, view: Mapping[ServiceName, str]) -> Mapping[str, str]:
-        return {name: view[name] for name in self._upstreams.get(alloc, ()) if name in view}
+        reached = (name for service in self._services.get(alloc, ()) for name in self._reach.get(service, ()))
+        return {name: view[name] for name in {*self._upstreams.get(alloc, ()), *reached} if name in view}

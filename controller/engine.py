@@ -31,7 +31,7 @@ from controller.core.commands import (
     WithdrawEndpoints,
 )
 from controller.core.events import Appended, Event, HeartbeatReceived, JobSubmitted, RequestId, Tick
-from controller.core.mesh_intent import NodeRegistration, OwnedIntention, OwnedTraffic
+from controller.core.mesh_intent import Interests, NodeRegistration, OwnedIntention, OwnedTraffic
 from controller.core.policy import Policy
 from controller.core.records import Record
 from controller.core.state import State
@@ -79,7 +79,7 @@ class MeshRecord(Protocol):
     def set_intentions(self, intentions: tuple[OwnedIntention, ...]) -> None: ...
     def set_traffic(self, traffic: tuple[OwnedTraffic, ...]) -> None: ...
     def set_services(self, services: Mapping[ServiceName, tuple[int, ServiceProtocol]]) -> None: ...
-    def set_interests(self, node: NodeId, called: frozenset[ServiceName], placed: frozenset[ServiceName]) -> None: ...
+    def set_interests(self, node: NodeId, interests: Interests) -> None: ...
     def withdraw(self, allocs: tuple[AllocId, ...], services: tuple[ServiceName, ...]) -> None: ...
 
 
@@ -343,8 +343,7 @@ class Engine:
             self._mesh.set_traffic(mesh_intent.owned_traffic(self.state))
         for node in sorted(nodes):
             self._mesh.set_node(mesh_intent.registration(self.state, node))
-            interests = mesh_intent.interests(self.state, node)
-            self._mesh.set_interests(node, interests.called, interests.placed)
+            self._mesh.set_interests(node, mesh_intent.interests(self.state, node))
 
     async def _commit_forever(self) -> None:
         loop = asyncio.get_running_loop()

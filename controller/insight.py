@@ -110,8 +110,8 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
         self.require(capability, service_namespace(self.state, source), f"requests of service {source}")
         if not 0 < request.percent <= 100:
             raise InputError(f"sample: {request.percent:g} %; more than 0, at most 100")
-        if (source, destination) not in set(core.declared(self.state)):
-            raise RefusedError("not-found", core.about_name(self.state, source, destination, "").text)
+        if not self._named(source, destination):
+            raise RefusedError("not-found", core.about_name(source, destination, "", named=False).text)
         allocations = core.callers(self.state, source)[:TAPPED_MAX]
         if not allocations:
             raise RefusedError("not-running", core.about_caller(self.state, source, ()).text)
@@ -154,7 +154,8 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
         callers = core.callers(state, source)
         yield core.about_caller(state, source, callers)
         service = self._mesh.service(destination)
-        yield core.about_name(state, source, destination, service.virtual_address if service else "")
+        known_name = self._named(source, destination)
+        yield core.about_name(source, destination, service.virtual_address if service else "", named=known_name)
         if service is not None:
             named = {ServiceName(leg.service) for leg in core.legs(destination, service.traffic)}
             known = {name: self._mesh.service(name) for name in named}
@@ -168,7 +169,7 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
         async with within(MESH_TIMEOUT_S, "the catalog"):
             allowed, decided_by = await self._mesh.check(source, destination)
         yield core.about_intention(source, destination, allowed=allowed, decided_by=decided_by)
-        if not callers or service is None or (source, destination) not in set(core.declared(state)):
+        if not callers or service is None or not known_name:
             return
         async for finding in self._tried(callers[0], service, source, path):
             yield finding
@@ -224,6 +225,12 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
                     yield frame.mesh
                 elif frame.HasField("end") and frame.end.error:
                     raise RefusedError("node-refused", f"node {node}: {frame.end.error}")
+
+    def _named(self, source: ServiceName, destination: ServiceName) -> bool:
+        """Whether `source`'s sidecars know `destination`: as an upstream, or because it is transparent and allowed."""
+        if (source, destination) in set(core.declared(self.state)):
+            return True
+        return core.is_transparent(self.state, source) and destination in self._mesh.reach(source)
 
     def _sees_service(self, service: str) -> bool:
         return self.sees(service_namespace(self.state, service))

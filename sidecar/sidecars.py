@@ -275,6 +275,7 @@ class _Sidecar:
         self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
         self._seen: tuple[object, ...] = ()
         self._services: dict[ServiceName, MeshService] = {}
+        self._reach: dict[ServiceName, tuple[ServiceName, ...]] = {}
 
     def update(self, view: MeshView, leaves: Mapping[ServiceName, Leaf]) -> bool:
         """Takes the newest view in. Returns whether `state` changed and must be saved."""
@@ -347,16 +348,24 @@ class _Sidecar:
         """The part of the node's view that this sidecar uses. A service that left the view has no endpoints: its
         listener stays, for what was sent once never goes."""
         for service in self.spec.services:
-            for upstream in service.upstreams:
-                self._take(view, upstream.service)
-                for name in (
-                    used_services(self._services[upstream.service]) if upstream.service in self._services else ()
-                ):
+            # What was once in reach keeps its listener; its names went, and its sidecars refuse.
+            reached = dict.fromkeys((*self._reach.get(service.service, ()), *view.reach.get(service.service, ())))
+            if reached:
+                self._reach[service.service] = tuple(reached)
+            for called in (*(upstream.service for upstream in service.upstreams), *reached):
+                self._take(view, called)
+                for name in used_services(self._services[called]) if called in self._services else ():
                     self._take(view, ServiceName(name))
         own = tuple(service.service for service in self.spec.services)
         intentions = {name: view.intentions[name] for name in own if name in view.intentions}
         rates = {name: view.rates[name] for name in own if name in view.rates}
-        return MeshView(services=dict(self._services), intentions=intentions, rates=rates, roots=view.roots)
+        return MeshView(
+            services=dict(self._services),
+            intentions=intentions,
+            rates=rates,
+            reach=dict(self._reach),
+            roots=view.roots,
+        )
 
     def _take(self, view: MeshView, name: ServiceName) -> None:
         if name in view.services:

@@ -8,12 +8,17 @@ def updated(view: MeshView, update: MeshUpdate) -> MeshView:
     services = {} if update.full else dict(view.services)
     intentions = {} if update.full else dict(view.intentions)
     rates = {} if update.full else dict(view.rates)
+    reach = {} if update.full else dict(view.reach)
     for name in update.services_removed:
         services.pop(name, None)
     for name in update.intentions_removed:
         intentions.pop(name, None)
         rates.pop(name, None)
+        reach.pop(name, None)
     services |= {service.name: service for service in update.services}
     intentions |= {each.service: each.intentions for each in update.intentions}
     rates |= {each.service: each.rate for each in update.intentions}
-    return MeshView(services=services, intentions=intentions, rates=rates, roots=update.roots or view.roots)
+    reach |= {each.service: each.reach for each in update.intentions}
+    return MeshView(
+        services=services, intentions=intentions, rates=rates, reach=reach, roots=update.roots or view.roots
+    )

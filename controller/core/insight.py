@@ -104,8 +104,13 @@ def about_caller(state: State, source: ServiceName, found: tuple[Allocation, ...
     return _bad(CallPart.CALLER, f"no job of this fleet has a service {source}; `outrider job ls` lists them")
 
 
-def about_name(state: State, source: ServiceName, destination: ServiceName, address: str) -> Finding:
-    if (source, destination) not in set(declared(state)):
+def is_transparent(state: State, source: ServiceName) -> bool:
+    return any(one.name == source and one.transparent for each in state.groups.values() for one in each.group.services)
+
+
+def about_name(source: ServiceName, destination: ServiceName, address: str, *, named: bool) -> Finding:
+    """`named`: among its upstreams, or in reach of a transparent one."""
+    if not named:
         hint = f"add `upstreams: [{destination}]` to service {source} in its job"
         return _bad(CallPart.NAME, f"{source} does not name {destination} under `upstreams`: {hint}")
     if not address:

@@ -61,8 +61,9 @@ class OwnedTraffic(Value, frozen=True, kw_only=True):
 class Interests(Value, frozen=True, kw_only=True):
     """What one node's sidecars need to know about."""
 
-    called: frozenset[ServiceName]
-    placed: frozenset[ServiceName]
+    called: frozenset[ServiceName] = frozenset()
+    placed: frozenset[ServiceName] = frozenset()
+    transparent: frozenset[ServiceName] = frozenset()  # of those placed: they call whoever lets them
 
 
 def registration(state: State, node: NodeId) -> NodeRegistration:
@@ -129,12 +130,15 @@ def virtual_services(state: State) -> Mapping[ServiceName, tuple[int, Protocol]]
 def interests(state: State, node: NodeId) -> Interests:
     called: set[ServiceName] = set()
     placed: set[ServiceName] = set()
+    transparent: set[ServiceName] = set()
     ref = state.nodes.reference.get(node)
     for _, row in _serving(state, ref) if ref is not None else ():
         for service in state.group_of(row).group.services:
             placed.add(service.name)
+            if service.transparent:
+                transparent.add(service.name)
             called.update(upstream.service for upstream in service.upstreams)
-    return Interests(called=frozenset(called), placed=frozenset(placed))
+    return Interests(called=frozenset(called), placed=frozenset(placed), transparent=frozenset(transparent))
 
 
 def may_hold_leaf(state: State, node: NodeId, service: ServiceName) -> bool:

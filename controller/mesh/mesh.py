@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 from controller import entries
-from controller.core.mesh_intent import NodeRegistration, OwnedIntention, OwnedTraffic
+from controller.core.mesh_intent import Interests, NodeRegistration, OwnedIntention, OwnedTraffic
 from controller.entries import http_rule
 from controller.mesh.backoff import Backoff
 from controller.mesh.consul_adapter import ConsulAdapter, Dialect
@@ -20,7 +20,7 @@ from controller.mesh.issuer import Issuer
 from controller.mesh.leader import RENEW_S, Leadership, Lock
 from controller.mesh.owned_entries import owned_entries, plan_entries
 from controller.mesh.shapes import ConsulIntention, ConsulPermission, ConsulRoots, HealthRow
-from controller.mesh.views import Interests, Updates, Views
+from controller.mesh.views import Updates, Views
 from controller.mesh.watcher import Watcher
 from controller.mesh.writer import Writer
 from outrider.errors import InputError, PeerError, RefusedError
@@ -123,10 +123,11 @@ class Mesh:
         """Every service name that has a virtual address: its index, and the protocol that it speaks."""
         self._protocols = {name: protocol for name, (_, protocol) in services.items()}
         self._send(self._views.set_services(services))
+        self._watcher.set_services(self._views.called())
         self._writer.set_addresses({name: virtual_address(index) for name, (index, _) in services.items()})
 
-    def set_interests(self, node: NodeId, called: frozenset[ServiceName], placed: frozenset[ServiceName]) -> None:
-        self._send(self._views.set_interests(node, Interests(called=called, placed=placed)))
+    def set_interests(self, node: NodeId, interests: Interests) -> None:
+        self._send(self._views.set_interests(node, interests))
         self._watcher.set_services(self._views.called())
 
     def full(self, node: NodeId) -> MeshUpdate:
@@ -154,6 +155,10 @@ class Mesh:
     def service(self, name: ServiceName) -> MeshService | None:
         """As its callers' sidecars see it; None while nobody calls it, or the catalog was not asked for it."""
         return self._views.service(name)
+
+    def reach(self, source: ServiceName) -> tuple[ServiceName, ...]:
+        """Whom a transparent service may call, beside its upstreams."""
+        return self._views.reach(source)
 
     def roots(self) -> TrustRoots:
         return self._views.roots
@@ -307,6 +312,7 @@ class Mesh:
 
     def _saw_intentions(self, found: list[ConsulIntention]) -> None:
         self._send(self._views.set_intentions(tuple(intention(one, self._cluster) for one in found)))
+        self._watcher.set_services(self._views.called())
         plan = plan_owned(self._owned, found, self._cluster)
         if plan.create or plan.update or plan.delete:
             self._writer.check_intentions()

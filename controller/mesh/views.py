@@ -7,10 +7,12 @@ has not been asked yet is left out: a controller that has just started must not 
 from collections.abc import Iterable, Mapping
 
 from controller import entries as config
-from controller.mesh.intentions import bearing_on
+from controller.core.mesh_intent import Interests
+from controller.mesh.intentions import bearing_on, decide
 from outrider.ids import AllocId, NodeId, ServiceName
-from outrider.model.job import Protocol, Value
+from outrider.model.job import Protocol
 from outrider.model.mesh import (
+    Action,
     Endpoint,
     Intention,
     MeshService,
@@ -19,14 +21,9 @@ from outrider.model.mesh import (
     TrustRoots,
     virtual_address,
 )
-from outrider.model.traffic import ServiceTraffic
+from outrider.model.traffic import ServiceTraffic, Verdict
 
 Updates = list[tuple[NodeId, MeshUpdate]]
-
-
-class Interests(Value, frozen=True, kw_only=True):
-    called: frozenset[ServiceName] = frozenset()
-    placed: frozenset[ServiceName] = frozenset()
 
 
 class _Session:
@@ -51,18 +48,20 @@ class Views:
         self.roots = TrustRoots()
         self.entries: config.Entries | None = None  # None: not asked yet
         self._traffic: dict[ServiceName, ServiceTraffic] = {}  # compiled since they changed
+        self._reach: dict[ServiceName, tuple[ServiceName, ...]] = {}  # since intentions or services changed
         self.interests: dict[NodeId, Interests] = {}
         self._sessions: dict[NodeId, _Session] = {}
         self._version = 0
 
     def called(self) -> frozenset[ServiceName]:
         """The services whose endpoints somebody needs."""
-        named: set[ServiceName] = set().union(*(interests.called for interests in self.interests.values()))
+        named: set[ServiceName] = set().union(*(self._wanted(interests) for interests in self.interests.values()))
         return frozenset(self._reached(named))
 
     def set_services(self, services: Mapping[ServiceName, tuple[int, Protocol]]) -> Updates:
         changed = {name for name in {*services, *self.services} if services.get(name) != self.services.get(name)}
         self.services = dict(services)
+        self._reach.clear()
         return self._differences(changed)
 
     def set_endpoints(self, service: ServiceName, endpoints: tuple[Endpoint, ...]) -> Updates:
@@ -74,8 +73,10 @@ class Views:
         self.endpoints.pop(service, None)
 
     def set_intentions(self, intentions: tuple[Intention, ...]) -> Updates:
+        before = self._opened()
         self.intentions = intentions
-        return self._differences(())
+        self._reach.clear()
+        return self._differences(before ^ self._opened())
 
     def set_entries(self, entries: config.Entries) -> Updates:
         """Consul's config entries, all of them."""
@@ -118,6 +119,23 @@ class Views:
                 if session.acknowledged < session.changed.get(service, 0):
                     return False
         return True
+
+    def reach(self, source: ServiceName) -> tuple[ServiceName, ...]:
+        """The services that let `source` call them, if only a part of its requests."""
+        if source not in self._reach:
+            intentions = self.intentions or ()
+            self._reach[source] = tuple(
+                name for name in sorted(self.services) if name != source and _lets(decide(intentions, source, name))
+            )
+        return self._reach[source]
+
+    def _wanted(self, interests: Interests) -> frozenset[ServiceName]:
+        return interests.called.union(*(self.reach(source) for source in interests.transparent))
+
+    def _opened(self) -> set[ServiceName]:
+        """What is in reach of any transparent service."""
+        transparent = {source for interests in self.interests.values() for source in interests.transparent}
+        return {name for source in transparent for name in self.reach(source)}
 
     def service(self, name: ServiceName) -> MeshService | None:
         """None while the controller has given the name no virtual address, or the catalog was not asked for it,
@@ -164,7 +182,7 @@ class Views:
         full = not session.complete and self._answers(interests)
         if full:
             session.complete, session.services, session.intentions = True, {}, {}
-        called = self._reached(interests.called)
+        called = self._reached(self._wanted(interests))
         names = called | session.services.keys()
         if changed is not None and not full:
             names &= changed
@@ -177,6 +195,7 @@ class Views:
                 service=name,
                 intentions=bearing_on(self.intentions or (), name),
                 rate=config.rate_of(self.entries or {}, name),
+                reach=self.reach(name) if name in interests.transparent else (),
             )
             for name in placed
         }
@@ -204,8 +223,15 @@ class Views:
     def _answers(self, interests: Interests) -> bool:
         """Whether the catalog was asked for all that these interests need."""
         known = self.intentions is not None and self.entries is not None and self.roots.trust_domain != ""
-        return known and all(name in self.endpoints for name in self._reached(interests.called))
+        return known and all(name in self.endpoints for name in self._reached(self._wanted(interests)))
 
     def _next_version(self) -> int:
         self._version += 1
         return self._version
+
+
+def _lets(intention: Intention | None) -> bool:
+    """Without one: the default, deny."""
+    if intention is None:
+        return False
+    return intention.action is Action.ALLOW or any(one.action is Verdict.ALLOW for one in intention.permissions)

@@ -8,7 +8,7 @@ from outrider.jobspec.traffic import read_traffic
 from outrider.jobspec.units import duration_s
 from outrider.model.job import Check, CheckKind, Network, Protocol, Service, Upstream
 
-_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow", "traffic", "meta", "gateway")
+_SERVICE_KEYS = ("name", "port", "protocol", "check", "upstreams", "allow", "traffic", "meta", "gateway", "transparent")
 _KINDS = {"http": CheckKind.HTTP, "tcp": CheckKind.TCP, "grpc": CheckKind.GRPC, "command": CheckKind.COMMAND}
 
 
@@ -41,6 +41,7 @@ def _service(item: Node, path: Path, network: Network, faults: Faults) -> Servic
         traffic=read_traffic(fields, fields.text("name", ""), faults),
         meta=_meta(fields, faults),
         gateway=gateway,
+        transparent=fields.flag("transparent", default=False),
     )
 
 

@@ -200,6 +200,7 @@ class Service(Value, frozen=True, kw_only=True):
     allow: tuple[ServiceName, ...] = ()  # who may call it; "*" is everybody in the mesh
     traffic: Traffic | None = None  # None: nothing but what sidecars do anyway
     meta: Mapping[str, str] = {}  # shown in Consul; subsets choose by it
+    transparent: bool = False  # it may call every service that lets it, by name, without `upstreams`
     gateway: tuple[GatewayListener, ...] = ()  # ways in for callers outside of the mesh
 
 

@@ -89,6 +89,8 @@ class MeshView(Value, frozen=True, kw_only=True):
     services: Mapping[ServiceName, MeshService] = {}
     intentions: Mapping[ServiceName, tuple[Intention, ...]] = {}  # in order of precedence, highest first
     rates: Mapping[ServiceName, RateLimit | None] = {}  # of the same services
+    # Of transparent ones among them: what they may call beside their upstreams.
+    reach: Mapping[ServiceName, tuple[ServiceName, ...]] = {}
     roots: TrustRoots = TrustRoots()
 
 
@@ -108,6 +110,7 @@ class ServiceIntentions(Value, frozen=True, kw_only=True):
     service: ServiceName
     intentions: tuple[Intention, ...] = ()
     rate: RateLimit | None = None
+    reach: tuple[ServiceName, ...] = ()  # of a transparent service: all that let it call
 
 
 class Leaf(Value, frozen=True, kw_only=True):

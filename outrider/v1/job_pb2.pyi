@@ -676,9 +676,11 @@ class Service(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     META_FIELD_NUMBER: _builtins.int
     GATEWAY_FIELD_NUMBER: _builtins.int
+    TRANSPARENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     port: _builtins.str
     protocol: Global___Protocol.ValueType
+    transparent: _builtins.bool
     @_builtins.property
     def check(self) -> Global___Check: ...
     @_builtins.property
@@ -703,10 +705,11 @@ class Service(_message.Message):
         traffic: _traffic_pb2.Traffic | None = ...,
         meta: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         gateway: _abc.Iterable[Global___GatewayListener] | None = ...,
+        transparent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_port", b"_port", "check", b"check", "port", b"port", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_port", b"_port", "allow", b"allow", "check", b"check", "gateway", b"gateway", "meta", b"meta", "name", b"name", "port", b"port", "protocol", b"protocol", "traffic", b"traffic", "upstreams", b"upstreams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_port", b"_port", "allow", b"allow", "check", b"check", "gateway", b"gateway", "meta", b"meta", "name", b"name", "port", b"port", "protocol", b"protocol", "traffic", b"traffic", "transparent", b"transparent", "upstreams", b"upstreams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__port: _TypeAlias = _typing.Literal["port"]  # noqa: Y015
     _WhichOneofArgType__port: _TypeAlias = _typing.Literal["_port", b"_port"]  # noqa: Y015

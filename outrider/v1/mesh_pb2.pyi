@@ -196,21 +196,25 @@ class ServiceIntentions(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     INTENTIONS_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     @_builtins.property
     def intentions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Intention]: ...
     @_builtins.property
     def rate(self) -> _traffic_pb2.RateLimit: ...
+    @_builtins.property
+    def reach(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         service: _builtins.str = ...,
         intentions: _abc.Iterable[Global___Intention] | None = ...,
         rate: _traffic_pb2.RateLimit | None = ...,
+        reach: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["intentions", b"intentions", "rate", b"rate", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["intentions", b"intentions", "rate", b"rate", "reach", b"reach", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -162,7 +162,8 @@ def resources(
     found[Kind.SECRET][ROOTS] = RootsSecret(name=ROOTS, certificates_pem=view.roots.certificates_pem)
     virtual_taken: set[ServiceName] = set()
     for service in spec.services:
-        if not _needs_leaf(service):
+        upstreams = _upstreams(service, view)
+        if service.workload_port is None and not upstreams:
             continue
         leaf = leaves.get(service.service)
         if leaf is None:
@@ -174,7 +175,7 @@ def resources(
             found[Kind.SECRET][secret.name] = secret
         if service.workload_port is not None:
             _add_inbound(found, spec, service, view, history)
-        for upstream in service.upstreams:
+        for upstream in upstreams:
             known = view.services.get(upstream.service)
             if known is None:
                 missing.append(f"the virtual address of upstream {upstream.service}")
@@ -238,8 +239,11 @@ def is_http(protocol: Protocol) -> bool:
     return protocol is not Protocol.TCP
 
 
-def _needs_leaf(service: SidecarService) -> bool:
-    return service.workload_port is not None or bool(service.upstreams)
+def _upstreams(service: SidecarService, view: MeshView) -> tuple[SidecarUpstream, ...]:
+    """Those that the job names, and what else is in reach of a transparent service."""
+    named = {upstream.service for upstream in service.upstreams}
+    reached = (name for name in view.reach.get(service.service, ()) if name not in named and name in view.services)
+    return (*service.upstreams, *(SidecarUpstream(service=name) for name in reached))
 
 
 def _add_inbound(

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from controller.catalog.catalog import Catalog
-from controller.core.mesh_intent import NodeRegistration, OwnedIntention, ServiceRegistration
+from controller.core.mesh_intent import Interests, NodeRegistration, OwnedIntention, ServiceRegistration
 from controller.entries import TRAFFIC_KINDS
 from controller.mesh.consul_adapter import ConsulAdapter, Dialect
 from controller.mesh.issuer import ConsulIssuer, EmbeddedIssuer, Issuer
@@ -166,7 +166,7 @@ N1, N2 = NodeId("n1"), NodeId("n2")
 
 
 def calls_api(mesh: Mesh) -> None:
-    mesh.set_interests(N2, frozenset({API}), frozenset({WEB}))
+    mesh.set_interests(N2, Interests(called=frozenset({API}), placed=frozenset({WEB})))
 
 
 async def test_health_and_node_loss_reach_the_callers(record: Record) -> None:
@@ -277,7 +277,7 @@ async def owned_by_shop(one: Running) -> bool:
 async def test_an_endpoint_is_withdrawn_once_every_connected_caller_knows(record: Record) -> None:
     def interests(mesh: Mesh) -> None:
         for name in ("n2", "n4", "n5"):
-            mesh.set_interests(NodeId(name), frozenset({API}), frozenset())
+            mesh.set_interests(NodeId(name), Interests(called=frozenset({API}), placed=frozenset()))
 
     async with running(record, interests) as one:
         one.connect(N2)
@@ -297,7 +297,7 @@ async def test_an_endpoint_is_withdrawn_once_every_connected_caller_knows(record
 
 async def test_intentions_follow_jobs_and_hands(record: Record) -> None:
     line = OwnedIntention(source=WEB, destination=API, job=JobName("shop"))
-    async with running(record, lambda mesh: mesh.set_interests(N2, frozenset(), frozenset({API}))) as one:
+    async with running(record, lambda mesh: mesh.set_interests(N2, Interests(placed=frozenset({API})))) as one:
         one.connect(N2)
         one.mesh.set_intentions((line,))
         await until(lambda: owned_by_shop(one), "the job's line is an intention")
@@ -442,7 +442,7 @@ async def test_more_services_than_may_be_watched_are_polled(tmp_path: Path) -> N
     try:
         async with running(record) as one:
             one.mesh.set_services({name: (number, Protocol.TCP) for number, name in enumerate(names)})
-            one.mesh.set_interests(N2, frozenset(names), frozenset())
+            one.mesh.set_interests(N2, Interests(called=frozenset(names), placed=frozenset()))
             one.connect(N2)
             one.mesh.set_node(node("n1", *(instance("a1", name) for name in names)))
             await until(lambda: all(one.healthy(N2, name) for name in names), "all are known")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from controller.core.mesh_intent import OwnedTraffic
+from controller.core.mesh_intent import Interests, OwnedTraffic
 from controller.entries import ROUTER, SPLITTER, TRAFFIC_KINDS, Entry, Split
 from controller.mesh.mesh import Mesh
 from outrider.errors import RefusedError
@@ -28,7 +28,7 @@ async def test_a_jobs_traffic_comes_to_stand_as_entries_and_to_its_callers_and_g
     owned = OwnedTraffic(service=API, protocol=Protocol.HTTP, job=JobName("shop"), traffic=traffic)
 
     def prepare(mesh: Mesh) -> None:
-        mesh.set_interests(NodeId("n1"), frozenset({API}), frozenset({WEB}))
+        mesh.set_interests(NodeId("n1"), Interests(called=frozenset({API}), placed=frozenset({WEB})))
 
     async with running(record, prepare) as one:
         one.connect(NodeId("n1"))

@@ -164,6 +164,26 @@ def test_a_gateway_lets_callers_from_outside_in_where_the_service_allows_it(flee
 
 
 @pytest.mark.usefixtures("shown")
+def test_a_transparent_service_calls_by_name_whoever_lets_it_and_learns_of_it_while_it_runs(
+    fleet: DevFleet, tmp_path: Path
+) -> None:
+    job = tmp_path / "walker.yaml"
+    job.write_text(
+        "job: walker\ngroups: {main: {services: [{name: walker, transparent: true}], "
+        "tasks: {main: {command: [sleep, infinity]}}}}\n"
+    )
+    assert fleet.outrider("job", "run", str(job)).returncode == 0
+    ask = ("exec", "walker", "--", "python3", "-c", _ASK, "http://web.mesh/")
+    assert "Name or service not known" in fleet.outrider(*ask).stderr
+    assert fleet.outrider("intention", "create", "walker", "web").returncode == 0
+    eventually(lambda: '"web"' in fleet.outrider(*ask).stdout, "the shop, without upstreams")
+    assert fleet.outrider("mesh", "explain", "walker", "web").returncode == 0
+    assert fleet.outrider("intention", "delete", "walker", "web").returncode == 0
+    eventually(lambda: "Name or service not known" in fleet.outrider(*ask).stderr, "the name has gone")
+    assert fleet.outrider("job", "stop", "walker").returncode == 0
+
+
+@pytest.mark.usefixtures("shown")
 def test_the_command_line_explains_calls_by_the_first_thing_that_is_wrong(fleet: DevFleet) -> None:
     good = fleet.outrider("mesh", "explain", "web", "api")
     assert (good.returncode, good.stderr, "BAD" in good.stdout) == (0, "", False)

@@ -1,5 +1,7 @@
 """What a sidecar should have, from its spec and its node's view."""
 
+import msgspec
+
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Protocol
 from outrider.model.mesh import Endpoint, Leaf, MeshService, MeshView, TrustRoots
@@ -72,6 +74,17 @@ def test_only_a_revision_changes_a_public_listener() -> None:
 
     assert listener(0) == listener(0)
     assert listener(0) != listener(1)
+
+
+def test_a_transparent_service_listens_for_what_is_in_its_reach_and_needs_a_certificate_for_it() -> None:
+    walker = SidecarService(service=ServiceName("walker"), public_port=15100)
+    view = _view()
+    reaching = msgspec.structs.replace(view, reach={walker.service: (*view.services, ServiceName("unknown"))})
+    assert resources(_spec(walker), view, {}, {}).missing == ()
+    found = resources(_spec(walker), reaching, {}, {})
+    assert found.missing == ("the certificate of service walker",)
+    listeners = found.resources[Kind.LISTENER].values()
+    assert {one.destination for one in listeners if isinstance(one, OutboundListener)} == set(view.services)
 
 
 def test_what_is_missing_is_named() -> None:

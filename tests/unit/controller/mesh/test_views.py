@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.mesh.views import Interests, Updates, Views
+from controller.core.mesh_intent import Interests
+from controller.mesh.views import Updates, Views
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Protocol
 from outrider.model.mesh import (
@@ -12,6 +13,7 @@ from outrider.model.mesh import (
     Intention,
     MeshService,
     MeshUpdate,
+    ServiceIntentions,
     TrustRoots,
 )
 
@@ -25,7 +27,7 @@ class Agent:
     def __init__(self) -> None:
         self.version = 0
         self.services: dict[ServiceName, MeshService] = {}
-        self.intentions: dict[ServiceName, tuple[Intention, ...]] = {}
+        self.intentions: dict[ServiceName, ServiceIntentions] = {}
         self.roots = TrustRoots()
 
     def take(self, update: MeshUpdate) -> None:
@@ -34,7 +36,7 @@ class Agent:
         if update.full:
             self.services, self.intentions = {}, {}
         self.services.update({service.name: service for service in update.services})
-        self.intentions.update({rules.service: rules.intentions for rules in update.intentions})
+        self.intentions.update({rules.service: rules for rules in update.intentions})
         for name in update.services_removed:
             del self.services[name]
         for name in update.intentions_removed:
@@ -52,7 +54,7 @@ steps = st.one_of(
     st.tuples(st.just("endpoints"), st.tuples(st.sampled_from(SERVICES), st.lists(st.sampled_from("abc"), max_size=2))),
     st.tuples(st.just("intentions"), st.lists(st.tuples(st.sampled_from([*SERVICES, "*"])), max_size=3)),
     st.tuples(st.just("roots"), st.sampled_from(["x", "y"])),
-    st.tuples(st.just("interests"), st.tuples(st.sampled_from(NODES), names, names)),
+    st.tuples(st.just("interests"), st.tuples(st.sampled_from(NODES), names, names, names)),
 )
 
 
@@ -83,8 +85,9 @@ def apply(views: Views, kind: str, value: object) -> Updates:
             return views.set_intentions(tuple(made))
         case "roots", str(domain):
             return views.set_roots(TrustRoots(trust_domain=domain))
-        case "interests", (str(node), frozenset() as called, frozenset() as placed):
-            return views.set_interests(NodeId(node), Interests(called=called, placed=placed))
+        case "interests", (str(node), frozenset() as called, frozenset() as placed, frozenset() as transparent):
+            interests = Interests(called=called, placed=placed, transparent=placed & transparent)
+            return views.set_interests(NodeId(node), interests)
     raise AssertionError(kind)
 
 
@@ -97,6 +100,27 @@ def test_a_change_that_changes_nothing_tells_nobody() -> None:
     assert len(views.set_endpoints(SERVICES[0], (endpoint("a"),))) == 1
     assert views.set_endpoints(SERVICES[0], (endpoint("a"),)) == []
     assert views.set_endpoints(SERVICES[1], (endpoint("a"),)) == [], "it has no virtual address yet"
+
+
+def test_a_transparent_service_is_told_of_all_that_let_it_call_and_of_no_other() -> None:
+    web, api, db = SERVICES
+    views = Views()
+    views.set_entries({})
+    views.set_roots(TrustRoots(trust_domain="x"))
+    views.set_services({name: (index, Protocol.TCP) for index, name in enumerate(SERVICES)})
+    views.set_intentions((Intention(source=web, destination=api, action=Action.ALLOW),))
+    views.set_interests(NODES[0], Interests(placed=frozenset({web}), transparent=frozenset({web})))
+    assert views.called() == {api}
+    views.set_endpoints(api, (endpoint("a"),))
+    told = views.connect(NODES[0])
+    assert ([one.name for one in told.services], told.intentions[0].reach) == ([api], (api,))
+    ((_, update),) = views.set_intentions(
+        (
+            Intention(source=web, destination="*", action=Action.ALLOW, precedence=6),
+            Intention(source=web, destination=api, action=Action.DENY, precedence=9),
+        )
+    )
+    assert (views.called(), update.services_removed, update.intentions[0].reach) == ({db}, (api,), (db,))
 
 
 def test_a_controller_that_has_just_started_takes_nothing_away() -> None:

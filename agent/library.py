@@ -1,0 +1,67 @@
+"""The sidecar library as the agent uses it: an assignment's services, and what they call, as a sidecar's spec."""
+
+from agent.envoys import Files
+from agent.gateways import Gateways
+from outrider.ids import AllocId, NodeId
+from outrider.model.allocation import Assignment
+from outrider.model.job import inner_ports
+from outrider.model.mesh import PUBLIC_PORT, workload_address
+from sidecar.core.intent import SidecarGateway, SidecarService, SidecarSpec, SidecarUpstream
+from sidecar.sidecars import Sidecars
+
+
+class SidecarLibrary:
+    """As `agent.envoys` wants it."""
+
+    def __init__(self, sidecars: Sidecars, node: NodeId, gateways: Gateways) -> None:
+        self._sidecars, self._node, self._gateways = sidecars, node, gateways
+
+    async def add(self, assignment: Assignment, *, uid: int, local_address: str) -> Files:
+        spec = sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address)
+        files = await self._sidecars.add(spec)
+        self._gateways.acquire(assignment)
+        return files
+
+    async def ready(self, alloc: AllocId, deadline_s: float) -> None:
+        await self._sidecars.ready(alloc, deadline_s)
+
+    async def drain(self, alloc: AllocId) -> None:
+        await self._sidecars.drain(alloc)
+
+    async def inbound_active(self, alloc: AllocId) -> int:
+        return sum(pair.connections_active for pair in (await self._sidecars.stats(alloc)).inbound)
+
+    async def remove(self, alloc: AllocId) -> None:
+        self._gateways.release(alloc)
+        await self._sidecars.remove(alloc)
+
+
+def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_address: str) -> SidecarSpec:
+    """What the sidecar of `assignment` fronts and calls."""
+    ports = inner_ports(assignment.group.network)
+    return SidecarSpec(
+        alloc=assignment.alloc,
+        node=node,
+        uid=uid,
+        local_address=local_address,
+        services=tuple(
+            SidecarService(
+                service=service.name,
+                public_port=PUBLIC_PORT + index,
+                workload_address=workload_address(assignment.group),
+                workload_port=ports[service.port] if service.port is not None else None,
+                protocol=service.protocol,
+                upstreams=tuple(
+                    SidecarUpstream(service=upstream.service, local_port=upstream.port)
+                    for upstream in service.upstreams
+                ),
+                gateway=tuple(
+                    SidecarGateway(
+                        port=ports[listener.port], to=listener.to, routes=listener.routes, secret=listener.secret
+                    )
+                    for listener in service.gateway
+                ),
+            )
+            for index, service in enumerate(assignment.group.services)
+        ),
+    )
