@@ -111,7 +111,7 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
         if not 0 < request.percent <= 100:
             raise InputError(f"sample: {request.percent:g} %; more than 0, at most 100")
         if not self._named(source, destination):
-            raise RefusedError("not-found", core.about_name(source, destination, "", named=False).text)
+            raise RefusedError("not-found", core.about_name(self.state, source, destination, "", named=False).text)
         allocations = core.callers(self.state, source)[:TAPPED_MAX]
         if not allocations:
             raise RefusedError("not-running", core.about_caller(self.state, source, ()).text)
@@ -155,7 +155,7 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
         yield core.about_caller(state, source, callers)
         service = self._mesh.service(destination)
         known_name = self._named(source, destination)
-        yield core.about_name(source, destination, service.virtual_address if service else "", named=known_name)
+        yield core.about_name(state, source, destination, service.virtual_address if service else "", named=known_name)
         if service is not None:
             named = {ServiceName(leg.service) for leg in core.legs(destination, service.traffic)}
             known = {name: self._mesh.service(name) for name in named}

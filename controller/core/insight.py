@@ -108,8 +108,11 @@ def is_transparent(state: State, source: ServiceName) -> bool:
     return any(one.name == source and one.transparent for each in state.groups.values() for one in each.group.services)
 
 
-def about_name(source: ServiceName, destination: ServiceName, address: str, *, named: bool) -> Finding:
+def about_name(state: State, source: ServiceName, destination: ServiceName, address: str, *, named: bool) -> Finding:
     """`named`: among its upstreams, or in reach of a transparent one."""
+    if not named and is_transparent(state, source):
+        hint = f"`outrider intention create {source} {destination}`"
+        return _bad(CallPart.NAME, f"{source} is transparent, and no intention lets it call {destination}: {hint}")
     if not named:
         hint = f"add `upstreams: [{destination}]` to service {source} in its job"
         return _bad(CallPart.NAME, f"{source} does not name {destination} under `upstreams`: {hint}")
