@@ -16,7 +16,7 @@ test: ## all tests but the long ones
 	@$(as_root) $(python) -m pytest -m "not deep"
 
 test-deep: ## the long suites too
-	@scripts/setup test
+	@scripts/setup deep
 	@$(as_root) $(python) -m pytest
 
 sim: ## one simulated run, with its trace: make sim SEED=n

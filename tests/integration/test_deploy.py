@@ -74,7 +74,7 @@ def on_controller(hosts: SshHosts, *words: str) -> subprocess.CompletedProcess[s
     return done
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts: SshHosts) -> None:
     first, second, third = hosts.addresses
     file = str(inventory(hosts))

@@ -58,7 +58,7 @@ def make_bundle(cache: Path, *, source: Path | None = None) -> Bundle:
         )
         if not bundle.path.exists():
             wheels = {f"{OWN}-{version}-py3-none-any.whl": _zip(own, {}, f"{OWN}-{version}.dist-info")}
-            wheels.update(_wheel(found) for found in others)
+            wheels.update(make_wheel(found) for found in others)
             _write(bundle, {name: hashlib.sha256(wheels[name]).hexdigest() for name in sorted(wheels)}, wheels)
     except OSError as error:
         raise HostError("bundle", step=f"read what is installed here: {error}") from error
@@ -159,7 +159,7 @@ def _applies(marker: str) -> bool:
     return Marker(marker).evaluate()
 
 
-def _wheel(dist: Distribution) -> tuple[str, bytes]:
+def make_wheel(dist: Distribution) -> tuple[str, bytes]:
     """The distribution as a wheel again: its name and content."""
     name, version = dist.metadata["Name"].replace("-", "_"), dist.version
     tags = [
