@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from outrider.config import host_port
 from outrider.errors import InputError, PeerError
 from outrider.model.job import Value
 from outrider.tls import TlsFiles
@@ -12,10 +13,14 @@ _SOCKET = "operator.sock"
 
 
 class Address(Value, frozen=True, kw_only=True):
-    target: str  # as gRPC takes it
+    target: str  # as gRPC takes it; or several, with commas between them
     tls: TlsFiles | None = None  # a user's certificate
     token: str = ""  # a user's, instead of a certificate
     # Neither: a unix socket, whose mode says who may open it.
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.target.split(","))
 
 
 def find() -> Address:
@@ -26,9 +31,9 @@ def find() -> Address:
             raise PeerError(f"{named}: no such socket; is the fleet running? `outrider dev status` tells")
         return Address(target=named)
     if named and (token := _token()):
-        return Address(target=named, token=token)
+        return Address(target=_controllers(named), token=token)
     if named:
-        return Address(target=named, tls=_tls())
+        return Address(target=_controllers(named), tls=_tls())
     found = sorted(path for path in RUN_DIRECTORY.glob(f"*/{_SOCKET}") if path.is_socket())
     if not found:
         raise PeerError(
@@ -39,6 +44,21 @@ def find() -> Address:
         choices = "\n".join(f"  outrider --address unix:{path} ..." for path in found)
         raise InputError(f"{len(found)} fleets run here; say which:\n{choices}")
     return Address(target=f"unix:{found[0]}")
+
+
+def _controllers(named: str) -> str:
+    """One or several of the fleet's controllers. Raises InputError."""
+    if "," not in named:
+        return named
+    targets = [target.strip() for target in named.split(",")]
+    for target in targets:
+        try:
+            host_port(target)
+        except ValueError as error:
+            raise InputError(f"address {named!r}: {error}; several are HOST:PORT,HOST:PORT") from error
+        if targets.count(target) > 1 or target.startswith("unix:"):
+            raise InputError(f"address {named!r}: {target}: each of several is another HOST:PORT")
+    return ",".join(targets)
 
 
 def _token() -> str:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar, cast
 
 import grpc
+import msgspec
 from google.protobuf.message import Message
 
 from outrider.cli.address import Address, find
+from outrider.cli.failover import FailoverChannel
 from outrider.errors import InputError, OutriderError, PeerError, RefusedError
 from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles
@@ -75,6 +77,11 @@ class Fleet:
         stable = {item[0]: item[1] for item in call.trailing_metadata() or ()}.get(_CODE_METADATA, "")
         code = stable.decode() if isinstance(stable, bytes) else stable
         match call.code():
+            case grpc.StatusCode.UNAVAILABLE if not code and "failed to connect" not in details.lower():
+                return PeerError(
+                    f"{self.address.target}: the connection broke off ({_short(details)}): what was asked may have "
+                    "been done or not; look, then ask again"
+                )
             case grpc.StatusCode.UNAVAILABLE if not code:
                 hint = "is the controller running, and the certificate this fleet's?"
                 return PeerError(f"{self.address.target}: no answer ({_short(details)}); {hint}")
@@ -97,6 +104,13 @@ def connect() -> Iterator[Fleet]:
 
 
 def open_channel(address: Address) -> grpc.Channel:
+    if len(address.targets) > 1:
+        found = FailoverChannel(address.targets, lambda target: _open(msgspec.structs.replace(address, target=target)))
+        return cast("grpc.Channel", found)
+    return _open(address)
+
+
+def _open(address: Address) -> grpc.Channel:
     if address.tls is None and not address.token:
         return grpc.insecure_channel(address.target, options=_OPTIONS)
     files = address.tls

@@ -43,7 +43,8 @@ def options(
         str,
         typer.Option(
             envvar="OUTRIDER_ADDRESS",
-            help="unix:/PATH, or HOST:PORT with OUTRIDER_TOKEN, or with OUTRIDER_CA, OUTRIDER_CERT and OUTRIDER_KEY. "
+            help="unix:/PATH, or HOST:PORT with OUTRIDER_TOKEN, or with OUTRIDER_CA, OUTRIDER_CERT and OUTRIDER_KEY; "
+            "of several controllers HOST:PORT,HOST:PORT, of which any that is there will do. "
             "Default: the dev fleet that runs here.",
         ),
     ] = "",

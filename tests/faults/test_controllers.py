@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import secrets
 import shutil
 import signal
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -158,6 +161,40 @@ async def test_a_killed_leader_loses_nothing(fleet: Fleet) -> None:
         await victim.kill()
         names |= await submitted(fleet, 1)
         assert names <= await fleet.jobs(await fleet.led())
+        await victim.launch()
+
+
+async def test_the_command_line_finds_the_leader_by_a_list(fleet: Fleet) -> None:
+    """Of which the first is dead, and no other leads yet; a watcher goes on where it broke off."""
+    names = await submitted(fleet, 1)
+    victim = await fleet.led()
+    others = [one for one in fleet.controllers if one is not victim]
+    files = victim.operator_files
+    environment = {
+        **os.environ,
+        "OUTRIDER_ADDRESS": ",".join(str(one.configuration["listen"]) for one in (victim, *others)),
+        "OUTRIDER_CA": str(files.ca),
+        "OUTRIDER_CERT": str(files.certificate),
+        "OUTRIDER_KEY": str(files.key),
+    }
+    (name,) = names
+
+    async def outrider(*words: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "outrider", *words, env=environment, stdout=asyncio.subprocess.PIPE
+        )
+
+    watching = await outrider("logs", "--follow", name)
+    try:
+        await victim.kill()
+        listing, _ = await asyncio.wait_for((await outrider("job", "ls", "--json")).communicate(), WAIT_S)
+        assert names <= {job["name"] for job in json.loads(listing)}
+        stopping = await outrider("job", "stop", name, "--detach")
+        assert await asyncio.wait_for(stopping.wait(), WAIT_S) == 0
+        assert watching.returncode is None
+    finally:
+        watching.kill()
+        await watching.communicate()
         await victim.launch()
 
 
