@@ -215,7 +215,7 @@ class Controller:
             changed=self.begin,
         )
         access = AccessService(parts, callers=callers, audit=self._audit, ca=self._ca, rotation=rotation)
-        insight = InsightService(parts, callers=callers, audit=self._audit)
+        insight = InsightService(parts, callers=callers, audit=self._audit, catalog=self._catalog)
         collector = ControllerCollector(
             parts, catalog_requests=self._catalog.requests if self._catalog else {}, broker=self._broker
         )

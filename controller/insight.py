@@ -11,6 +11,7 @@ from cryptography import x509
 
 from controller.audit import AuditLog
 from controller.callers import Callers
+from controller.catalog.catalog import Catalog
 from controller.core import insight as core
 from controller.core import views
 from controller.parts import Parts
@@ -41,6 +42,7 @@ from outrider.v1 import fleet_pb2, insight_pb2, insight_pb2_grpc
 
 OVER_S_DEFAULT, OVER_S_MAX = 2.0, 60.0
 MESH_TIMEOUT_S = 10.0
+TRUSTED_S = 20.0  # for all sidecars to take a new root up
 ANSWER_S = 10.0  # of one node, beyond the time that it counts
 WRITE_TIMEOUT_S = 60.0
 TAPPED_MAX = 16  # sidecars at a time
@@ -48,8 +50,10 @@ PATH_CHARS_MAX = 1024
 
 
 class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
-    def __init__(self, parts: Parts, *, callers: Callers, audit: AuditLog) -> None:
+    def __init__(self, parts: Parts, *, callers: Callers, audit: AuditLog, catalog: Catalog | None) -> None:
+        """`catalog`: the embedded one; None where a Consul signs."""
         super().__init__(parts, callers=callers, audit=audit, log=Log("insight"))
+        self._catalog = catalog
         self._mesh = parts.mesh
         self._sessions = parts.sessions
         self._tunnels = parts.tunnels
@@ -86,6 +90,28 @@ class InsightService(PeopleEdge, insight_pb2_grpc.InsightServiceServicer):
             silent=silent,
         )
         return codec.to_wire(found, insight_pb2.MeshCertificates)
+
+    @unary
+    async def RotateRoot(
+        self, request: insight_pb2.RotateRootRequest, context: Context
+    ) -> insight_pb2.RotateRootResponse:
+        if self._catalog is None:
+            text = "Consul signs here: `consul connect ca set-config` rotates its root, and sidecars follow"
+            raise RefusedError("unsupported", text)
+        for each in views.node_states(self.state):
+            if each.allocations:  # one that does not hear of the root would trust nobody
+                self._sessions.check(each.node.id)
+        root = await self._catalog.offer_root()
+        try:
+            async with asyncio.timeout(TRUSTED_S):
+                await self._mesh.until_trusted(root)
+        except TimeoutError as error:
+            text = f"not every sidecar trusts the new root after {TRUSTED_S:g} s; the old one signs on: try again"
+            raise PeerError(text) from error
+        await self._catalog.sign_with_next_root()
+        serial = _root(root, active=True).serial
+        self.call.changes = (f"root {serial} signs",)
+        return insight_pb2.RotateRootResponse(serial=serial)
 
     @unary
     async def ExplainCall(

@@ -86,6 +86,7 @@ RULES: Mapping[str, Rule] = {
     "ExplainCall": Rule(_READ, Where.SOMEWHERE),
     "TapCalls": Rule(_READ, Where.SOMEWHERE, changing=True),
     "ListCertificates": Rule(_READ, Where.SOMEWHERE),
+    "RotateRoot": Rule(_ADMIN, Where.FLEET, changing=True),
     # AccessService
     "WhoAmI": Rule(_READ, Where.NOWHERE),
     "Can": Rule(_READ, Where.NOWHERE),

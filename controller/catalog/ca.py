@@ -6,13 +6,14 @@ No I/O: the catalog keeps the row.
 import uuid
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from controller.catalog.rows import CaRow
+from controller.catalog.rows import CaRow, RetiredRoot
 from outrider.errors import InputError
 from outrider.ids import ServiceName, is_name
 from outrider.model.mesh import Leaf, spiffe_id
@@ -23,9 +24,9 @@ _BACKDATED = timedelta(minutes=5)  # nodes' clocks differ
 _CSR_CHARS_MAX = 16_384
 
 
-def make_root(now: datetime) -> CaRow:
-    """A new trust domain with a new key. Its name is Consul's form, so that Consul's own proxies accept it."""
-    trust_domain = f"{uuid.uuid4()}.consul"
+def make_root(now: datetime, trust_domain: str = "") -> CaRow:
+    """A new key, and a new trust domain where none is given: Consul's form, so that Consul's own proxies accept it."""
+    trust_domain = trust_domain or f"{uuid.uuid4()}.consul"
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Outrider Connect CA {trust_domain[:8]}")])
     certificate = (
@@ -47,12 +48,42 @@ def make_root(now: datetime) -> CaRow:
     return CaRow(trust_domain=trust_domain, certificate_pem=_pem(certificate), key_pem=_key_pem(key))
 
 
+def with_next_root(row: CaRow, now: datetime) -> CaRow:
+    """The first half of a rotation: another root that is trusted, and does not sign yet. Again changes nothing."""
+    if row.next_certificate_pem:
+        return row
+    made = make_root(now, row.trust_domain)
+    return msgspec.structs.replace(row, next_certificate_pem=made.certificate_pem, next_key_pem=made.key_pem)
+
+
+def with_next_root_signing(row: CaRow, now: datetime) -> CaRow:
+    """The second half, once everybody trusts the next root: it signs, and the old one's leaves live on."""
+    assert row.next_certificate_pem, "a rotation begins with `with_next_root`"
+    until_s = (now + LEAF_LIFETIME).timestamp()
+    old = RetiredRoot(certificate_pem=row.certificate_pem, until_s=until_s)
+    return CaRow(
+        trust_domain=row.trust_domain,
+        certificate_pem=row.next_certificate_pem,
+        key_pem=row.next_key_pem,
+        retired=(old, *(root for root in row.retired if root.until_s > now.timestamp())),
+    )
+
+
+def trusted(row: CaRow) -> tuple[str, ...]:
+    """All roots, the one that signs first."""
+    following = (row.next_certificate_pem,) if row.next_certificate_pem else ()
+    return (row.certificate_pem, *following, *(root.certificate_pem for root in row.retired))
+
+
 class ConnectCa:
-    """Signs leaves with the root of `row`."""
+    """Signs leaves with the root of the row that it was given last."""
 
     def __init__(self, row: CaRow, datacenter: str) -> None:
-        self.trust_domain = row.trust_domain
         self.datacenter = datacenter
+        self.use(row)
+
+    def use(self, row: CaRow) -> None:
+        self.trust_domain = row.trust_domain
         self.certificate_pem = row.certificate_pem
         self.certificate = x509.load_pem_x509_certificate(row.certificate_pem.encode())
         key = serialization.load_pem_private_key(row.key_pem.encode(), password=None)

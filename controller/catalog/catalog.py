@@ -23,10 +23,10 @@ from aiohttp import web
 
 from controller.catalog import catalog_routes, config_routes, connect_routes, kv_routes, registry, sessions
 from controller.catalog.api import Access, Answer, Call, Route, Scope
-from controller.catalog.ca import ConnectCa, make_root
+from controller.catalog.ca import ConnectCa, make_root, with_next_root, with_next_root_signing
 from controller.catalog.database import COMMITS_QUEUED_MAX, Database
 from controller.catalog.durations import parse_duration_s
-from controller.catalog.rows import CheckRow, NodeRow, Row, SessionRow
+from controller.catalog.rows import CaRow, CheckRow, NodeRow, Row, SessionRow
 from controller.catalog.store import Commit, Store, Table
 from controller.catalog.txn import BODY_BYTES_MAX, FailedTransactionError
 from controller.catalog.waiting import Waiters
@@ -108,6 +108,24 @@ class Catalog:
     async def failed(self) -> None:
         """Waits for ever; raises JournalError once the database can no longer be written."""
         await asyncio.shield(self._task)
+
+    async def offer_root(self) -> str:
+        """The next root, from now on trusted beside the one that signs; the same again until it signs itself."""
+        row = await self._change_ca(with_next_root)
+        return row.next_certificate_pem
+
+    async def sign_with_next_root(self) -> None:
+        """Leaves are made by the root that was offered. Everybody must trust it by now."""
+        self.ca.use(await self._change_ca(with_next_root_signing))
+
+    async def _change_ca(self, change: Callable[[CaRow, datetime], CaRow]) -> CaRow:
+        assert self._store.ca is not None, "every catalog has its CA"
+        row = change(self._store.ca, datetime.now(UTC))
+        with self._store.transaction():
+            self._store.set_ca(row)
+        if self._store.last_commit.changes:
+            await self._publish()
+        return row
 
     async def stop(self) -> None:
         """Answers who waits, writes what is queued, and closes."""

@@ -6,7 +6,7 @@ from cryptography import x509
 
 from controller.catalog import intentions
 from controller.catalog.api import Access, Answer, Call, Route, Scope, decode
-from controller.catalog.ca import certificate_window
+from controller.catalog.ca import certificate_window, trusted
 from controller.catalog.rows import IntentionRow
 from controller.catalog.store import CA, INTENTIONS
 from outrider.errors import InputError, RefusedError
@@ -86,27 +86,33 @@ def intention_check(scope: Scope, call: Call) -> Answer:
 
 
 def roots(scope: Scope, _call: Call) -> Answer:
-    ca, index = scope.ca, scope.store.topic_index(CA)
-    since, until = certificate_window(ca.certificate_pem)
-    identifier = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest.hex(":")
-    root = {
+    row, index = scope.store.ca, scope.store.topic_index(CA)
+    assert row is not None, "every catalog has its CA"
+    found = [_root(row.trust_domain, pem, index, active=at == 0) for at, pem in enumerate(trusted(row))]
+    body = {"ActiveRootID": found[0]["ID"], "TrustDomain": row.trust_domain, "Roots": found}
+    return Answer(body=body, index=index, topics=(CA,))
+
+
+def _root(trust_domain: str, pem: str, index: int, *, active: bool) -> dict[str, Any]:
+    certificate = x509.load_pem_x509_certificate(pem.encode())
+    since, until = certificate_window(pem)
+    identifier = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest.hex(":")
+    return {
         "ID": identifier,
         "Name": "Outrider CA Root Cert",
-        "SerialNumber": ca.certificate.serial_number & 0xFFFF_FFFF_FFFF_FFFF,  # Consul's is 64 bits wide
+        "SerialNumber": certificate.serial_number & 0xFFFF_FFFF_FFFF_FFFF,  # Consul's is 64 bits wide
         "SigningKeyID": identifier,
-        "ExternalTrustDomain": ca.trust_domain.partition(".")[0],
+        "ExternalTrustDomain": trust_domain.partition(".")[0],
         "NotBefore": since.isoformat(),
         "NotAfter": until.isoformat(),
-        "RootCert": ca.certificate_pem,
+        "RootCert": pem,
         "IntermediateCerts": None,
-        "Active": True,
+        "Active": active,
         "PrivateKeyType": "ec",
         "PrivateKeyBits": 256,
         "CreateIndex": index,
         "ModifyIndex": index,
     }
-    body = {"ActiveRootID": identifier, "TrustDomain": ca.trust_domain, "Roots": [root]}
-    return Answer(body=body, index=index, topics=(CA,))
 
 
 def leaf(scope: Scope, call: Call) -> Answer:

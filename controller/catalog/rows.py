@@ -96,12 +96,23 @@ class ConfigRow(Row, frozen=True, kw_only=True):
     content: JsonObject
 
 
+class RetiredRoot(Row, frozen=True, kw_only=True):
+    """Signs no more; what it signed is trusted until its last leaf has ended."""
+
+    certificate_pem: str
+    until_s: float
+
+
 class CaRow(Row, frozen=True, kw_only=True):
     """The Connect CA's own key and certificate. Never leaves the database but for `ConnectCa`."""
 
     trust_domain: str
     certificate_pem: str
     key_pem: str
+    # While a rotation is under way: trusted by all before it signs.
+    next_certificate_pem: str = ""
+    next_key_pem: str = ""
+    retired: tuple[RetiredRoot, ...] = ()
 
 
 def connect_destination(row: ServiceRow) -> str:

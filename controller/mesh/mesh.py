@@ -69,6 +69,7 @@ class Mesh:
         self._entries: dict[str, list[entries.Entry]] = {}  # by kind, as last seen
         self._rows: dict[ServiceName, list[HealthRow]] = {}
         self._has_led = False
+        self._heard = asyncio.Event()  # an agent acknowledged something; replaced each time
         self._writer = Writer(consul, cluster, lock or Leadership(consul, cluster, log), log)
         self._writer.changed = self._settle_withdrawals
         self._watcher = Watcher(
@@ -141,6 +142,8 @@ class Mesh:
 
     def acknowledged(self, node: NodeId, version: int) -> None:
         self._views.acknowledge(node, version)
+        self._heard.set()
+        self._heard = asyncio.Event()
         self._settle_withdrawals()
 
     def withdraw(self, allocs: tuple[AllocId, ...], services: tuple[ServiceName, ...]) -> None:
@@ -159,6 +162,11 @@ class Mesh:
     def reach(self, source: ServiceName) -> tuple[ServiceName, ...]:
         """Whom a transparent service may call, beside its upstreams."""
         return self._views.reach(source)
+
+    async def until_trusted(self, root_pem: str) -> None:
+        """Until every connected node's sidecars trust this root."""
+        while not self._views.trusted(root_pem):
+            await self._heard.wait()
 
     def roots(self) -> TrustRoots:
         return self._views.roots

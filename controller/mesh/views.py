@@ -31,6 +31,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.acknowledged = 0
+        self.rooted = 0  # the version that last told of the roots
         self.complete = False  # it was sent an update that replaced everything it had before
         self.services: dict[ServiceName, MeshService] = {}
         self.changed: dict[ServiceName, int] = {}  # the version that last told of the service's endpoints
@@ -109,6 +110,13 @@ class Views:
     def acknowledge(self, node: NodeId, version: int) -> None:
         if (session := self._sessions.get(node)) is not None:
             session.acknowledged = max(session.acknowledged, version)
+
+    def trusted(self, root_pem: str) -> bool:
+        """Whether every connected node's sidecars trust this root."""
+        return root_pem in self.roots.certificates_pem and all(
+            session.roots == self.roots and session.acknowledged >= session.rooted
+            for session in self._sessions.values()
+        )
 
     def withdrawn(self, allocs: frozenset[AllocId], services: Iterable[ServiceName]) -> bool:
         """Whether the watch has seen that `allocs` serve none of `services`, and every connected caller knows."""
@@ -210,6 +218,7 @@ class Views:
         for name in gone:
             del session.services[name]
         session.intentions, session.roots = rules, self.roots
+        session.rooted = version if roots is not None else session.rooted
         return MeshUpdate(
             version=version,
             full=full,

@@ -151,6 +151,17 @@ def certs(json: Json = False) -> None:
         output.say(f"node {node} did not answer: its certificates are missing")
 
 
+@app.command("rotate-root")
+def rotate_root() -> None:
+    """Have another root sign certificates. Waits until all sidecars trust it; no call fails meanwhile."""
+    from outrider.cli.client import connect
+    from outrider.v1 import insight_pb2
+
+    with connect() as fleet:
+        answer = fleet.call(fleet.insight.RotateRoot, insight_pb2.RotateRootRequest())
+    print(f"root {answer.serial} signs; certificates follow, and the old root is trusted for three more days")
+
+
 def _told(call: "TappedCall") -> Iterator[str]:
     from datetime import datetime
 

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from outrider.v1 import job_pb2 as outrider_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19outrider/v1/insight.proto\x12\x0boutrider.v1\x1a\x15outrider/v1/job.proto\"%\n\x13GetMeshGraphRequest\x12\x0e\n\x06over_s\x18\x01 \x01(\x01\"G\n\x12\x45xplainCallRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"X\n\x0fTapCallsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x0f\n\x07percent\x18\x03 \x01(\x01\x12\x0f\n\x07headers\x18\x04 \x01(\x08\"\x19\n\x17ListCertificatesRequest\"\xca\x01\n\tMeshQuery\x12,\n\x07\x66igures\x18\x01 \x01(\x0b\x32\x19.outrider.v1.FiguresQueryH\x00\x12\x36\n\x0c\x63\x65rtificates\x18\x02 \x01(\x0b\x32\x1e.outrider.v1.CertificatesQueryH\x00\x12(\n\x05probe\x18\x03 \x01(\x0b\x32\x17.outrider.v1.ProbeQueryH\x00\x12$\n\x03tap\x18\x04 \x01(\x0b\x32\x15.outrider.v1.TapQueryH\x00\x42\x07\n\x05query\"\xbd\x01\n\nMeshAnswer\x12(\n\x04pair\x18\x01 \x01(\x0b\x32\x18.outrider.v1.PairFiguresH\x00\x12&\n\x04leaf\x18\x02 \x01(\x0b\x32\x16.outrider.v1.LeafStateH\x00\x12*\n\x05probe\x18\x03 \x01(\x0b\x32\x19.outrider.v1.ProbeOutcomeH\x00\x12\'\n\x04\x63\x61ll\x18\x04 \x01(\x0b\x32\x17.outrider.v1.TappedCallH\x00\x42\x08\n\x06\x61nswer\"\x1e\n\x0c\x46iguresQuery\x12\x0e\n\x06over_s\x18\x01 \x01(\x01\"\x13\n\x11\x43\x65rtificatesQuery\"c\n\nProbeQuery\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x17\n\x0fvirtual_address\x18\x02 \x01(\t\x12\x0c\n\x04http\x18\x03 \x01(\x08\x12\x11\n\tauthority\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\"`\n\x08TapQuery\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x03 \x01(\t\x12\x0f\n\x07percent\x18\x04 \x01(\x01\x12\x0f\n\x07headers\x18\x05 \x01(\x08\"0\n\rLatencyBucket\x12\x10\n\x08\x62\x65low_ms\x18\x01 \x01(\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\xe1\x01\n\x0bPairFigures\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\r\n\x05\x61lloc\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08requests\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x13\n\x0b\x63onnections\x18\x07 \x01(\x03\x12\x1a\n\x12\x63onnections_active\x18\x08 \x01(\x03\x12\r\n\x05\x62ytes\x18\t \x01(\x03\x12+\n\x07latency\x18\n \x03(\x0b\x32\x1a.outrider.v1.LatencyBucket\"\x86\x02\n\x08MeshEdge\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\'\n\x08protocol\x18\x03 \x01(\x0e\x32\x15.outrider.v1.Protocol\x12\x10\n\x08sidecars\x18\x04 \x01(\x05\x12\x13\n\x0b\x63\x61lls_per_s\x18\x05 \x01(\x01\x12\x14\n\x0c\x66\x61iled_share\x18\x06 \x01(\x01\x12\x13\n\x06p50_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06p99_ms\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12\x63onnections_active\x18\t \x01(\x03\x12\x13\n\x0b\x62ytes_per_s\x18\n \x01(\x01\x42\t\n\x07_p50_msB\t\n\x07_p99_ms\"R\n\tMeshGraph\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12$\n\x05\x65\x64ges\x18\x02 \x03(\x0b\x32\x15.outrider.v1.MeshEdge\x12\x0e\n\x06silent\x18\x03 \x03(\t\"P\n\tLeafState\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x01\"O\n\tRootState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\"\x9b\x01\n\x10MeshCertificates\x12\x14\n\x0ctrust_domain\x18\x01 \x01(\t\x12\x12\n\ndatacenter\x18\x02 \x01(\t\x12%\n\x05roots\x18\x03 \x03(\x0b\x32\x16.outrider.v1.RootState\x12&\n\x06leaves\x18\x04 \x03(\x0b\x32\x16.outrider.v1.LeafState\x12\x0e\n\x06silent\x18\x05 \x03(\t\"B\n\x0cProbeOutcome\x12\x0f\n\x07reached\x18\x01 \x01(\x08\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\"J\n\x07\x46inding\x12#\n\x04part\x18\x01 \x01(\x0e\x32\x15.outrider.v1.CallPart\x12\x0c\n\x04good\x18\x02 \x01(\x08\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\x0f\x43\x61llExplanation\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12&\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x14.outrider.v1.Finding\"=\n\x0cTappedHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x10\n\x08redacted\x18\x03 \x01(\x08\"\xea\x01\n\nTappedCall\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\r\n\x05\x61lloc\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x04 \x01(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0e\n\x06status\x18\x07 \x01(\x05\x12\x13\n\x0b\x64uration_ms\x18\x08 \x01(\x01\x12*\n\x07request\x18\t \x03(\x0b\x32\x19.outrider.v1.TappedHeader\x12+\n\x08response\x18\n \x03(\x0b\x32\x19.outrider.v1.TappedHeader*\xc7\x01\n\x08\x43\x61llPart\x12\x19\n\x15\x43\x41LL_PART_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43\x41LL_PART_CALLER\x10\x01\x12\x12\n\x0e\x43\x41LL_PART_NAME\x10\x02\x12\x14\n\x10\x43\x41LL_PART_ROUTES\x10\x03\x12\x17\n\x13\x43\x41LL_PART_ENDPOINTS\x10\x04\x12\x17\n\x13\x43\x41LL_PART_INTENTION\x10\x05\x12\x19\n\x15\x43\x41LL_PART_CERTIFICATE\x10\x06\x12\x13\n\x0f\x43\x41LL_PART_PROBE\x10\x07\x32\xc6\x02\n\x0eInsightService\x12H\n\x0cGetMeshGraph\x12 .outrider.v1.GetMeshGraphRequest\x1a\x16.outrider.v1.MeshGraph\x12L\n\x0b\x45xplainCall\x12\x1f.outrider.v1.ExplainCallRequest\x1a\x1c.outrider.v1.CallExplanation\x12\x43\n\x08TapCalls\x12\x1c.outrider.v1.TapCallsRequest\x1a\x17.outrider.v1.TappedCall0\x01\x12W\n\x10ListCertificates\x12$.outrider.v1.ListCertificatesRequest\x1a\x1d.outrider.v1.MeshCertificatesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19outrider/v1/insight.proto\x12\x0boutrider.v1\x1a\x15outrider/v1/job.proto\"%\n\x13GetMeshGraphRequest\x12\x0e\n\x06over_s\x18\x01 \x01(\x01\"G\n\x12\x45xplainCallRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"X\n\x0fTapCallsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x0f\n\x07percent\x18\x03 \x01(\x01\x12\x0f\n\x07headers\x18\x04 \x01(\x08\"\x19\n\x17ListCertificatesRequest\"\x13\n\x11RotateRootRequest\"$\n\x12RotateRootResponse\x12\x0e\n\x06serial\x18\x01 \x01(\t\"\xca\x01\n\tMeshQuery\x12,\n\x07\x66igures\x18\x01 \x01(\x0b\x32\x19.outrider.v1.FiguresQueryH\x00\x12\x36\n\x0c\x63\x65rtificates\x18\x02 \x01(\x0b\x32\x1e.outrider.v1.CertificatesQueryH\x00\x12(\n\x05probe\x18\x03 \x01(\x0b\x32\x17.outrider.v1.ProbeQueryH\x00\x12$\n\x03tap\x18\x04 \x01(\x0b\x32\x15.outrider.v1.TapQueryH\x00\x42\x07\n\x05query\"\xbd\x01\n\nMeshAnswer\x12(\n\x04pair\x18\x01 \x01(\x0b\x32\x18.outrider.v1.PairFiguresH\x00\x12&\n\x04leaf\x18\x02 \x01(\x0b\x32\x16.outrider.v1.LeafStateH\x00\x12*\n\x05probe\x18\x03 \x01(\x0b\x32\x19.outrider.v1.ProbeOutcomeH\x00\x12\'\n\x04\x63\x61ll\x18\x04 \x01(\x0b\x32\x17.outrider.v1.TappedCallH\x00\x42\x08\n\x06\x61nswer\"\x1e\n\x0c\x46iguresQuery\x12\x0e\n\x06over_s\x18\x01 \x01(\x01\"\x13\n\x11\x43\x65rtificatesQuery\"c\n\nProbeQuery\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x17\n\x0fvirtual_address\x18\x02 \x01(\t\x12\x0c\n\x04http\x18\x03 \x01(\x08\x12\x11\n\tauthority\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\"`\n\x08TapQuery\x12\r\n\x05\x61lloc\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x03 \x01(\t\x12\x0f\n\x07percent\x18\x04 \x01(\x01\x12\x0f\n\x07headers\x18\x05 \x01(\x08\"0\n\rLatencyBucket\x12\x10\n\x08\x62\x65low_ms\x18\x01 \x01(\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\xe1\x01\n\x0bPairFigures\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\r\n\x05\x61lloc\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x10\n\x08requests\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x13\n\x0b\x63onnections\x18\x07 \x01(\x03\x12\x1a\n\x12\x63onnections_active\x18\x08 \x01(\x03\x12\r\n\x05\x62ytes\x18\t \x01(\x03\x12+\n\x07latency\x18\n \x03(\x0b\x32\x1a.outrider.v1.LatencyBucket\"\x86\x02\n\x08MeshEdge\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\'\n\x08protocol\x18\x03 \x01(\x0e\x32\x15.outrider.v1.Protocol\x12\x10\n\x08sidecars\x18\x04 \x01(\x05\x12\x13\n\x0b\x63\x61lls_per_s\x18\x05 \x01(\x01\x12\x14\n\x0c\x66\x61iled_share\x18\x06 \x01(\x01\x12\x13\n\x06p50_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06p99_ms\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12\x63onnections_active\x18\t \x01(\x03\x12\x13\n\x0b\x62ytes_per_s\x18\n \x01(\x01\x42\t\n\x07_p50_msB\t\n\x07_p99_ms\"R\n\tMeshGraph\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12$\n\x05\x65\x64ges\x18\x02 \x03(\x0b\x32\x15.outrider.v1.MeshEdge\x12\x0e\n\x06silent\x18\x03 \x03(\t\"P\n\tLeafState\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x01\"O\n\tRootState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\t\x12\x14\n\x0c\x65xpires_at_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\"\x9b\x01\n\x10MeshCertificates\x12\x14\n\x0ctrust_domain\x18\x01 \x01(\t\x12\x12\n\ndatacenter\x18\x02 \x01(\t\x12%\n\x05roots\x18\x03 \x03(\x0b\x32\x16.outrider.v1.RootState\x12&\n\x06leaves\x18\x04 \x03(\x0b\x32\x16.outrider.v1.LeafState\x12\x0e\n\x06silent\x18\x05 \x03(\t\"B\n\x0cProbeOutcome\x12\x0f\n\x07reached\x18\x01 \x01(\x08\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x03 \x01(\x01\"J\n\x07\x46inding\x12#\n\x04part\x18\x01 \x01(\x0e\x32\x15.outrider.v1.CallPart\x12\x0c\n\x04good\x18\x02 \x01(\x08\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\x0f\x43\x61llExplanation\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12&\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x14.outrider.v1.Finding\"=\n\x0cTappedHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x10\n\x08redacted\x18\x03 \x01(\x08\"\xea\x01\n\nTappedCall\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\r\n\x05\x61lloc\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x04 \x01(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0e\n\x06status\x18\x07 \x01(\x05\x12\x13\n\x0b\x64uration_ms\x18\x08 \x01(\x01\x12*\n\x07request\x18\t \x03(\x0b\x32\x19.outrider.v1.TappedHeader\x12+\n\x08response\x18\n \x03(\x0b\x32\x19.outrider.v1.TappedHeader*\xc7\x01\n\x08\x43\x61llPart\x12\x19\n\x15\x43\x41LL_PART_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43\x41LL_PART_CALLER\x10\x01\x12\x12\n\x0e\x43\x41LL_PART_NAME\x10\x02\x12\x14\n\x10\x43\x41LL_PART_ROUTES\x10\x03\x12\x17\n\x13\x43\x41LL_PART_ENDPOINTS\x10\x04\x12\x17\n\x13\x43\x41LL_PART_INTENTION\x10\x05\x12\x19\n\x15\x43\x41LL_PART_CERTIFICATE\x10\x06\x12\x13\n\x0f\x43\x41LL_PART_PROBE\x10\x07\x32\x95\x03\n\x0eInsightService\x12H\n\x0cGetMeshGraph\x12 .outrider.v1.GetMeshGraphRequest\x1a\x16.outrider.v1.MeshGraph\x12L\n\x0b\x45xplainCall\x12\x1f.outrider.v1.ExplainCallRequest\x1a\x1c.outrider.v1.CallExplanation\x12\x43\n\x08TapCalls\x12\x1c.outrider.v1.TapCallsRequest\x1a\x17.outrider.v1.TappedCall0\x01\x12W\n\x10ListCertificates\x12$.outrider.v1.ListCertificatesRequest\x1a\x1d.outrider.v1.MeshCertificates\x12M\n\nRotateRoot\x12\x1e.outrider.v1.RotateRootRequest\x1a\x1f.outrider.v1.RotateRootResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'outrider.v1.insight_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CALLPART']._serialized_start=2432
-  _globals['_CALLPART']._serialized_end=2631
+  _globals['_CALLPART']._serialized_start=2491
+  _globals['_CALLPART']._serialized_end=2690
   _globals['_GETMESHGRAPHREQUEST']._serialized_start=65
   _globals['_GETMESHGRAPHREQUEST']._serialized_end=102
   _globals['_EXPLAINCALLREQUEST']._serialized_start=104
@@ -42,42 +42,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TAPCALLSREQUEST']._serialized_end=265
   _globals['_LISTCERTIFICATESREQUEST']._serialized_start=267
   _globals['_LISTCERTIFICATESREQUEST']._serialized_end=292
-  _globals['_MESHQUERY']._serialized_start=295
-  _globals['_MESHQUERY']._serialized_end=497
-  _globals['_MESHANSWER']._serialized_start=500
-  _globals['_MESHANSWER']._serialized_end=689
-  _globals['_FIGURESQUERY']._serialized_start=691
-  _globals['_FIGURESQUERY']._serialized_end=721
-  _globals['_CERTIFICATESQUERY']._serialized_start=723
-  _globals['_CERTIFICATESQUERY']._serialized_end=742
-  _globals['_PROBEQUERY']._serialized_start=744
-  _globals['_PROBEQUERY']._serialized_end=843
-  _globals['_TAPQUERY']._serialized_start=845
-  _globals['_TAPQUERY']._serialized_end=941
-  _globals['_LATENCYBUCKET']._serialized_start=943
-  _globals['_LATENCYBUCKET']._serialized_end=991
-  _globals['_PAIRFIGURES']._serialized_start=994
-  _globals['_PAIRFIGURES']._serialized_end=1219
-  _globals['_MESHEDGE']._serialized_start=1222
-  _globals['_MESHEDGE']._serialized_end=1484
-  _globals['_MESHGRAPH']._serialized_start=1486
-  _globals['_MESHGRAPH']._serialized_end=1568
-  _globals['_LEAFSTATE']._serialized_start=1570
-  _globals['_LEAFSTATE']._serialized_end=1650
-  _globals['_ROOTSTATE']._serialized_start=1652
-  _globals['_ROOTSTATE']._serialized_end=1731
-  _globals['_MESHCERTIFICATES']._serialized_start=1734
-  _globals['_MESHCERTIFICATES']._serialized_end=1889
-  _globals['_PROBEOUTCOME']._serialized_start=1891
-  _globals['_PROBEOUTCOME']._serialized_end=1957
-  _globals['_FINDING']._serialized_start=1959
-  _globals['_FINDING']._serialized_end=2033
-  _globals['_CALLEXPLANATION']._serialized_start=2035
-  _globals['_CALLEXPLANATION']._serialized_end=2129
-  _globals['_TAPPEDHEADER']._serialized_start=2131
-  _globals['_TAPPEDHEADER']._serialized_end=2192
-  _globals['_TAPPEDCALL']._serialized_start=2195
-  _globals['_TAPPEDCALL']._serialized_end=2429
-  _globals['_INSIGHTSERVICE']._serialized_start=2634
-  _globals['_INSIGHTSERVICE']._serialized_end=2960
+  _globals['_ROTATEROOTREQUEST']._serialized_start=294
+  _globals['_ROTATEROOTREQUEST']._serialized_end=313
+  _globals['_ROTATEROOTRESPONSE']._serialized_start=315
+  _globals['_ROTATEROOTRESPONSE']._serialized_end=351
+  _globals['_MESHQUERY']._serialized_start=354
+  _globals['_MESHQUERY']._serialized_end=556
+  _globals['_MESHANSWER']._serialized_start=559
+  _globals['_MESHANSWER']._serialized_end=748
+  _globals['_FIGURESQUERY']._serialized_start=750
+  _globals['_FIGURESQUERY']._serialized_end=780
+  _globals['_CERTIFICATESQUERY']._serialized_start=782
+  _globals['_CERTIFICATESQUERY']._serialized_end=801
+  _globals['_PROBEQUERY']._serialized_start=803
+  _globals['_PROBEQUERY']._serialized_end=902
+  _globals['_TAPQUERY']._serialized_start=904
+  _globals['_TAPQUERY']._serialized_end=1000
+  _globals['_LATENCYBUCKET']._serialized_start=1002
+  _globals['_LATENCYBUCKET']._serialized_end=1050
+  _globals['_PAIRFIGURES']._serialized_start=1053
+  _globals['_PAIRFIGURES']._serialized_end=1278
+  _globals['_MESHEDGE']._serialized_start=1281
+  _globals['_MESHEDGE']._serialized_end=1543
+  _globals['_MESHGRAPH']._serialized_start=1545
+  _globals['_MESHGRAPH']._serialized_end=1627
+  _globals['_LEAFSTATE']._serialized_start=1629
+  _globals['_LEAFSTATE']._serialized_end=1709
+  _globals['_ROOTSTATE']._serialized_start=1711
+  _globals['_ROOTSTATE']._serialized_end=1790
+  _globals['_MESHCERTIFICATES']._serialized_start=1793
+  _globals['_MESHCERTIFICATES']._serialized_end=1948
+  _globals['_PROBEOUTCOME']._serialized_start=1950
+  _globals['_PROBEOUTCOME']._serialized_end=2016
+  _globals['_FINDING']._serialized_start=2018
+  _globals['_FINDING']._serialized_end=2092
+  _globals['_CALLEXPLANATION']._serialized_start=2094
+  _globals['_CALLEXPLANATION']._serialized_end=2188
+  _globals['_TAPPEDHEADER']._serialized_start=2190
+  _globals['_TAPPEDHEADER']._serialized_end=2251
+  _globals['_TAPPEDCALL']._serialized_start=2254
+  _globals['_TAPPEDCALL']._serialized_end=2488
+  _globals['_INSIGHTSERVICE']._serialized_start=2693
+  _globals['_INSIGHTSERVICE']._serialized_end=3098
 # @@protoc_insertion_point(module_scope)

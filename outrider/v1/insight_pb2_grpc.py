@@ -55,6 +55,11 @@ class InsightServiceStub:
                 request_serializer=outrider_dot_v1_dot_insight__pb2.ListCertificatesRequest.SerializeToString,
                 response_deserializer=outrider_dot_v1_dot_insight__pb2.MeshCertificates.FromString,
                 _registered_method=True)
+        self.RotateRoot = channel.unary_unary(
+                '/outrider.v1.InsightService/RotateRoot',
+                request_serializer=outrider_dot_v1_dot_insight__pb2.RotateRootRequest.SerializeToString,
+                response_deserializer=outrider_dot_v1_dot_insight__pb2.RotateRootResponse.FromString,
+                _registered_method=True)
 
 
 class InsightServiceServicer:
@@ -88,6 +93,13 @@ class InsightServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateRoot(self, request, context):
+        """Another root signs from now on. Answers once every sidecar trusts it; leaves follow by themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InsightServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +122,11 @@ def add_InsightServiceServicer_to_server(servicer, server):
                     servicer.ListCertificates,
                     request_deserializer=outrider_dot_v1_dot_insight__pb2.ListCertificatesRequest.FromString,
                     response_serializer=outrider_dot_v1_dot_insight__pb2.MeshCertificates.SerializeToString,
+            ),
+            'RotateRoot': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateRoot,
+                    request_deserializer=outrider_dot_v1_dot_insight__pb2.RotateRootRequest.FromString,
+                    response_serializer=outrider_dot_v1_dot_insight__pb2.RotateRootResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +238,33 @@ class InsightService:
             '/outrider.v1.InsightService/ListCertificates',
             outrider_dot_v1_dot_insight__pb2.ListCertificatesRequest.SerializeToString,
             outrider_dot_v1_dot_insight__pb2.MeshCertificates.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateRoot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.InsightService/RotateRoot',
+            outrider_dot_v1_dot_insight__pb2.RotateRootRequest.SerializeToString,
+            outrider_dot_v1_dot_insight__pb2.RotateRootResponse.FromString,
             options,
             channel_credentials,
             insecure,

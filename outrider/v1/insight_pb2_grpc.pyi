@@ -40,6 +40,8 @@ class InsightServiceStub:
     TapCalls: _grpc.UnaryStreamMultiCallable[_insight_pb2.TapCallsRequest, _insight_pb2.TappedCall]
     """Requests of a service as they happen, from its sidecars, until the caller hangs up."""
     ListCertificates: _grpc.UnaryUnaryMultiCallable[_insight_pb2.ListCertificatesRequest, _insight_pb2.MeshCertificates]
+    RotateRoot: _grpc.UnaryUnaryMultiCallable[_insight_pb2.RotateRootRequest, _insight_pb2.RotateRootResponse]
+    """Another root signs from now on. Answers once every sidecar trusts it; leaves follow by themselves."""
 
 @_typing.type_check_only
 class InsightServiceAsyncStub(InsightServiceStub):
@@ -53,6 +55,8 @@ class InsightServiceAsyncStub(InsightServiceStub):
     TapCalls: _aio.UnaryStreamMultiCallable[_insight_pb2.TapCallsRequest, _insight_pb2.TappedCall]  # type: ignore[assignment]
     """Requests of a service as they happen, from its sidecars, until the caller hangs up."""
     ListCertificates: _aio.UnaryUnaryMultiCallable[_insight_pb2.ListCertificatesRequest, _insight_pb2.MeshCertificates]  # type: ignore[assignment]
+    RotateRoot: _aio.UnaryUnaryMultiCallable[_insight_pb2.RotateRootRequest, _insight_pb2.RotateRootResponse]  # type: ignore[assignment]
+    """Another root signs from now on. Answers once every sidecar trusts it; leaves follow by themselves."""
 
 class InsightServiceServicer(metaclass=_abc_1.ABCMeta):
     """What the mesh does, as the sidecars themselves see it. For operators, as OperatorService."""
@@ -87,5 +91,13 @@ class InsightServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _insight_pb2.ListCertificatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_insight_pb2.MeshCertificates, _abc.Awaitable[_insight_pb2.MeshCertificates]]: ...
+
+    @_abc_1.abstractmethod
+    def RotateRoot(
+        self,
+        request: _insight_pb2.RotateRootRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_insight_pb2.RotateRootResponse, _abc.Awaitable[_insight_pb2.RotateRootResponse]]:
+        """Another root signs from now on. Answers once every sidecar trusts it; leaves follow by themselves."""
 
 def add_InsightServiceServicer_to_server(servicer: InsightServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
