@@ -22,14 +22,14 @@ class Authority:
         self._certificate = self._sign(self._name, self._key, [(constraints, True)])
         self.certificate_pem = _pem(self._certificate)
 
-    def leaf(self, service: str, uri: str = "") -> Leaf:
+    def leaf(self, service: str, uri: str = "", *, expired: bool = False) -> Leaf:
         """A certificate for `service`; under another name where `uri` says so."""
         uri = uri or spiffe_id(self.trust_domain, self.datacenter, ServiceName(service))
         key = ec.generate_private_key(ec.SECP256R1())
         usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, service)])
-        certificate = self._sign(subject, key, [(usages, False), (names, True)])
+        certificate = self._sign(subject, key, [(usages, False), (names, True)], expired=expired)
         return Leaf(
             service=ServiceName(service),
             certificate_pem=_pem(certificate),
@@ -44,6 +44,8 @@ class Authority:
         subject: x509.Name,
         key: ec.EllipticCurvePrivateKey,
         extensions: list[tuple[x509.ExtensionType, bool]],
+        *,
+        expired: bool = False,
     ) -> x509.Certificate:
         now = dt.datetime.now(dt.UTC)
         builder = x509.CertificateBuilder(
@@ -52,7 +54,7 @@ class Authority:
             public_key=key.public_key(),
             serial_number=x509.random_serial_number(),
             not_valid_before=now - _DAY,
-            not_valid_after=now + _DAY,
+            not_valid_after=now - _DAY / 2 if expired else now + _DAY,
         )
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
