@@ -32,7 +32,7 @@ from agent.fleet import FleetSession, Greeting, Wish
 from agent.gateways import Gateways
 from agent.guest_states import GuestStates
 from agent.guests import Guests
-from agent.held import SIDECAR
+from agent.held import SIDECAR, workloads
 from agent.host import Host, open_host
 from agent.images import Images
 from agent.insight import Insight
@@ -42,7 +42,8 @@ from agent.leaves import Leaves
 from agent.library import SidecarLibrary
 from agent.load import Load
 from agent.mesh_relay import MeshRelay
-from agent.metrics import NodeFigures, Workload, http_listener
+from agent.metrics import Inside, NodeFigures, Workload, http_listener
+from agent.microvms import Microvms
 from agent.migration import Migration
 from agent.names import Names
 from agent.network.dns.resolver import resolv_conf
@@ -178,7 +179,13 @@ class Agent:
             log=log,
         )
         self._guests = Guests(
-            store=host.store, runtime=host.runtime, vms=self._vms, migration=self._migration, tasks=tasks, log=log
+            store=host.store,
+            runtime=host.runtime,
+            vms=self._vms,
+            microvms=Microvms(config.data / "microvms", config=config.guest, kvm=self._kvm_works),
+            migration=self._migration,
+            tasks=tasks,
+            log=log,
         )
         self._peer_address = ""
         self._executor = Executor(
@@ -317,17 +324,10 @@ class Agent:
         return self._engine.reports()
 
     def workloads(self) -> tuple[Workload, ...]:
-        return tuple(
-            Workload(
-                job=held.assignment.job,
-                group=held.assignment.group.name,
-                alloc=held.assignment.alloc,
-                task=task,
-                usage=self._host.runtime.usage(sandbox_id(held.assignment.alloc, task)),
-            )
-            for held in self._executor.held()
-            for task in held.watchers
-        )
+        return workloads(self._executor.held(), self._host.runtime)
+
+    async def guests(self) -> tuple[Inside, ...]:
+        return await self._operations().inside()
 
     def sidecars(self) -> tuple[AllocId, ...]:
         return tuple(held.assignment.alloc for held in self._executor.held() if SIDECAR in held.watchers)

@@ -53,6 +53,15 @@ class ImagesConfig(Value, frozen=True, kw_only=True):
     cache_bytes: Annotated[int, msgspec.Meta(ge=1)] = 20 * 1024 * MIB  # of all; what runs may exceed it
 
 
+class GuestConfig(Value, frozen=True, kw_only=True):
+    """What processes with `isolation: vm` boot. `modules`: of the kernel, searched for those that it lacks."""
+
+    kernel: Path
+    modules: Path | None = None
+    busybox: Path = Path("/bin/busybox")  # the static one
+    agent: Path = Path("/usr/sbin/qemu-ga")  # absent: nothing can be run beside them
+
+
 class PortRange(Value, frozen=True, kw_only=True):
     """The host ports that the scheduler may give out, both ends included."""
 
@@ -85,6 +94,7 @@ class Config(Value, frozen=True, kw_only=True):
     artifact_cache_bytes: Annotated[int, msgspec.Meta(ge=1)] = 5 * 1024 * MIB  # of all; and at most so much of one
     device_files: Mapping[Name, tuple[Path, ...]] = {}  # of `devices`: one file for each that it counts
     capabilities: tuple[str, ...] = ()  # that a task may have where it asks
+    guest: GuestConfig | None = None
     volume_paths: tuple[Path, ...] = ()  # below these, a volume may be a directory of this node
     log: Literal["debug", "info", "warning", "error"] = "info"
 

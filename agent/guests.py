@@ -15,7 +15,9 @@ from agent.core.commands import StopTask
 from agent.drivers.process import Place, sandbox_id
 from agent.guest_states import GuestPlace
 from agent.held import sandbox_directory
+from agent.microvms import Microvms
 from agent.migration import Departure, Migration, Offer, left_for, stays
+from agent.pull.image import UnpackedImage
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import SandboxStatus, StartError
 from agent.store import Store
@@ -24,7 +26,7 @@ from outrider.errors import HostError, OutriderError
 from outrider.ids import AllocId
 from outrider.log import Log
 from outrider.model.allocation import Assignment, Move
-from outrider.model.job import Driver, Task
+from outrider.model.job import Driver, Isolation, Task
 
 _POWER_BUTTON_S = 3.0
 
@@ -36,6 +38,7 @@ class Guests:
         store: Store,
         runtime: SandboxRuntime,
         vms: Vms,
+        microvms: Microvms,
         migration: Migration,
         tasks: asyncio.TaskGroup,
         log: Log,
@@ -43,21 +46,30 @@ class Guests:
         self._store = store
         self._runtime = runtime
         self._vms = vms
+        self._microvms = microvms
         self._migration = migration
         self._tasks = tasks
         self._log = log
         self._departures: dict[AllocId, Departure] = {}
 
+    def forget(self, alloc: AllocId) -> None:
+        self._microvms.forget(alloc)
+
     def place(self, alloc: AllocId, task: Task) -> GuestPlace:
         sandbox = sandbox_directory(self._store.allocation_directory(alloc), task.name)
         return GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox)
 
-    async def start(self, assignment: Assignment, task: Task, place: Place) -> SandboxStatus:
+    async def start(
+        self, assignment: Assignment, task: Task, place: Place, image: UnpackedImage | None
+    ) -> SandboxStatus:
         """It boots, or goes on from where it was kept, or comes from another node.
 
-        Raises StartError where the job is at fault, or it did not come; HostError where this host is.
+        `image`: of a process with a kernel of its own, where that was fetched. Raises InputError and StartError where
+        the job is at fault, or it did not come; HostError where this host is.
         """
         stays(Path(place.directory))
+        if task.isolation is Isolation.VM:
+            return await self._runtime.start(await self._microvms.prepare(assignment, task, place, image))
         if assignment.move_from is not None and not self._vms.was_taken_up(Path(place.directory)):
             return await self._receive(assignment, task, place, assignment.move_from)
         spec, snapshot = await self._vms.prepare(assignment, task, place)

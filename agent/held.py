@@ -6,10 +6,12 @@ from pathlib import Path
 import msgspec
 
 from agent.core.events import TaskExit
+from agent.drivers.process import sandbox_id
+from agent.metrics import Workload
 from agent.sandbox import logs
 from agent.sandbox.runtime import SandboxRuntime
 from agent.uids import AllocUids
-from agent.vms import bad_end, guest_directory
+from agent.vms import bad_end, guest_directory, told_end
 from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
 
@@ -28,6 +30,20 @@ class Held(msgspec.Struct, kw_only=True):
     put_back: dict[TaskName, asyncio.Future[str]] = {}  # ended to go on from a snapshot: why it does not, or ""
 
 
+def workloads(all_held: tuple[Held, ...], runtime: SandboxRuntime) -> tuple[Workload, ...]:
+    return tuple(
+        Workload(
+            job=held.assignment.job,
+            group=held.assignment.group.name,
+            alloc=held.assignment.alloc,
+            task=task,
+            usage=runtime.usage(sandbox_id(held.assignment.alloc, task)),
+        )
+        for held in all_held
+        for task in held.watchers
+    )
+
+
 def sandbox_directory(allocation: Path, task: TaskName) -> Path:
     """Where a task's sandbox (or the sidecar's) has its bundle and its logs."""
     return allocation / task
@@ -38,13 +54,14 @@ async def task_exit(runtime: SandboxRuntime, sandbox: str, directory: Path) -> T
     ended = await runtime.wait(sandbox)
     # A guest that panicked leaves its emulator well.
     reason = bad_end(guest_directory(directory)) if ended.code == 0 else ""
-    code = 1 if reason else ended.code
+    told, out_of_memory = told_end(guest_directory(directory)) if ended.code == 0 else (0, False)
+    code = told or 1 if reason else told or ended.code
     lines = GUEST_TAIL_LINES if guest_directory(directory).is_dir() else LOG_TAIL_LINES
     tail = "" if code == 0 else await asyncio.to_thread(logs.last_lines, str(directory), lines)
     return TaskExit(
         code=code,
         signal=ended.signal,
-        oom_killed=ended.oom_killed,
+        oom_killed=ended.oom_killed or out_of_memory,
         finished_at_s=ended.finished_at_s,
         log_tail=tail.replace("\r\n", "\n"),
         reason=reason,

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agent.qmp.inside import InsideUsage
 from agent.sandbox.spec import Usage
 from outrider import __version__
 from outrider.config import host_port
@@ -25,7 +26,7 @@ from outrider.model.job import Value
 PAIRS_MAX = 500
 _STATS_S = 2.0  # for all sidecars together: Prometheus itself waits for ten
 _STATS_AT_ONCE = 8
-_SCRAPE_S = 5.0  # for all of a scrape, the loop's own delay included
+_SCRAPE_S = 9.0  # for all of a scrape, the loop's own delay included: Prometheus waits for ten
 _WORKLOAD_LABELS = ("job", "group", "alloc", "task")
 _PAIR_LABELS = ("source", "destination")
 
@@ -80,6 +81,16 @@ class Workload(Value, frozen=True, kw_only=True):
     usage: Usage
 
 
+class Inside(Value, frozen=True, kw_only=True):
+    """A guest that runs, and what it says of itself."""
+
+    job: str
+    group: str
+    alloc: str
+    task: str
+    usage: InsideUsage
+
+
 class NodeFigures(Value, frozen=True, kw_only=True):
     """What the agent knows of itself."""
 
@@ -99,6 +110,7 @@ class Figures(Protocol):
     def node(self) -> NodeFigures: ...
     def reports(self) -> tuple[AllocReport, ...]: ...
     def workloads(self) -> tuple[Workload, ...]: ...
+    async def guests(self) -> tuple[Inside, ...]: ...
     def sidecars(self) -> tuple[AllocId, ...]: ...
     async def sidecar(self, alloc: AllocId) -> SidecarFigures: ...
 
@@ -114,7 +126,8 @@ class _Live(Collector):
         yield from asyncio.run_coroutine_threadsafe(self._all(), self._loop).result(_SCRAPE_S)
 
     async def _all(self) -> list[Metric]:
-        return [*_node(self._figures), *_workloads(self._figures), *await _sidecars(self._figures)]
+        guests, sidecars = await asyncio.gather(self._figures.guests(), _sidecars(self._figures))
+        return [*_node(self._figures), *_workloads(self._figures), *_guests(guests), *sidecars]
 
 
 @asynccontextmanager
@@ -185,6 +198,20 @@ def _workloads(figures: Figures) -> Iterator[Metric]:
             if report.alloc in names:
                 restarts.add_metric((*names[report.alloc], report.alloc, task.name), task.restarts)
     yield from (cpu, memory, oom, restarts)
+
+
+def _guests(guests: Iterable[Inside]) -> Iterator[Metric]:
+    """As the guests themselves have it, where their drivers and agents say so."""
+    prefix = "outrider_guest_"
+    cpu = CounterMetricFamily(f"{prefix}cpu_seconds", "CPU time used inside", labels=_WORKLOAD_LABELS)
+    memory = GaugeMetricFamily(f"{prefix}memory_bytes", "Memory that the guest has", labels=_WORKLOAD_LABELS)
+    used = GaugeMetricFamily(f"{prefix}memory_used_bytes", "Of it, not available in there", labels=_WORKLOAD_LABELS)
+    for guest in guests:
+        usage = guest.usage
+        for family, value in ((cpu, usage.cpu_s), (memory, usage.memory_bytes), (used, usage.memory_used_bytes)):
+            if value is not None:
+                family.add_metric((guest.job, guest.group, guest.alloc, guest.task), value)
+    yield from (cpu, memory, used)
 
 
 async def _sidecars(figures: Figures) -> list[Metric]:

@@ -32,6 +32,7 @@ _STEP_S = 30.0
 _GO_S = 60.0  # until nobody calls the one that is left
 _IMAGE_S = 1800.0
 _IDLE_S = 2.0
+_LOOK_S = 1.0
 _POLL_S = 0.02
 _ASK_S = 2.0
 _BLOCK_BYTES = 256 * 1024
@@ -266,7 +267,10 @@ class Migration:
             await self._tell_stage(alloc, move, MoveStage.READY)
             arrived = group.create_task(control.hear(Answer, _GO_S + _STEP_S), name=f"{alloc}-arrived")
             go = group.create_task(departure.go.wait(), name=f"{alloc}-go")
-            await asyncio.wait({arrived, go}, return_when=asyncio.FIRST_COMPLETED, timeout=_GO_S)
+            until_s = monotonic_s() + _GO_S
+            while not (go.done() or arrived.done()) and monotonic_s() < until_s:
+                await asyncio.wait({arrived, go}, return_when=asyncio.FIRST_COMPLETED, timeout=_LOOK_S)
+                await guest.look()
             if not go.done():
                 go.cancel()
                 _accepted(arrived.result() if arrived.done() else Answer(refused=f"not let go within {_GO_S:g} s"))

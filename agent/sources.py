@@ -5,6 +5,7 @@ from pathlib import Path
 
 from agent.belongings.volumes import Volumes
 from agent.console import Console, open_console
+from agent.drivers.microvm import INSIDE
 from agent.drivers.process import sandbox_id
 from agent.drivers.vm import AGENT, CONSOLE
 from agent.held import SIDECAR, Held, sandbox_directory
@@ -19,7 +20,7 @@ from agent.vms import guest_directory
 from outrider.errors import RefusedError
 from outrider.ids import AllocId, TaskName
 from outrider.model.belongings import Volume
-from outrider.model.job import TaskRole, has_guest
+from outrider.model.job import Isolation, TaskRole, has_guest
 from outrider.v1.fleet_pb2 import VmCommand
 
 
@@ -67,7 +68,8 @@ class Sources:
         if not command:
             raise RefusedError("invalid", "no command")
         sandbox = sandbox_directory(self._store.allocation_directory(alloc), task)
-        return await self._agents.start(guest_directory(sandbox) / AGENT, command)
+        wrap = (INSIDE,) if self._is_process(alloc) else ()
+        return await self._agents.start(guest_directory(sandbox) / AGENT, (*wrap, *command))
 
     async def console(self, alloc: AllocId, task: TaskName) -> Console:
         """Raises RefusedError where it is no vm that runs, or somebody sits there already."""
@@ -137,6 +139,13 @@ class Sources:
 
     def _holds(self, alloc: AllocId) -> bool:
         return any(held.assignment.alloc == alloc for held in self._held())
+
+    def _is_process(self, alloc: AllocId) -> bool:
+        """In a guest of ours, which keeps its image apart."""
+        tasks = (
+            task for held in self._held() if held.assignment.alloc == alloc for task in held.assignment.group.tasks
+        )
+        return any(task.isolation is Isolation.VM for task in tasks)
 
     def _is_guest(self, alloc: AllocId) -> bool:
         return any(held.assignment.alloc == alloc and has_guest(held.assignment.group) for held in self._held())

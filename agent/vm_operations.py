@@ -15,13 +15,16 @@ from typing import TypeVar
 
 import msgspec
 
+from agent.drivers.microvm import ROOT
 from agent.drivers.process import sandbox_id
-from agent.drivers.vm import AGENT
+from agent.drivers.vm import AGENT, QMP
 from agent.guest_files import Download, GuestFile, Upload
 from agent.guest_states import GuestStates
 from agent.held import Held, sandbox_directory
+from agent.metrics import Inside
 from agent.operation import Operation
 from agent.qmp.guest_agent import GuestAgents
+from agent.qmp.inside import inside
 from agent.sandbox.descriptors import readable, writable
 from agent.sandbox.runtime import SandboxRuntime
 from agent.snapshot_files import read_snapshot, write_snapshot
@@ -31,7 +34,7 @@ from agent.vms import Vms, guest_directory
 from outrider.errors import HostError, OutriderError, RefusedError
 from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
-from outrider.model.job import Driver, Task
+from outrider.model.job import Isolation, Task, is_guest
 from outrider.v1.fleet_pb2 import VmCommand, VmVerb
 
 T = TypeVar("T")
@@ -84,15 +87,32 @@ class VmOperations:
             case verb:
                 raise RefusedError("unsupported", f"no operation {verb} on a vm: the caller is of a newer version")
 
+    async def inside(self) -> tuple[Inside, ...]:
+        """What this node's guests say of themselves, all asked at once."""
+        found = [(held.assignment, task) for held in self._held() if (task := _vm_task(held.assignment)) is not None]
+        found = [
+            (assignment, task) for assignment, task in found if not self._vms.is_busy(self._directory(assignment, task))
+        ]
+        usages = await asyncio.gather(
+            *(inside(place / QMP, place / AGENT, self._agents) for place in (self._directory(*each) for each in found))
+        )
+        return tuple(
+            Inside(job=one.job, group=one.group.name, alloc=one.alloc, task=task.name, usage=usage)
+            for (one, task), usage in zip(found, usages, strict=True)
+        )
+
+    def _directory(self, assignment: Assignment, task: Task) -> Path:
+        return guest_directory(self._sandbox(assignment.alloc, task))
+
     async def _keep(self, alloc: AllocId, snapshot: str) -> str:
         """The guest that runs as a snapshot of this node; it runs on."""
-        held, task = self._guest(alloc)
+        held, task = self._own_guest(alloc)
         sandbox = self._sandbox(alloc, task)
         return _line(await self._vms.keep(snapshot, held.assignment, task, sandbox))
 
     async def _put_back(self, alloc: AllocId, snapshot: str) -> str:
         """The guest goes on from a snapshot; what it did since is lost."""
-        held, task = self._guest(alloc)
+        held, task = self._own_guest(alloc)
         sandbox = self._sandbox(alloc, task)
         with self._vms.alone_with(guest_directory(sandbox)):
             await self._vms.plan_return(snapshot, task, sandbox)
@@ -113,7 +133,8 @@ class VmOperations:
     async def _open(self, alloc: AllocId, path: str, mode: str) -> GuestFile:
         held, task = self._guest(alloc)
         line = guest_directory(self._sandbox(held.assignment.alloc, task)) / AGENT
-        file = GuestFile(self._agents, line, path)
+        inside = f"{ROOT}/{path.lstrip('/')}" if task.isolation is Isolation.VM else path
+        file = GuestFile(self._agents, line, inside)
         await file.open(mode)
         return file
 
@@ -124,6 +145,13 @@ class VmOperations:
     async def _delete(self, snapshot: str) -> str:
         await asyncio.to_thread(self._states.remove, snapshot)
         return ""
+
+    def _own_guest(self, alloc: AllocId) -> tuple[Held, Task]:
+        held, task = self._guest(alloc)
+        if task.isolation is Isolation.VM:
+            message = f"{task.name} is a process with a kernel of its own: only the state of a `driver: vm` is kept"
+            raise RefusedError("unsupported", message)
+        return held, task
 
     def _guest(self, alloc: AllocId) -> tuple[Held, Task]:
         found = (held for held in self._held() if held.assignment.alloc == alloc)
@@ -238,7 +266,7 @@ def _closing(work: Callable[[int], T], descriptor: int) -> T:
 
 
 def _vm_task(assignment: Assignment) -> Task | None:
-    return next((task for task in assignment.group.tasks if task.driver is Driver.VM), None)
+    return next((task for task in assignment.group.tasks if is_guest(task)), None)
 
 
 def _line(manifest: Manifest) -> str:

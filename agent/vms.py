@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent import qmp, seed
+from agent.drivers.microvm import EXIT, ended
 from agent.drivers.process import Place
 from agent.drivers.vm import MACHINE, OVERLAY, QMP, SEED, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
 from agent.guest_states import GuestPlace, GuestStates, Origin
@@ -53,11 +54,11 @@ class Vms:
             await self._states.check(snapshot, task, where.sandbox)
             await asyncio.to_thread(self._take_images, snapshot)
         images = await asyncio.to_thread(self._fetch, task)
-        ready = _is_ready(directory, owner)
+        ready = make_ready(directory, owner)
         if snapshot:
             await self._states.lay_out(snapshot, directory, owner)
         elif not ready and images.disk:
-            await _make_overlay(directory / OVERLAY, task, images, owner)
+            await make_overlay(directory / OVERLAY, task.resources.disk_bytes, images.disk_format, owner)
         if has_seed(task) and not snapshot:
             await seed.make(directory / SEED, assignment, task, owner)
         self._states.begin(where.sandbox, waits=bool(snapshot))
@@ -156,10 +157,10 @@ class Vms:
         """An emulator that waits for the guest, and an empty overlay for what it wrote."""
         directory, owner = Path(place.task_directory), place.uid_first + INNER_USER
         images = await asyncio.to_thread(self._fetch, task)
-        _is_ready(directory, owner)
+        make_ready(directory, owner)
         (directory / OVERLAY).unlink(missing_ok=True)
         if images.disk:
-            await _make_overlay(directory / OVERLAY, task, images, owner)
+            await make_overlay(directory / OVERLAY, task.resources.disk_bytes, images.disk_format, owner)
         self._states.begin(Path(place.directory), waits=True)
         return guest_spec(assignment, task, place, images, kvm=self._kvm(), waits=True, identity=offer.identity)
 
@@ -167,6 +168,10 @@ class Vms:
         path, owner = Path(place.task_directory) / SEED, place.uid_first + INNER_USER
         path.write_bytes(content)
         os.chown(path, owner, owner)
+
+    def is_busy(self, directory: Path) -> bool:
+        """Whether its emulator's control socket is somebody's already."""
+        return directory in self._busy
 
     @contextmanager
     def alone_with(self, directory: Path) -> Iterator[None]:
@@ -249,13 +254,22 @@ def bad_end(directory: Path) -> str:
     """
     if not directory.is_dir():
         return ""
-    text = b""
-    # The emulator could have put anything there: no link is followed, nothing is waited for.
+    return "" if _POWERED_OFF in _read(directory / TRACE) else "the guest panicked, or reset itself"
+
+
+def told_end(directory: Path) -> tuple[int, bool]:
+    """How a process with a kernel of its own ended: its code, and whether for want of memory. Else (0, False)."""
+    text = _read(directory / EXIT).decode(errors="replace")
+    return ended(text) or (0, False)
+
+
+def _read(path: Path) -> bytes:
+    """The emulator could have put anything there: no link is followed, nothing is waited for."""
     with suppress(OSError):
-        descriptor = os.open(directory / TRACE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
-            text = file.read(_TRACE_BYTES_MAX) or b""
-    return "" if _POWERED_OFF in text else "the guest panicked, or reset itself"
+            return file.read(_TRACE_BYTES_MAX) or b""
+    return b""
 
 
 def remove_guest(directory: Path) -> None:
@@ -263,7 +277,7 @@ def remove_guest(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _is_ready(directory: Path, owner: int) -> bool:
+def make_ready(directory: Path, owner: int) -> bool:
     """Whether an earlier run left its disk. What else it left goes: sockets, traces, a disk half made."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chown(directory, owner, owner)
@@ -273,11 +287,12 @@ def _is_ready(directory: Path, owner: int) -> bool:
     return (directory / OVERLAY).exists()
 
 
-async def _make_overlay(path: Path, task: Task, images: GuestImages, owner: int) -> None:
+async def make_overlay(path: Path, size_bytes: int, base_format: str, owner: int) -> None:
+    """A disk of `size_bytes` for the emulator's host uid `owner`, over a base. Raises HostError."""
     unfinished = path.with_suffix(".new")
     # -u: the base is not opened. It was looked at already, and the emulator is told of it by hand.
-    argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", images.disk_format, "-b", "base"]
-    done = await process.run([*argv, str(unfinished), str(task.resources.disk_bytes)], timeout_s=_QEMU_IMG_S)
+    argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", base_format, "-b", "base"]
+    done = await process.run([*argv, str(unfinished), str(size_bytes)], timeout_s=_QEMU_IMG_S)
     if done.code != 0:
         raise HostError("qemu-img", step=f"make a disk: {done.output.strip()}")
     os.chown(unfinished, owner, owner)

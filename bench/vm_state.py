@@ -21,7 +21,7 @@ from outrider.ids import GroupName, JobName, ServiceName, TaskName
 from outrider.model.job import Group, Job, Protocol, Service, Task, Upstream
 from outrider.v1 import operator_pb2
 
-ROUNDS = 5
+ROUNDS = 3
 MOVES = 4
 
 # Asks as fast as it is answered, a new connection each time; says every half second how it fared so far.
@@ -37,7 +37,7 @@ while True:
         answer = connection.getresponse()
         failed += answer.status != 200
         answer.read()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         failed += 1
     finally:
         connection.close()
@@ -95,7 +95,7 @@ def _carry(fleet: Fleet, directory: Path) -> None:
 def _move(fleet: Fleet) -> None:
     """To and fro, while a process asks without a pause."""
     fleet.submit(_loader())
-    (loader,) = fleet.healthy("prober", 1)
+    (loader,) = fleet.healthy("loader", 1)
     told = fleet.logs(loader, follow=True)
     next(told)
     downtimes = []
@@ -114,7 +114,7 @@ def _move(fleet: Fleet) -> None:
     emit("vm.migration_failed_requests", last["failed"], "requests")
     emit("vm.migration_requests", last["asked"], "requests")
     emit("vm.migration_longest_request_ms", last["longest_ms"], "ms")
-    fleet.stop("prober")
+    fleet.stop("loader")
 
 
 def _from_snapshot(target: Job) -> Job:
@@ -126,11 +126,10 @@ def _from_snapshot(target: Job) -> Job:
 
 
 def _loader() -> Job:
-    """Under the prober's name, whom the target lets in."""
     task = Task(name=TaskName("loader"), command=("/usr/bin/python3", "-c", LOADER))
     upstream = Upstream(service=ServiceName("target"))
-    service = Service(name=ServiceName("prober"), protocol=Protocol.TCP, upstreams=(upstream,))
-    return Job(name=JobName("prober"), groups=(Group(name=GroupName("prober"), tasks=(task,), services=(service,)),))
+    service = Service(name=ServiceName("loader"), protocol=Protocol.TCP, upstreams=(upstream,))
+    return Job(name=JobName("loader"), groups=(Group(name=GroupName("loader"), tasks=(task,), services=(service,)),))
 
 
 def _outrider(fleet: Fleet, *words: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from outrider.ids import is_name
 from outrider.model.belongings import OnChange, SecretUse, Template
-from outrider.model.job import Driver, Resources, Task
+from outrider.model.job import Driver, Resources, Task, is_guest
 
 LIST_MAX = 64
 ULIMITS = frozenset({"core", "cpu", "fsize", "memlock", "msgqueue", "nofile", "nproc", "rttime", "sigpending", "stack"})
@@ -62,7 +62,7 @@ def is_inner_path(text: str) -> bool:
 def _secrets(task: Task) -> Iterator[Wrong]:
     if not task.secrets:
         return
-    if task.driver is Driver.VM:
+    if is_guest(task):
         yield ("secrets",), "a vm has no memory that the node can put a secret into; give it to a process beside it"
     if len(task.secrets) > LIST_MAX:
         yield ("secrets",), f"{len(task.secrets)} of them; at most {LIST_MAX}"
@@ -101,7 +101,7 @@ def _volumes(task: Task) -> Iterator[Wrong]:
 
 
 def _artifacts(task: Task) -> Iterator[Wrong]:
-    if task.artifacts and task.driver is Driver.VM:
+    if task.artifacts and is_guest(task):
         yield ("artifacts",), "a vm brings its files on its disk; leave artifacts out"
     if len(task.artifacts) > LIST_MAX:
         yield ("artifacts",), f"{len(task.artifacts)} of them; at most {LIST_MAX}"
@@ -119,7 +119,7 @@ def _artifacts(task: Task) -> Iterator[Wrong]:
 
 
 def _templates(task: Task) -> Iterator[Wrong]:
-    if task.templates and task.driver is Driver.VM:
+    if task.templates and is_guest(task):
         yield ("templates",), "a vm has no memory that the node can put a file into; leave templates out"
     if len(task.templates) > LIST_MAX:
         yield ("templates",), f"{len(task.templates)} of them; at most {LIST_MAX}"
@@ -142,7 +142,7 @@ def _template(template: Template) -> Iterator[Wrong]:
 
 
 def _guest_limits(task: Task) -> Iterator[Wrong]:
-    if task.driver is not Driver.VM:
+    if not is_guest(task):
         return
     for key, name in (("shm_bytes", "shm"), ("nice", "nice"), ("ulimits", "ulimits")):
         if getattr(task.resources, key) != getattr(Resources(), key):

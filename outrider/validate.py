@@ -25,6 +25,7 @@ from outrider.model.job import (
     GuestFile,
     Image,
     ImageKind,
+    Isolation,
     Job,
     JobType,
     Network,
@@ -143,7 +144,7 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
     if len(group.tasks) > 1:
         yield Problem(path=(*path, "tasks"), message="a vm is alone in its group; put the other tasks in another group")
     for task in group.tasks:
-        for key in ("command", "env", "user", "workdir"):
+        for key in ("command", "env", "user", "workdir") if task.driver is Driver.VM else ():
             if getattr(task, key):
                 yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
         yield from _cloud_init((*path, "tasks", task.name), task)
@@ -299,6 +300,11 @@ def _task(path: Path, task: Task) -> Iterator[Problem]:
         yield Problem(path=(*path, "args"), message="args are for an image's entrypoint; add them to the command")
     if task.cloud_init is not None and task.driver is Driver.PROCESS:
         yield Problem(path=(*path, "cloud_init"), message="cloud-init is for a vm; a process has files and a command")
+    if task.isolation is Isolation.VM and task.driver is Driver.VM:
+        yield Problem(path=(*path, "isolation"), message="for processes: a vm has a kernel of its own already")
+    elif task.isolation is Isolation.VM and task.image.kind is ImageKind.HOST:
+        message = "a vm shows nothing of the node's own /usr; give it an image, such as oci:REGISTRY/NAME:TAG"
+        yield Problem(path=(*path, "image"), message=message)
     yield from _identity(path, task)
     yield from (Problem(path=(*path, *at), message=message) for at, message in wrong_belongings(task))
     yield from _image((*path, "image"), task.driver, task.image)

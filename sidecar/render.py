@@ -180,7 +180,8 @@ def _local_cluster(cluster: LocalCluster) -> Config:
     config: Config = {
         "name": cluster.name,
         "type": "STATIC",
-        "connect_timeout": "1s",
+        # A guest that comes from another node is called here shortly before it is here.
+        "connect_timeout": "10s" if cluster.patient else "1s",
         "circuit_breakers": _breakers(Limits(), 50),
         "load_assignment": {
             "cluster_name": cluster.name,

@@ -11,7 +11,7 @@ from agent.core.report import alloc_record, alloc_report, duration, stray_report
 from agent.core.state import NEVER_S, AllocState, State, Stray, Turn, alone_too_long_s, deadline_s, new_alloc
 from outrider.ids import AllocId
 from outrider.model.allocation import AllocReport, Assignment, Desired
-from outrider.model.job import has_guest
+from outrider.model.job import has_own_guest
 
 _STRAY_RETRY_S = 5.0
 
@@ -89,7 +89,7 @@ def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
             if renewed:
                 turn.emit(RenewBelongings(assignment=assignment))
             amend.take_up(alloc, turn)
-            if has_guest(assignment.group):
+            if has_own_guest(assignment.group):
                 allocation.move(alloc, turn)
     _keep(state, alloc, turn)
 

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 
 from agent.belongings.volumes import Disk
+from agent.drivers.microvm import LINES
 from agent.drivers.process import Place, sandbox_id
-from agent.network.guest import TAP
+from agent.network.guest import GUEST_MAC, TAP
+from agent.qmp.inside import BALLOON
 from agent.sandbox.spec import INNER_USER, Device, HostRoot, Limits, Mount, SandboxSpec
 from outrider.model.allocation import Assignment
-from outrider.model.job import EMULATOR, MIB, Image, Resources, Task, Value, has_seed
+from outrider.model.job import EMULATOR, MIB, Image, Isolation, Resources, Task, Value, has_seed
 
 DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
 OVERLAY, SEED, QMP, CONSOLE, AGENT, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "agent", "trace"
@@ -20,8 +22,6 @@ SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 
 # Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
 MACHINE = "pc-q35-7.2"
-# Always the same: it is alone on its link, and a clone or a moved guest keeps its own.
-_MAC = "52:54:00:00:00:02"
 _IMAGES, _VOLUMES = "/images", "/volumes"
 _SERIAL_CHARS_MAX = 20  # of a virtio disk: the guest finds it by /dev/disk/by-id/virtio-SERIAL
 _TRANSLATED_MIB = 64  # what TCG may keep of translated code: counted in EMULATOR
@@ -113,8 +113,11 @@ def _arguments(
 ) -> Iterator[str]:
     resources = task.resources
     yield from ("-name", f"{assignment.alloc}.{task.name}", "-no-user-config", "-nodefaults", "-display", "none")
-    # Without graphics the firmware speaks on the serial line: why a disk does not boot is in the logs.
-    yield from ("-machine", f"{MACHINE},usb=off,graphics=off", "-cpu", "max", "-smp", str(cpus(resources)))
+    # Without graphics the firmware speaks on the serial line: why a disk does not boot is in the logs. Of a process the
+    # logs are its own words.
+    isolated = task.isolation is Isolation.VM
+    graphics = "on" if isolated else "off"
+    yield from ("-machine", f"{MACHINE},usb=off,graphics={graphics}", "-cpu", "max", "-smp", str(cpus(resources)))
     yield from ("-accel", "kvm" if kvm else f"tcg,tb-size={_TRANSLATED_MIB}")
     yield from ("-m", f"size={resources.memory_bytes // MIB}M")
     # A guest that resets itself ends: its restart policy says whether and when it boots again. The trace says why.
@@ -124,7 +127,7 @@ def _arguments(
     yield from ("-device", f"vmgenid,guid={identity}", "-device", "virtio-rng-pci")
     yield from ("-netdev", f"tap,id=mesh,ifname={TAP},script=no,downscript=no")
     # Without a boot ROM: nothing is booted from the network, and its first packet is the guest's own.
-    yield from ("-device", f"virtio-net-pci,netdev=mesh,mac={_MAC},romfile=")
+    yield from ("-device", f"virtio-net-pci,netdev=mesh,mac={GUEST_MAC},romfile=")
     if images.disk:
         yield from (
             "-blockdev",
@@ -136,13 +139,19 @@ def _arguments(
         yield from ("-blockdev", json.dumps(_seed()), "-device", "virtio-blk-pci,drive=seed")
     control = f"socket,id=qmp,path={DIRECTORY}/{QMP},server=on,wait=off"
     yield from ("-chardev", control, "-mon", "chardev=qmp,mode=control")
+    # Takes no memory from the guest: its driver says how the guest's own is used.
+    yield from ("-device", f"virtio-balloon-pci,id={BALLOON}")
     # For the QEMU guest agent, under the name by which it looks for its line.
     line = f"socket,id=agent,path={DIRECTORY}/{AGENT},server=on,wait=off"
     yield from ("-device", "virtio-serial-pci", "-chardev", line)
     yield from ("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0")
     # All that the guest writes goes to our output, whether or not somebody sits at the console.
-    console = f"socket,id=console,path={DIRECTORY}/{CONSOLE},server=on,wait=off,logfile=/dev/fd/1,logappend=on"
+    log = f"logfile=/dev/fd/{2 if isolated else 1},logappend=on"
+    console = f"socket,id=console,path={DIRECTORY}/{CONSOLE},server=on,wait=off,{log}"
     yield from ("-chardev", console, "-serial", "chardev:console")
+    for number, (name, path) in enumerate(LINES.items() if isolated else ()):
+        yield from ("-chardev", f"file,id=line{number},path={path},append=on")
+        yield from ("-device", f"virtserialport,chardev=line{number},name={name}")
 
 
 def _kernel(image: Image, images: GuestImages) -> Iterator[str]:

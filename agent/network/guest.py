@@ -14,6 +14,9 @@ from outrider.model.mesh import DNS_ADDRESS, GUEST_ADDRESS, VIRTUAL_NETWORK, VIR
 
 TAP = "tap0"
 DHCP_PORT = 67
+# Of the guest, and of the tap that it sends to. Always the same: each is alone on its link, and a guest that goes on
+# elsewhere goes on sending to what it knew.
+GUEST_MAC, TAP_MAC = "52:54:00:00:00:02", "52:54:00:00:00:01"
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from agent.network.guest import TAP, guest_rules, make_tap
+from agent.network.guest import GUEST_MAC, TAP, TAP_MAC, guest_rules, make_tap
 from agent.network.nftables import Nftables
 from agent.network.plan import INNER_LINK, NetworkSpec, namespace_rules, node_elements, node_rules, node_table
 from agent.network.rtnetlink import RouteSocket
@@ -158,9 +158,12 @@ class AllocationNetworks:
             if spec.guest_uid is not None:
                 _set("ipv4/ip_forward", "1")
                 make_tap(spec.guest_uid)
+                inside.set_hardware_address(TAP, TAP_MAC)
                 inside.add_address(TAP, GUEST_GATEWAY)
                 inside.set_up(TAP)
                 inside.add_link_route(TAP, GUEST_ADDRESS)
+                # What is sent to it waits in the tap until the guest runs, and is not given up for want of an answer.
+                inside.add_neighbour(TAP, GUEST_ADDRESS, GUEST_MAC)
 
     def _delete(self, alloc: AllocId) -> None:
         """All but the link, which goes with the namespace: to wait for it costs 40 ms, all else half of one."""

@@ -11,7 +11,7 @@ from typing import Self
 
 from outrider.errors import HostError
 
-_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 24, 25
+_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE, _DELROUTE, _NEWNEIGHBOUR = 16, 17, 20, 24, 25, 28
 _REQUEST, _ACK, _CREATE, _EXCLUSIVE = 0x1, 0x4, 0x400, 0x200
 _NEWQDISC, _QDISC_ROOT, _TCA_KIND, _TCA_OPTIONS = 36, 0xFFFFFFFF, 1, 2
 _TBF_PARMS, _TBF_BURST, _LINKLAYER_ETHERNET = 1, 6, 1
@@ -19,7 +19,8 @@ _BURST_BYTES_MIN = 68_000  # one segment as the kernel hands it on, unsegmented
 _ERROR = 2  # the type of an acknowledgement, whose first word is 0 or -errno
 _IFF_UP = 1
 _ATTR_NESTED = 0x8000
-_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 18, 28
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 18, 28
+_NDA_DST, _NDA_LLADDR, _PERMANENT = 1, 2, 0x80
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
@@ -61,6 +62,16 @@ class RouteSocket:
     def set_up(self, name: str) -> None:
         body = _link(flags=_IFF_UP, change=_IFF_UP) + _text(_IFLA_IFNAME, name)
         self._do(_NEWLINK, 0, body, step=f"set {name} up")
+
+    def set_hardware_address(self, name: str, address: str) -> None:
+        body = _link() + _text(_IFLA_IFNAME, name) + _attribute(_IFLA_ADDRESS, _hardware(address))
+        self._do(_NEWLINK, 0, body, step=f"give {name} the hardware address {address}")
+
+    def add_neighbour(self, name: str, address: str, hardware_address: str) -> None:
+        """Who has `address` behind `name`, for good: nobody is asked."""
+        body = struct.pack("BxxxiHBB", socket.AF_INET, socket.if_nametoindex(name), _PERMANENT, 0, 0)
+        body += _attribute(_NDA_DST, socket.inet_aton(address)) + _attribute(_NDA_LLADDR, _hardware(hardware_address))
+        self._do(_NEWNEIGHBOUR, _CREATE | _EXCLUSIVE, body, step=f"place {address} at {hardware_address}")
 
     def add_address(self, name: str, address: str) -> None:
         """`address` alone, with no network behind it."""
@@ -137,6 +148,10 @@ def _link(*, flags: int = 0, change: int = 0) -> bytes:
 
 def _attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def _hardware(address: str) -> bytes:
+    return bytes.fromhex(address.replace(":", ""))
 
 
 def _text(kind: int, value: str) -> bytes:

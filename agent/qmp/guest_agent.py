@@ -45,12 +45,14 @@ class GuestAgents:
         answer = await self.call(path, command, arguments)
         return answer if isinstance(answer, dict) else {}
 
-    async def call(self, path: Path, command: str, arguments: Mapping[str, object]) -> object:
+    async def call(
+        self, path: Path, command: str, arguments: Mapping[str, object], *, deadline_s: float = _ANSWER_S
+    ) -> object:
         """Raises RefusedError where nobody answers, ExecuteError where the guest's agent objects."""
         client = QMPClient()
         client.await_greeting = client.negotiate = False
         try:
-            async with self._lines.setdefault(path, asyncio.Lock()), asyncio.timeout(_ANSWER_S):
+            async with self._lines.setdefault(path, asyncio.Lock()), asyncio.timeout(deadline_s):
                 await client.connect(connect(path))
                 try:
                     answer = await client.execute(command, {**arguments})

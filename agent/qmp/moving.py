@@ -14,14 +14,26 @@ from pathlib import Path
 from qemu.qmp import QMPClient, QMPError
 
 from agent.qmp import NO_LIMIT, POLL_S, conversation, emulator_version, give, listening, migration, run_state
+from outrider.clock import monotonic_s
 from outrider.errors import HostError
 
 EXPORT = "disk"
 _MIRROR, _TARGET = "move", "moved"
 _LEAVES = "pre-switchover"
-_DOWNTIME_MS_MAX = 500
-_PASSES = 2  # over all of the memory; from then on only what changed since is copied
+_DOWNTIME_MS = 300
+_CONVERGE_S = 10.0  # then the guest pauses for as long as it takes
+_LITTLE_BYTES = 8 << 20  # left to copy: less is copied while it pauses, whatever QEMU thinks of the line
 _STEP_S = 600.0
+# QEMU pauses a guest by itself once little is left to copy: there is always this much, of a bitmap of a disk of zeroes
+# that nobody uses, until the limit of the pause is more than it takes.
+# https://www.qemu.org/docs/master/interop/bitmaps.html; migration/block-dirty-bitmap.c of QEMU counts a byte for each
+# `granularity`, and copies it last.
+_CAPABILITIES = ("dirty-bitmaps", "pause-before-switchover")
+_HELD_BACK = "held"
+_HELD_BACK_BYTES, _GRANULARITY = 4 << 30, 512
+_HOLDING = {"max-bandwidth": 1 << 18, "downtime-limit": 0}  # what changed is not even looked for
+_FINISHING = {"max-bandwidth": NO_LIMIT, "downtime-limit": _DOWNTIME_MS}
+_FORCING = {"max-bandwidth": NO_LIMIT, "downtime-limit": 2_000_000}
 
 
 class Leaving:
@@ -57,26 +69,31 @@ class Leaving:
 
     async def copy(self, memory: socket.socket) -> None:
         """Returns when the memory was copied, but for what changes meanwhile."""
-        await self._client.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": "pause-before-switchover", "state": True}]},
-        )
-        # With no downtime allowed it goes on copying what changed, until `leave`.
+        await _hold_back(self._client, leaves=True)
         await self._client.execute("migrate-set-parameters", {"max-bandwidth": NO_LIMIT, "downtime-limit": 0})
         await give(self._client, "memory", memory.fileno())
         await self._client.execute("migrate", {"uri": "fd:memory"})
         while True:
-            told = await self._progress()
-            ram = told.get("ram")
-            passes = ram.get("dirty-sync-count", 0) if isinstance(ram, dict) else 0
-            if told["status"] == _LEAVES or passes > _PASSES:
+            passes, left = await self._left()
+            if passes and not left:
+                await self._client.execute("migrate-set-parameters", _HOLDING)
                 return
             await asyncio.sleep(POLL_S)
 
+    async def look(self) -> None:
+        """Raises HostError where the move broke off, as by the emulator's end."""
+        await self._progress()
+
     async def leave(self) -> float:
         """Pauses the guest and copies the rest; it must not run here any more after this. How long that took, in ms."""
-        await self._client.execute("migrate-set-parameters", {"downtime-limit": _DOWNTIME_MS_MAX})
-        while (await self._progress())["status"] != _LEAVES:  # noqa: ASYNC110 - QEMU is asked
+        await self._client.execute("migrate-set-parameters", _FINISHING)
+        until_s, first, forced = monotonic_s() + _CONVERGE_S, await self._left(), False
+        while (await self._progress())["status"] != _LEAVES:
+            passes, left = await self._left()
+            little = passes > first[0] + 1 and left < _LITTLE_BYTES
+            if not forced and (little or monotonic_s() > until_s):
+                await self._client.execute("migrate-set-parameters", _FORCING)
+                forced = True
             await asyncio.sleep(POLL_S)
         if self._mirrors:
             await self._client.execute("block-job-cancel", {"device": _MIRROR})  # which ends it in agreement
@@ -99,6 +116,7 @@ class Leaving:
                 await asyncio.sleep(POLL_S)
         if await run_state(self._client) != "running":
             await self._client.execute("cont")
+        await _let_go(self._client)
 
     async def _progress(self) -> dict[str, object]:
         told = await migration(self._client)
@@ -107,6 +125,13 @@ class Leaving:
         if self._mirrors and not await self._jobs() and told["status"] != "completed" and not self._agreed:
             raise HostError(f"emulator at {self._path}", step="move: the copy of its disk broke off")
         return told
+
+    async def _left(self) -> tuple[int, int]:
+        """How often all of the memory was looked through for what changed, and how many bytes are left of that."""
+        ram = (await self._progress()).get("ram")
+        if not isinstance(ram, dict):
+            return 0, 0
+        return ram.get("dirty-sync-count", 0), ram.get("remaining", 0)
 
     async def _job(self, status: str) -> None:
         """Until the mirror is `status`, or has gone where that is ""."""
@@ -151,6 +176,7 @@ async def open_disk(path: Path, socket_inside: str) -> None:
 async def arrive(path: Path, memory: socket.socket) -> None:
     """Takes the guest's memory; it is all there, and does not run yet, on return. Raises HostError."""
     async with conversation(path, _STEP_S) as client:
+        await _hold_back(client, leaves=False)
         await give(client, "memory", memory.fileno())
         await client.execute("migrate-incoming", {"uri": "fd:memory"})
         while await run_state(client) == "inmigrate":  # noqa: ASYNC110 - an emulator's, whose state is asked for
@@ -166,3 +192,30 @@ async def go_on(path: Path, *, disk: bool) -> None:
             except QMPError as error:
                 raise HostError(f"emulator at {path}", step=f"close its disk: {error}") from error
         await client.execute("cont")
+        await _let_go(client)
+
+
+async def _hold_back(client: QMPClient, *, leaves: bool) -> None:
+    """Before the move, of either emulator: only the one that is left has the bitmap, and gives it to the other."""
+    await _let_go(client)  # of a move that an earlier agent began
+    await _set(client, _CAPABILITIES if leaves else _CAPABILITIES[:1], wanted=True)
+    disk = {"driver": "null-co", "node-name": _HELD_BACK, "size": _HELD_BACK_BYTES, "read-zeroes": True}
+    await client.execute("blockdev-add", disk)
+    if leaves:
+        bitmap = {"node": _HELD_BACK, "name": _HELD_BACK, "granularity": _GRANULARITY}
+        await client.execute("block-dirty-bitmap-add", bitmap)
+
+
+async def _let_go(client: QMPClient) -> None:
+    """The guest runs, as if it had never moved: also a snapshot is a migration to QEMU."""
+    with suppress(QMPError):
+        await client.execute("block-dirty-bitmap-remove", {"node": _HELD_BACK, "name": _HELD_BACK})
+    with suppress(QMPError):
+        await client.execute("blockdev-del", {"node-name": _HELD_BACK})
+    with suppress(QMPError):
+        await _set(client, _CAPABILITIES, wanted=False)
+
+
+async def _set(client: QMPClient, names: tuple[str, ...], *, wanted: bool) -> None:
+    capabilities = [{"capability": name, "state": wanted} for name in names]
+    await client.execute("migrate-set-capabilities", {"capabilities": capabilities})

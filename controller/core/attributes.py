@@ -41,6 +41,7 @@ class Demand(Value, frozen=True, kw_only=True):
     host_image: bool = False
     snapshots: tuple[str, ...] = ()  # that its guests start from
     kvm: bool = False
+    guest_kernel: bool = False  # of the node's configuration
 
 
 class Attributes:

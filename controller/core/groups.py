@@ -14,6 +14,7 @@ from outrider.model.job import (
     Driver,
     Group,
     ImageKind,
+    Isolation,
     Job,
     JobType,
     Operator,
@@ -26,6 +27,7 @@ from outrider.model.job import (
     UpdatePolicy,
     Value,
     group_resources,
+    has_guest,
 )
 from outrider.model.node import ANY_POOL, KVM
 
@@ -109,7 +111,8 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
         demand=Demand(
             constraints=wanted,
             attributes=tuple(one.attribute for one in distinct),
-            vms=any(task.driver is Driver.VM for task in group.tasks),
+            vms=has_guest(group),
+            guest_kernel=any(task.isolation is Isolation.VM for task in group.tasks),
             host_image=any(task.driver is Driver.PROCESS and task.image.kind is ImageKind.HOST for task in group.tasks),
             snapshots=tuple(sorted({task.image.start_from for task in group.tasks if task.image.start_from})),
             kvm=KVM in need.devices,

@@ -19,7 +19,7 @@ from controller.core.records import AllocSteered, AllocTransitions, Plan, Record
 from controller.core.state import State
 from controller.core.table import Bools, Ints
 from outrider.model.allocation import AllocAction, AllocReport, AllocStatus, MoveStage
-from outrider.model.job import JobType, has_guest
+from outrider.model.job import JobType, has_own_guest
 from outrider.model.node import Node, NodeStatus
 
 _QEMU = "qemu-system-x86_64"
@@ -126,7 +126,7 @@ def take_along(state: State, draft: Draft, group: GroupEntry, rows: Ints) -> Int
 
     They start anew elsewhere, and it is told why.
     """
-    if not has_guest(group.group):
+    if not has_own_guest(group.group):
         return rows
     anywhere = np.ones(len(state.nodes), np.bool_)
     left = []
@@ -196,7 +196,7 @@ def _standing(state: State, row: int) -> str:
     group, serial, ref = state.group_of(row), int(state.table.serial[row]), int(state.table.node[row])
     report = state.live.reports.get(serial)
     problems = (
-        (not has_guest(group.group), "it is a process: only a vm moves while it runs"),
+        (not has_own_guest(group.group), "it is a process: only a vm moves while it runs"),
         (group.type is JobType.SYSTEM, "it is a system job's: each node has its own"),
         (bool(group.volumes), "it has a volume, which is on its node"),
         (serial in state.moves or serial in state.moves.values(), "it moves already"),

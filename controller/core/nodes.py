@@ -15,7 +15,7 @@ from controller.core.table import Bools, Ints, Shorts, Times
 from outrider.ids import NodeId
 from outrider.model.attributes import describe
 from outrider.model.job import Constraint
-from outrider.model.node import Drain, Fingerprint, Node
+from outrider.model.node import GUEST_KERNEL, Drain, Fingerprint, Node
 
 _GROWTH = 64
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -109,6 +109,9 @@ class NodeTable:
         yield "crun or conmon is not installed", self.runs_processes[:size]
         if demand.vms:
             yield "qemu is not installed", self.runs_vms[:size]
+        if demand.guest_kernel:
+            given = (GUEST_KERNEL in node.fingerprint.runtimes for node in self.nodes)
+            yield "it has no kernel for `isolation: vm`", np.fromiter(given, np.bool_, size)
         if demand.snapshots:
             held = (set(demand.snapshots) <= set(node.fingerprint.snapshots) for node in self.nodes)
             yield f"snapshot {', '.join(demand.snapshots)} is not there", np.fromiter(held, np.bool_, size)

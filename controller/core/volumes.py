@@ -13,7 +13,7 @@ from controller.core.stored import VolumeEntry
 from controller.core.table import Bools
 from outrider.ids import DEFAULT_NAMESPACE, JobName, NodeId
 from outrider.model.belongings import Access, Volume, VolumeInfo
-from outrider.model.job import Driver, Group, Job, JobType
+from outrider.model.job import Group, Job, JobType, is_guest
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ def refusal(state: State, job: Job) -> str:
                     return f"{at}: no volume {use.volume!r} in namespace {job.namespace}; {made}"
                 volume = entry.volume
                 nodes[volume.node] = volume.name
-                if problem := _unfit(job, group, volume, vm=task.driver is Driver.VM):
+                if problem := _unfit(job, group, volume, vm=is_guest(task)):
                     return f"{at}: {problem}"
         if len(nodes) > 1:
             each = ", ".join(f"{name} on {node}" for node, name in sorted(nodes.items()))

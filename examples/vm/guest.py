@@ -8,23 +8,23 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from agent.drivers import microvm
+from outrider import initrd
 from outrider.errors import HostError
 
 _HERE = Path(__file__).parent
-_CACHE = _HERE.parent.parent / ".cache" / "guest"
+CACHE = _HERE.parent.parent / ".cache" / "guest"
 _KERNEL = "linux-image-cloud-amd64"
-_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "isofs", "virtio_console")
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "isofs", "virtio_console", "virtio_balloon")
 _DISK_BYTES = 32 * 1024 * 1024
 _AGENT = "usr/sbin/qemu-ga"
 _BUSYBOX = "bin/busybox"  # static: alone, in both
-_MEMBER = "070701"  # the "newc" cpio format
 
 
 def main() -> None:
@@ -32,23 +32,24 @@ def main() -> None:
 
 
 def build() -> Path:
-    """The folder with vmlinux, initrd, disk.qcow2, vm.yaml and busybox. Raises HostError."""
-    package = _kernel_package()
+    """The folder with vmlinux, modules, initrd, disk.qcow2, vm.yaml, busybox and qemu-ga. Raises HostError."""
+    package = kernel_package()
     sources = b"".join(path.read_bytes() for path in sorted(_HERE.glob("*")) if path.is_file())
     digest = hashlib.sha256(package.encode() + sources).hexdigest()[:16]
-    done = _CACHE / digest
+    done = CACHE / digest
     if done.is_dir():
         return done
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_CACHE) as name:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as name:
         work = Path(name)
         made = work / "made"
         made.mkdir()
         for each in (package, "busybox-static", "qemu-guest-agent"):
             _download(each, work)
         _kernel(work / "root", made / "vmlinux")
-        _initrd(work / "root", made / "initrd")
+        _initrd(work / "root", made)
         shutil.copyfile(work / "root" / _BUSYBOX, made / "busybox")
+        shutil.copyfile(work / "root" / _AGENT, made / "qemu-ga")
         agent = _with_libraries(_AGENT, work / "root" / _AGENT)
         make_disk(_scripts(), {_BUSYBOX: made / "busybox", **agent}, made / "disk.qcow2")
         _job(made, done)
@@ -58,7 +59,7 @@ def build() -> Path:
     return done
 
 
-def _kernel_package() -> str:
+def kernel_package() -> str:
     for line in _with_fresh_lists("apt-cache", "depends", _KERNEL).splitlines():
         if line.strip().startswith("Depends: linux-image-"):
             return line.split()[1]
@@ -68,7 +69,7 @@ def _kernel_package() -> str:
 def _download(package: str, work: Path) -> None:
     _with_fresh_lists("apt-get", "-q", "download", package, directory=work)
     (archive,) = work.glob(f"{package}_*.deb")
-    _run("dpkg-deb", "-x", str(archive), str(work / "root"))
+    run("dpkg-deb", "-x", str(archive), str(work / "root"))
 
 
 def _kernel(root: Path, target: Path) -> None:
@@ -81,54 +82,30 @@ def _kernel(root: Path, target: Path) -> None:
     start = setup * 512 + offset
     payload = target.with_suffix(".lz4")
     payload.write_bytes(data[start : start + length - 4])
-    _run("lz4", "-q", "-d", "-f", str(payload), str(target))
+    run("lz4", "-q", "-d", "-f", str(payload), str(target))
     payload.unlink()
 
 
-def _initrd(root: Path, target: Path) -> None:
+def _initrd(root: Path, made: Path) -> None:
+    """And the modules, as a node's `guest:` names them."""
     modules = {path.name.removesuffix(".ko"): path for path in root.glob("lib/modules/*/kernel/**/*.ko")}
-    wanted = _with_dependencies(modules)
+    order = initrd.loading_order(modules, (*_MODULES, *microvm.MODULES))
+    (made / "modules").mkdir()
+    for name in order:
+        shutil.copyfile(modules[name], made / "modules" / f"{name}.ko")
+    wanted = initrd.loading_order(modules, _MODULES)
     load = "".join(f"insmod /{name}.ko\n" for name in wanted)
     init = (_HERE / "initrd.sh").read_text().replace("@modules@\n", load)
-    entries = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "root", "bin")]
-    entries.append(_entry(_BUSYBOX, stat.S_IFREG | 0o755, (root / _BUSYBOX).read_bytes()))
-    entries.append(_entry("init", stat.S_IFREG | 0o755, init.encode()))
-    entries += [_entry(f"{name}.ko", stat.S_IFREG | 0o644, modules[name].read_bytes()) for name in wanted]
-    entries.append(_entry("TRAILER!!!", 0))
-    target.write_bytes(b"".join(entries))
-
-
-def _with_dependencies(modules: dict[str, Path]) -> list[str]:
-    """In the order to load them."""
-    order: list[str] = []
-
-    def add(name: str) -> None:
-        found = re.search(rb"\0depends=([^\0]*)\0", modules[name].read_bytes())
-        for dependency in found[1].decode().split(",") if found else ():
-            if dependency:
-                add(dependency)
-        if name not in order:
-            order.append(name)
-
-    for name in _MODULES:
-        add(name)
-    return order
-
-
-def _entry(name: str, mode: int, content: bytes = b"") -> bytes:
-    path = name.encode() + b"\0"
-    fields = (0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(path), 0)
-    header = _MEMBER.encode() + b"".join(b"%08X" % field for field in fields) + path
-    return _padded(header) + _padded(content)
-
-
-def _padded(data: bytes) -> bytes:
-    return data + b"\0" * (-len(data) % 4)
+    entries = [initrd.directory(name) for name in ("dev", "proc", "root", "bin")]
+    entries.append(initrd.regular(_BUSYBOX, (root / _BUSYBOX).read_bytes(), mode=0o755))
+    entries.append(initrd.regular("init", init.encode(), mode=0o755))
+    entries += [initrd.regular(f"{name}.ko", modules[name].read_bytes()) for name in wanted]
+    (made / "initrd").write_bytes(initrd.archive(entries))
 
 
 def _with_libraries(inside: str, program: Path) -> dict[str, Path]:
     """A program and the libraries that it needs, which QEMU needs too: path inside -> file here."""
-    libraries = re.findall(r"(/lib\S+) \(0x", _run("ldd", str(program)))
+    libraries = re.findall(r"(/lib\S+) \(0x", run("ldd", str(program)))
     return {inside: program, **{path.removeprefix("/"): Path(path) for path in libraries}}
 
 
@@ -152,8 +129,8 @@ def make_disk(scripts: Mapping[str, str], programs: Mapping[str, Path], target: 
             (tree / inside).chmod(0o755)
         with raw.open("wb") as file:
             file.truncate(_DISK_BYTES)
-        _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(tree), str(raw))
-        _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target))
+        run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(tree), str(raw))
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target))
 
 
 def _scripts() -> dict[str, str]:
@@ -181,17 +158,18 @@ def _job(made: Path, done: Path) -> None:
 def _with_fresh_lists(*argv: str, directory: Path | None = None) -> str:
     """Once more where apt's lists are absent, or name what the archive no longer has. That takes root."""
     try:
-        return _run(*argv, directory=directory)
+        return run(*argv, directory=directory)
     except HostError:
-        _run("apt-get", "-q", "update")
-        return _run(*argv, directory=directory)
+        run("apt-get", "-q", "update")
+        return run(*argv, directory=directory)
 
 
-def _run(*argv: str, directory: Path | None = None) -> str:
+def run(*argv: str, directory: Path | None = None, timeout_s: float = 300) -> str:
+    """What a program says. Raises HostError where it is absent, or fails."""
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            argv, check=False, capture_output=True, text=True, cwd=directory, timeout=300, env=environment
+            argv, check=False, capture_output=True, text=True, cwd=directory, timeout=timeout_s, env=environment
         )
     except FileNotFoundError as error:
         raise HostError(argv[0], step="not installed", hint="scripts/setup test installs it") from error

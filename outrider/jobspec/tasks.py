@@ -15,6 +15,7 @@ from outrider.model.job import (
     GuestFile,
     Image,
     ImageKind,
+    Isolation,
     PullPolicy,
     Resources,
     Task,
@@ -25,7 +26,7 @@ FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
-    "role", "secrets", "volumes", "artifacts", "templates", "capabilities", "cloud_init",
+    "role", "secrets", "volumes", "artifacts", "templates", "capabilities", "cloud_init", "isolation",
 )  # fmt: skip
 _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
@@ -73,6 +74,7 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
     return Task(
         name=TaskName(name),
         driver=fields.choice("driver", Driver, default.driver),
+        isolation=fields.choice("isolation", Isolation, default.isolation),
         role=fields.choice("role", TaskRole, default.role),
         image=_image(fields, faults),
         cloud_init=_cloud_init(fields, budget, faults),

@@ -65,6 +65,13 @@ class Driver(StrEnum):
     VM = "vm"
 
 
+class Isolation(StrEnum):
+    """What stands between a process and its node's kernel: namespaces, or a kernel of its own."""
+
+    PROCESS = "process"
+    VM = "vm"
+
+
 class Protocol(StrEnum):
     TCP = "tcp"
     HTTP = "http"
@@ -259,6 +266,7 @@ class Task(Value, frozen=True, kw_only=True):
     workdir: str = ""  # "": the image's; the task's directory where there is no image
     role: TaskRole = TaskRole.MAIN
     cloud_init: CloudInit | None = None  # of a vm
+    isolation: Isolation = Isolation.PROCESS  # of a process
 
 
 class RestartPolicy(Value, frozen=True, kw_only=True):
@@ -429,8 +437,17 @@ def surely_stopped_s(group: Group) -> float | None:
     return stop_after_s + max((task.kill_timeout_s for task in group.tasks), default=0.0) + STOP_MARGIN_S
 
 
+def is_guest(task: Task) -> bool:
+    """Whether it runs in a virtual machine, behind an address of its own: its own guest, or an image's root in ours."""
+    return task.driver is Driver.VM or task.isolation is Isolation.VM
+
+
 def has_guest(group: Group) -> bool:
-    """Whether its workload is a virtual machine, behind an address of its own."""
+    return any(map(is_guest, group.tasks))
+
+
+def has_own_guest(group: Group) -> bool:
+    """Whether its state can be kept and moved: that of a vm can."""
     return any(task.driver is Driver.VM for task in group.tasks)
 
 
@@ -445,7 +462,7 @@ def group_resources(group: Group) -> Resources:
         cpu_millis=sum(part.cpu_millis for part in parts),
         memory_bytes=sum(part.memory_bytes for part in parts),
         # A process has a directory and a /tmp; a guest has a disk.
-        disk_bytes=sum((1 if task.driver is Driver.VM else 2) * task.resources.disk_bytes for task in group.tasks),
+        disk_bytes=sum((1 if is_guest(task) else 2) * task.resources.disk_bytes for task in group.tasks),
         pids_max=sum(part.pids_max for part in parts),
         devices=_devices(parts),
     )

@@ -28,6 +28,9 @@ class Reserved(Value, frozen=True, kw_only=True):
     ports: tuple[int, ...] = ()
 
 
+GUEST_KERNEL = "guest-kernel"  # of `runtimes`: what processes with `isolation: vm` get
+
+
 class Fingerprint(Value, frozen=True, kw_only=True):
     """What the agent found on its host."""
 

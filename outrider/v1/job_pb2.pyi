@@ -115,6 +115,24 @@ DRIVER_PROCESS: Driver.ValueType  # 1
 DRIVER_VM: Driver.ValueType  # 2
 Global___Driver: _TypeAlias = Driver  # noqa: Y015
 
+class _Isolation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _IsolationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Isolation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ISOLATION_UNSPECIFIED: _Isolation.ValueType  # 0
+    ISOLATION_PROCESS: _Isolation.ValueType  # 1
+    ISOLATION_VM: _Isolation.ValueType  # 2
+
+class Isolation(_Isolation, metaclass=_IsolationEnumTypeWrapper):
+    """What stands between a process and its node's kernel."""
+
+ISOLATION_UNSPECIFIED: Isolation.ValueType  # 0
+ISOLATION_PROCESS: Isolation.ValueType  # 1
+ISOLATION_VM: Isolation.ValueType  # 2
+Global___Isolation: _TypeAlias = Isolation  # noqa: Y015
+
 class _Protocol:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -883,6 +901,7 @@ class Task(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     CLOUD_INIT_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: Global___Driver.ValueType
     kill_signal: _builtins.str
@@ -890,6 +909,7 @@ class Task(_message.Message):
     user: _builtins.int
     workdir: _builtins.str
     role: Global___TaskRole.ValueType
+    isolation: Global___Isolation.ValueType
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -936,10 +956,11 @@ class Task(_message.Message):
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         role: Global___TaskRole.ValueType = ...,
         cloud_init: Global___CloudInit | None = ...,
+        isolation: Global___Isolation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "cloud_init", b"cloud_init", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "capabilities", b"capabilities", "cloud_init", b"cloud_init", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "capabilities", b"capabilities", "cloud_init", b"cloud_init", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "isolation", b"isolation", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015

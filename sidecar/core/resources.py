@@ -40,6 +40,7 @@ class LocalCluster(Value, frozen=True, kw_only=True):
     address: str
     port: int
     protocol: Protocol
+    patient: bool = False  # it may be on its way to this node
 
 
 class UpstreamCluster(Value, frozen=True, kw_only=True):
@@ -261,6 +262,7 @@ def _add_inbound(
         address=service.workload_address,
         port=service.workload_port,
         protocol=service.protocol,
+        patient=service.workload_address != LOOPBACK,
     )
     listener = InboundListener(
         name=inbound_name(name),

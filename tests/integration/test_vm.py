@@ -7,6 +7,7 @@ import platform
 import re
 import signal
 import socket
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -48,6 +49,7 @@ from tests.integration.network_lab import NODE, Lab, lab
 from tests.integration.processes import until
 
 pytestmark = pytest.mark.host
+METRICS = 9464  # in the node's own namespace
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,17 @@ def node() -> Iterator[Lab]:
 
 @pytest.fixture
 async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is where this thread then lives
-    async with agent_fleet() as made:
+    async with agent_fleet(metrics_listen=f"127.0.0.1:{METRICS}") as made:
         yield made
+
+
+def told_inside() -> set[str]:
+    """The names of the figures that guests tell of themselves."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {
+        line.removeprefix("outrider_guest_").partition("{")[0] for line in lines if line.startswith("outrider_guest_")
+    }
 
 
 async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_in_order(
@@ -97,6 +108,7 @@ async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_i
     assert await ran(fleet, "sh", "-c", "echo $((6 * 7)); echo oh >&2; exit 3") == (b"42\noh\n", 3, "")
     assert "the guest says" in (await ran(fleet, "/nowhere"))[2]
     assert await typed(fleet, "expr 20 + 22\n", until_seen="42") == ""
+    await until(lambda: {"cpu_seconds_total", "memory_bytes", "memory_used_bytes"} <= told_inside(), "tells of itself")
     assert "no console" in await typed(fleet, "", until_seen="", alloc=VISITOR)
 
     os.kill(emulator, signal.SIGKILL)

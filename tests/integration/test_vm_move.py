@@ -17,7 +17,7 @@ from tests.integration.machines import BOOT_S, GUEST, emulators, image, logs, ma
 from tests.integration.network_lab import Lab, lab
 from tests.integration.processes import until
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.timeout(400)]
 
 THERE = AllocId("00000000a2")
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.metrics import PAIRS_MAX, NodeFigures, Workload, http_listener
+from agent.metrics import PAIRS_MAX, Inside, NodeFigures, Workload, http_listener
+from agent.qmp.inside import InsideUsage
 from agent.sandbox.spec import Usage
 from outrider.errors import PeerError
 from outrider.ids import AllocId, TaskName
@@ -48,6 +49,13 @@ class Node:
             Workload(job="shop", group="web", alloc=alloc, task=task, usage=usage)
             for alloc in self.allocs
             for task in ("server", "sidecar")
+        )
+
+    async def guests(self) -> tuple[Inside, ...]:
+        silent, told = InsideUsage(), InsideUsage(memory_bytes=128, memory_used_bytes=28, cpu_s=2.5)
+        return tuple(
+            Inside(job="shop", group="db", alloc=alloc, task="machine", usage=usage)
+            for alloc, usage in ((self.allocs[0], told), (AllocId("f" * 10), silent))
         )
 
     def sidecars(self) -> tuple[AllocId, ...]:
@@ -93,7 +101,7 @@ async def test_series_grow_with_allocations_and_pairs_and_are_bounded(
     fixed, each = 40, 14  # of the node, and of one allocation with one task and its sidecar
     assert len(samples) <= fixed + each * allocs + PAIR_SERIES_MAX * pairs
     assert {name for _, labels, _ in samples for name in labels} <= LABELS
-    assert all(re.fullmatch(r"outrider_(agent|workload|sidecar|mesh)_[a-z_]+", name) for name, _, _ in samples)
+    assert all(re.fullmatch(r"outrider_(agent|workload|guest|sidecar|mesh)_[a-z_]+", name) for name, _, _ in samples)
     hidden = {name: value for name, _, value in samples}["outrider_mesh_pairs_hidden"]
     assert (hidden > 0) == (services > PAIRS_MAX)
 
@@ -102,6 +110,15 @@ async def test_a_pair_is_one_however_many_sidecars_count_it() -> None:
     samples = list(await scrape(Node(allocs=20, services=1)))
     found = [value for name, labels, value in samples if name == "outrider_mesh_connections_total" and labels["source"]]
     assert found == [20]
+
+
+async def test_a_guest_has_the_figures_that_it_tells() -> None:
+    samples = [(name, value) for name, _, value in await scrape(Node(allocs=1, services=1)) if "_guest_" in name]
+    assert samples == [
+        ("outrider_guest_cpu_seconds_total", 2.5),
+        ("outrider_guest_memory_bytes", 128),
+        ("outrider_guest_memory_used_bytes", 28),
+    ]
 
 
 async def test_a_sidecar_that_does_not_answer_is_down_and_hides_no_other() -> None:

@@ -4,7 +4,9 @@ import msgspec
 import pytest
 
 from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
+from outrider.model.belongings import SecretUse
 from outrider.model.job import (
+    MIB,
     Check,
     CheckKind,
     DisconnectPolicy,
@@ -13,6 +15,7 @@ from outrider.model.job import (
     Group,
     Image,
     ImageKind,
+    Isolation,
     Job,
     JobType,
     Network,
@@ -30,6 +33,8 @@ from outrider.model.job import (
 from outrider.validate import FILES_BYTES_MAX, problems
 
 TASK = Task(name=TaskName("server"), command=("sleep", "1"))
+OWN = msgspec.structs.replace(TASK, isolation=Isolation.VM, image=Image(kind=ImageKind.DIR, reference="/srv/root"))
+OWN_TOO = msgspec.structs.replace(OWN, name=TaskName("other"))
 HTTP = Port(name=PortName("http"))
 GROUP = Group(
     name=GroupName("web"),
@@ -77,6 +82,11 @@ def test_a_good_job_has_no_problem() -> None:
         (_with(JOB, groups=(GROUP, GROUP)), "groups.web"),
         (_with(_with(GROUP, count=2), type=JobType.SYSTEM), "groups.web.count"),
         (_with(GROUP, count=-1), "groups.web.count"),
+        (_with(TASK, isolation=Isolation.VM), "groups.web.tasks.server.image"),
+        (_with(TASK, isolation=Isolation.VM, driver=Driver.VM), "groups.web.tasks.server.isolation"),
+        (_with(OWN, secrets=(SecretUse(name="key", env="KEY"),)), "groups.web.tasks.server.secrets"),
+        (_with(OWN, resources=Resources(memory_bytes=64 * MIB)), "groups.web.tasks.server.resources.memory"),
+        (_with(GROUP, tasks=(OWN, OWN_TOO)), "groups.web.tasks"),
         (_with(GROUP, tasks=()), "groups.web.tasks"),
         (_with(GROUP, update=UpdatePolicy(max_parallel=0)), "groups.web.update.max_parallel"),
         (_with(GROUP, update=UpdatePolicy(min_healthy_s=9e9)), "groups.web.update.min_healthy"),

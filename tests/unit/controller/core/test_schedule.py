@@ -17,6 +17,7 @@ from outrider.model.job import (
     Group,
     Image,
     ImageKind,
+    Isolation,
     Network,
     Operator,
     Port,
@@ -115,6 +116,22 @@ def test_many_at_once_is_what_one_after_the_other_gives(seed: int) -> None:
         ([node("n1")], [True], group(cpu_millis=5000), "1 of 1 nodes: cpu 5 cores wanted, at most 4 cores free"),
         ([node("n1", runtimes={})], [True], group(), "1 of 1 nodes: crun or conmon is not installed"),
         ([node("n1")], [True], vm(), "1 of 1 nodes: qemu is not installed"),
+        (
+            [node("n1", runtimes={"crun": "1", "conmon": "2", "qemu-system-x86_64": "7.2"})],
+            [True],
+            Group(
+                name=group().name,
+                tasks=(
+                    Task(
+                        name=TaskName("own"),
+                        isolation=Isolation.VM,
+                        image=Image(kind=ImageKind.DIR, reference="/srv/root"),
+                        resources=Resources(disk_bytes=MIB),
+                    ),
+                ),
+            ),
+            "1 of 1 nodes: it has no kernel for `isolation: vm`",
+        ),
         ([node("n1", host_image=False)], [True], group(), "1 of 1 nodes: `image: host` is not allowed there"),
         (
             [node("n1", port_first=1, port_last=0)],
