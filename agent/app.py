@@ -141,7 +141,7 @@ class Agent:
         )
         self._broker = self._make_broker()
         self._gateways = Gateways(ask=self._fleet.secrets, give=sidecars.set_gateway_certificate, tasks=tasks, log=log)
-        self._library = SidecarLibrary(sidecars, config.node_id, self._gateways)
+        self._library = SidecarLibrary(sidecars, node=config.node_id, gateways=self._gateways, traces=config.traces)
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
         self._writer = RecordWriter(

@@ -73,6 +73,20 @@ class PortRange(Value, frozen=True, kw_only=True):
             raise ValueError(f"first: {self.first} is above last, {self.last}")
 
 
+class TracesConfig(Value, frozen=True, kw_only=True):
+    """Where sidecars send spans: a collector that speaks OTLP over gRPC, in the clear; best one of this host."""
+
+    otlp: str
+    percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0  # of the requests whose caller has not decided
+
+    def __post_init__(self) -> None:
+        _check_host_port("otlp", self.otlp)
+        try:
+            ipaddress.IPv4Address(host_port(self.otlp)[0])
+        except ValueError as error:
+            raise ValueError(f"otlp: {error}; sidecars resolve no names") from error
+
+
 class Config(Value, frozen=True, kw_only=True):
     cluster: Name
     node: Name
@@ -84,6 +98,7 @@ class Config(Value, frozen=True, kw_only=True):
     peer_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # where other agents bring guests; 0: any that is free
     metrics_listen: str | None = None  # plain HTTP
     mqtt: MqttConfig | None = None
+    traces: TracesConfig | None = None
     host_image: bool = False  # whether jobs may use `image: host` here
     pool: Name = "default"
     meta: Mapping[MetaName, str] = {}  # jobs' constraints speak of meta.NAME

@@ -1,24 +1,32 @@
 """The sidecar library as the agent uses it: an assignment's services, and what they call, as a sidecar's spec."""
 
+import msgspec
+
+from agent.config import TracesConfig
 from agent.envoys import Files
 from agent.gateways import Gateways
+from outrider.config import host_port
 from outrider.ids import AllocId, NodeId
 from outrider.model.allocation import Assignment
 from outrider.model.job import inner_ports
 from outrider.model.mesh import PUBLIC_PORT, workload_address
-from sidecar.core.intent import SidecarGateway, SidecarService, SidecarSpec, SidecarUpstream
+from sidecar.core.intent import SidecarGateway, SidecarService, SidecarSpec, SidecarUpstream, Traces
 from sidecar.sidecars import Sidecars
 
 
 class SidecarLibrary:
     """As `agent.envoys` wants it."""
 
-    def __init__(self, sidecars: Sidecars, node: NodeId, gateways: Gateways) -> None:
+    def __init__(self, sidecars: Sidecars, *, node: NodeId, gateways: Gateways, traces: TracesConfig | None) -> None:
         self._sidecars, self._node, self._gateways = sidecars, node, gateways
+        self._traces: Traces | None = None
+        if traces is not None:
+            address, port = host_port(traces.otlp)
+            self._traces = Traces(address=address, port=port, percent=traces.percent)
 
     async def add(self, assignment: Assignment, *, uid: int, local_address: str) -> Files:
         spec = sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address)
-        files = await self._sidecars.add(spec)
+        files = await self._sidecars.add(msgspec.structs.replace(spec, traces=self._traces))
         self._gateways.acquire(assignment)
         return files
 

@@ -13,6 +13,7 @@ from envoy.config.core.v3 import extension_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.config.listener.v3 import listener_pb2
 from envoy.config.route.v3 import route_pb2
+from envoy.config.trace.v3 import opentelemetry_pb2
 from envoy.extensions.access_loggers.filters.cel.v3 import cel_pb2
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2
 from envoy.extensions.access_loggers.stream.v3 import stream_pb2
@@ -27,6 +28,10 @@ from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as tcp_rbac_pb2
 from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
 from envoy.extensions.matching.common_inputs.ssl.v3 import ssl_inputs_pb2
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
+from envoy.extensions.tracers.opentelemetry.samplers.v3 import (
+    parent_based_sampler_pb2,
+    trace_id_ratio_based_sampler_pb2,
+)
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2, tls_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from envoy.service.discovery.v3 import discovery_pb2
@@ -49,6 +54,7 @@ from sidecar.core.resources import (
     OutboundListener,
     Resource,
     RootsSecret,
+    TraceCluster,
     UpstreamCluster,
     UpstreamRoutes,
     is_http,
@@ -63,6 +69,7 @@ from sidecar.render_listener import (
     outbound_listener,
 )
 from sidecar.render_routes import inbound_routes, upstream_routes
+from sidecar.render_traces import trace_cluster
 
 # Named by type URL inside configurations: they must be loaded for the JSON form to be read.
 _BY_TYPE_URL = (
@@ -81,6 +88,9 @@ _BY_TYPE_URL = (
     tcp_proxy_pb2,
     ssl_inputs_pb2,
     previous_hosts_pb2,
+    opentelemetry_pb2,
+    parent_based_sampler_pb2,
+    trace_id_ratio_based_sampler_pb2,
     tls_pb2,
     http_protocol_options_pb2,
 )
@@ -125,7 +135,7 @@ def _message(resource: Resource) -> Message:
             message = _endpoints(resource)
         case LeafSecret() | RootsSecret() | GatewayCertificate():
             message = _secret(resource)
-        case LocalCluster() | UpstreamCluster() | GatewayCluster():
+        case LocalCluster() | TraceCluster() | UpstreamCluster() | GatewayCluster():
             config, message = _cluster(resource), cluster_pb2.Cluster()
         case InboundListener() | OutboundListener() | GatewayListener():
             config, message = _listener(resource), listener_pb2.Listener()
@@ -139,10 +149,12 @@ def _message(resource: Resource) -> Message:
     return json_format.ParseDict(config, message)  # into what it has already
 
 
-def _cluster(cluster: LocalCluster | UpstreamCluster | GatewayCluster) -> Config:
+def _cluster(cluster: LocalCluster | TraceCluster | UpstreamCluster | GatewayCluster) -> Config:
     match cluster:
         case LocalCluster():
             return _local_cluster(cluster)
+        case TraceCluster():
+            return trace_cluster(cluster)
         case UpstreamCluster():
             return _upstream_cluster(cluster)
         case GatewayCluster():

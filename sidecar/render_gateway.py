@@ -6,6 +6,7 @@ from outrider.model.gateway import GatewayRoute
 from sidecar.access_log import Config, gateway_log
 from sidecar.core.gateway import GatewayCluster, GatewayListener, GatewayRoutes, gateway_cluster
 from sidecar.render_listener import ACCEPTED, ADS, TLS_PARAMETERS, router
+from sidecar.render_traces import tracing
 
 _TYPE = "type.googleapis.com/envoy."
 _OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -122,6 +123,7 @@ def _requests(listener: GatewayListener) -> Config:
         },
         "upgrade_configs": [{"upgrade_type": "websocket"}],
         "server_header_transformation": "PASS_THROUGH",
+        **tracing(listener.service, listener.traced_percent),
         "access_log": gateway_log(listener.service, http=True),
     }
     return {"name": "http", "typed_config": manager}

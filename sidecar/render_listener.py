@@ -18,6 +18,7 @@ from sidecar.core.resources import (
     outbound_name,
     rules_name,
 )
+from sidecar.render_traces import tracing
 
 _TYPE = "type.googleapis.com/envoy."
 _HTTP_RBAC = _TYPE + "extensions.filters.http.rbac.v3.RBAC"
@@ -145,6 +146,7 @@ def _inbound_http(listener: InboundListener) -> list[Config]:
                 "use_remote_address": True,
                 "skip_xff_append": True,
                 "local_reply_config": {"mappers": _inbound_replies(service)},
+                **tracing(service, listener.traced_percent),
                 "access_log": inbound_log(service, http=True),
             },
         )
@@ -212,6 +214,7 @@ def _outbound_http(listener: OutboundListener) -> list[Config]:
                 "rds": {"route_config_name": outbound_name(source, destination), "config_source": ADS},
                 "http_filters": [_tap(source, destination), dormant(FAULT), router()],
                 "local_reply_config": {"mappers": [nobody, full, late, broken, unreachable]},
+                **tracing(source, listener.traced_percent),
                 "access_log": outbound_log(source, destination, http=True),
             },
         )

@@ -28,6 +28,7 @@ class GatewayListener(Value, frozen=True, kw_only=True):
     port: int
     to: ServiceName | None  # None: HTTP, by routes of the listener's name
     secret: str  # names it; "" is in the clear
+    traced_percent: float | None = None
 
 
 class GatewayRoutes(Value, frozen=True, kw_only=True):
@@ -96,6 +97,7 @@ def _listener(spec: SidecarSpec, service: ServiceName, one: SidecarGateway) -> G
         port=one.port,
         to=one.to,
         secret=_certificate(one.secret) if one.secret is not None else "",
+        traced_percent=spec.traces.percent if spec.traces is not None else None,
     )
 
 

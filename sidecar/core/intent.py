@@ -33,6 +33,14 @@ class SidecarService(Value, frozen=True, kw_only=True):
     gateway: tuple[SidecarGateway, ...] = ()
 
 
+class Traces(Value, frozen=True, kw_only=True):
+    """Where spans go, by OTLP over gRPC, and of how many requests that nobody decided about before."""
+
+    address: str
+    port: int
+    percent: float = 1.0
+
+
 class SidecarSpec(Value, frozen=True, kw_only=True):
     """One allocation's sidecar. Never changes for the sidecar's life."""
 
@@ -41,6 +49,7 @@ class SidecarSpec(Value, frozen=True, kw_only=True):
     uid: int  # the host's uid that Envoy runs as: only it (and root) may enter the sidecar's directory
     local_address: str  # the veth's address inside the allocation's namespace; public listeners bind here only
     services: tuple[SidecarService, ...] = ()
+    traces: Traces | None = None  # None: trace contexts pass through, and nobody adds to them
 
 
 class PairStats(Value, frozen=True, kw_only=True):

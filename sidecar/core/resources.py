@@ -18,6 +18,7 @@ from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
 from sidecar.core.traffic import Backend, Backends, PairRoute, Shadow, leg_name, pair_routes
 
 ROOTS = "roots"
+TRACES = "traces"
 LOOPBACK = "127.0.0.1"
 Pair = tuple[ServiceName, ServiceName]  # who calls, who is called
 
@@ -74,6 +75,14 @@ class RootsSecret(Value, frozen=True, kw_only=True):
     certificates_pem: tuple[str, ...]
 
 
+class TraceCluster(Value, frozen=True, kw_only=True):
+    """Who collects spans."""
+
+    name: str
+    address: str
+    port: int
+
+
 class InboundListener(Value, frozen=True, kw_only=True):
     """A service's public mTLS listener. Only `revision` ever changes, to cut what a revocation forbids."""
 
@@ -83,6 +92,7 @@ class InboundListener(Value, frozen=True, kw_only=True):
     port: int
     protocol: Protocol
     revision: int
+    traced_percent: float | None = None  # None: no spans
 
 
 class OutboundListener(Value, frozen=True, kw_only=True):
@@ -92,6 +102,7 @@ class OutboundListener(Value, frozen=True, kw_only=True):
     address: str
     port: int
     protocol: Protocol
+    traced_percent: float | None = None
 
 
 class UpstreamRoutes(Value, frozen=True, kw_only=True):
@@ -125,6 +136,7 @@ class AccessRules(Value, frozen=True, kw_only=True):
 
 Resource = (
     LocalCluster
+    | TraceCluster
     | UpstreamCluster
     | EndpointSet
     | LeafSecret
@@ -161,6 +173,10 @@ def resources(
     found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
     missing: list[str] = []
     found[Kind.SECRET][ROOTS] = RootsSecret(name=ROOTS, certificates_pem=view.roots.certificates_pem)
+    traced_percent = spec.traces.percent if spec.traces is not None else None
+    if spec.traces is not None:
+        collector = TraceCluster(name=TRACES, address=spec.traces.address, port=spec.traces.port)
+        found[Kind.CLUSTER][TRACES] = collector
     virtual_taken: set[ServiceName] = set()
     for service in spec.services:
         upstreams = _upstreams(service, view)
@@ -190,6 +206,7 @@ def resources(
                 view=view,
                 virtual_taken=virtual_taken,
                 tapped=tapped,
+                traced_percent=traced_percent,
             )
         if service.gateway:
             missing += _add_gateway(found, spec, service, view, pems)
@@ -272,6 +289,7 @@ def _add_inbound(
         protocol=service.protocol,
         # HTTP asks its rules for every request; connections and long streams outlive a revocation, and are cut.
         revision=past.revision,
+        traced_percent=spec.traces.percent if spec.traces is not None else None,
     )
     rules = AccessRules(
         name=rules_name(name),
@@ -299,6 +317,7 @@ def _add_outbound(
     view: MeshView,
     virtual_taken: set[ServiceName],
     tapped: Pair | None,
+    traced_percent: float | None,
 ) -> None:
     destination = upstream.service
     pair = outbound_name(source, destination)
@@ -331,7 +350,13 @@ def _add_outbound(
     for place, address, port in places:
         name = f"{pair}/{place}"
         found[Kind.LISTENER][name] = OutboundListener(
-            name=name, source=source, destination=destination, address=address, port=port, protocol=known.protocol
+            name=name,
+            source=source,
+            destination=destination,
+            address=address,
+            port=port,
+            protocol=known.protocol,
+            traced_percent=traced_percent,
         )
 
 
