@@ -61,14 +61,23 @@ def _stdout(fields: Config) -> Config:
 def _refusals(service: str, *, http: bool) -> Config:
     details = "response.code_details" if http else "connection.termination_details"
     name = "HttpGrpcAccessLogConfig" if http else "TcpGrpcAccessLogConfig"
+    refused: Config = {
+        "extension_filter": {
+            "name": "refused",
+            "typed_config": {"@type": _CEL, "expression": f'{details}.startsWith("rbac_access_denied")'},
+        }
+    }
+    if http:
+        # The expression costs more than all the rest of a good request's log: it is for those that were answered 403.
+        forbidden = {"default_value": 403, "runtime_key": "outrider.unused"}
+        refused = {
+            "and_filter": {
+                "filters": [{"status_code_filter": {"comparison": {"op": "EQ", "value": forbidden}}}, refused]
+            }
+        }
     return {
         "name": "refusals",
-        "filter": {
-            "extension_filter": {
-                "name": "refused",
-                "typed_config": {"@type": _CEL, "expression": f'{details}.startsWith("rbac_access_denied")'},
-            }
-        },
+        "filter": refused,
         "typed_config": {
             "@type": f"type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.{name}",
             "common_config": {
