@@ -3,7 +3,19 @@
 import importlib
 import sys
 
-NAMES = ("start", "footprint", "vm", "image", "failover", "fleet", "propagation", "schedule", "deploy")
+NAMES = (
+    "start",
+    "footprint",
+    "vm",
+    "image",
+    "failover",
+    "fleet",
+    "propagation",
+    "mesh",
+    "density",
+    "schedule",
+    "deploy",
+)
 
 MODULES = {"fleet": "scale"}  # `bench.fleet` is the dev fleet that the others have
 

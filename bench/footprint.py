@@ -16,16 +16,16 @@ def run() -> None:
     with dev_fleet(nodes=1) as fleet:
         fleet.submit(_idle())
         fleet.healthy("idle", SIDECARS)
-        controller, agent, sidecars = _processes(fleet)
+        controller, agent, sidecars = processes(fleet, SIDECARS)
         emit(
             "footprint.controller_rss_mb",
-            _memory_mb(controller, "Rss"),
+            memory_mb(controller, "Rss"),
             "MB",
             peer="k3s server, published",
             peer_value=1600,
         )
-        emit("footprint.agent_rss_mb", _memory_mb(agent, "Rss"), "MB", peer="k3s agent, published", peer_value=275)
-        mean_mb = statistics.mean(_memory_mb(pid, "Pss") for pid in sidecars)
+        emit("footprint.agent_rss_mb", memory_mb(agent, "Rss"), "MB", peer="k3s agent, published", peer_value=275)
+        mean_mb = statistics.mean(memory_mb(pid, "Pss") for pid in sidecars)
         emit("footprint.sidecar_pss_mb", mean_mb, "MB", peer="Istio 1.24 proxy, published", peer_value=60)
 
 
@@ -39,8 +39,8 @@ def _idle() -> Job:
     return Job(name=JobName("idle"), groups=(group,))
 
 
-def _processes(fleet: Fleet) -> tuple[int, int, list[int]]:
-    """Process ids of this fleet's controller, agent and sidecars."""
+def processes(fleet: Fleet, count: int) -> tuple[int, int, list[int]]:
+    """Process ids of this fleet's controller, agent and `count` sidecars."""
     controllers, agents, sidecars = [], [], []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -56,11 +56,11 @@ def _processes(fleet: Fleet) -> tuple[int, int, list[int]]:
         elif words[0].endswith("/envoy") and fleet.name in cgroup:
             sidecars.append(pid)
     assert len(controllers) == len(agents) == 1, (controllers, agents)
-    assert len(sidecars) == SIDECARS, sidecars
+    assert len(sidecars) == count, sidecars
     return controllers[0], agents[0], sidecars
 
 
-def _memory_mb(pid: int, kind: str) -> float:
+def memory_mb(pid: int, kind: str) -> float:
     """`kind`: Rss or Pss, as /proc/PID/smaps_rollup has it."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith(f"{kind}:"):
