@@ -18,7 +18,7 @@ class RealConsul:
 
     def __init__(self, directory: Path) -> None:
         found = subprocess.run([_FETCH], check=True, stdout=subprocess.PIPE, text=True, timeout=120)
-        self._program = found.stdout.strip()
+        self.program = found.stdout.strip()
         self._directory = directory
         self._ports = [free_port() for _ in range(4)]
         self._process: subprocess.Popen[bytes] | None = None
@@ -26,7 +26,7 @@ class RealConsul:
 
     def start(self) -> None:
         web, server, lan, wan = map(str, self._ports)
-        command = [self._program, "agent", "-dev", "-node", "real", "-bind", "127.0.0.1", "-client", "127.0.0.1"]
+        command = [self.program, "agent", "-dev", "-node", "real", "-bind", "127.0.0.1", "-client", "127.0.0.1"]
         command += ["-http-port", web, "-server-port", server, "-serf-lan-port", lan, "-serf-wan-port", wan]
         command += ["-dns-port", "-1", "-grpc-port", "-1", "-log-level", "warn"]
         with (self._directory / "consul.log").open("ab") as log:
