@@ -18,6 +18,7 @@ from agent.belongings.artifacts import Artifacts
 from agent.belongings.belongings import Belongings
 from agent.belongings.devices import Devices
 from agent.belongings.mounted import Mounted
+from agent.belongings.sticky import StickyDisks
 from agent.belongings.volumes import Volumes
 from agent.config import Config
 from agent.core.commands import Report
@@ -388,6 +389,7 @@ class Agent:
                 run=self._config.run, files=self._config.device_files, capabilities=self._config.capabilities
             ),
             mounted=self._mounted,
+            sticky=StickyDisks(self._config.run),
             tasks=self._tasks,
             rng=random.Random(),  # noqa: S311 - splay
             log=self._log,

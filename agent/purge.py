@@ -8,6 +8,7 @@ import shutil
 
 from agent.belongings import memory, volumes
 from agent.belongings.mounted import Mounted
+from agent.belongings.sticky import StickyDisks
 from agent.config import Config
 from agent.drivers import task_directory
 from agent.host import open_host
@@ -24,6 +25,7 @@ async def purge(config: Config) -> None:
         task_directory.remove(config.run / "tasks")
         memory.remove(config.run / "belongings")
         Mounted(config.run).remove_all()
+        StickyDisks(config.run).remove_all()
         volumes.remove_mounts(config.run)
         shutil.rmtree(config.run / "devices", ignore_errors=True)
         shutil.rmtree(config.data / "allocations", ignore_errors=True)

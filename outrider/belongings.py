@@ -35,6 +35,7 @@ ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 TEMPLATES_CHARS_MAX = 1024 * 1024
 _SPLAY_S_MAX = 3600.0
 _PATH_CHARS_MAX = 255
+_STICKY_BYTES_MIN = 65_536
 _SOURCES = ("https://", "http://", "file:/", "oci:")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _TAKEN = ("/proc", "/sys", "/dev", "/secrets", "/artifacts", "/templates", "/task", "/.init")
@@ -48,6 +49,7 @@ def wrong_belongings(task: Task) -> Iterator[Wrong]:
     """Where in `task`, and what is wrong there."""
     yield from _secrets(task)
     yield from _volumes(task)
+    yield from _sticky(task)
     yield from _artifacts(task)
     yield from _templates(task)
     yield from _limits(task)
@@ -90,14 +92,32 @@ def _volumes(task: Task) -> Iterator[Wrong]:
             yield at, f"volume {use.volume} is given twice; once is enough"
         if task.driver is Driver.VM:
             continue  # where the guest mounts its disk is its own matter
-        path = PurePosixPath(use.target)
-        if not path.is_absolute() or ".." in path.parts or "\0" in use.target or len(use.target) > _PATH_CHARS_MAX:
-            yield at, f"expected a whole path inside, from / on, without .., of at most {_PATH_CHARS_MAX} characters"
-        elif (
-            any(path == PurePosixPath(taken) or PurePosixPath(taken) in path.parents for taken in _TAKEN)
-            or path in _ROOTS
-        ):
-            yield at, f"{use.target} is not to be covered; mount it elsewhere, such as /data"
+        yield from _target(at, use.target)
+
+
+def _sticky(task: Task) -> Iterator[Wrong]:
+    if task.sticky and is_guest(task):
+        yield ("sticky",), "a guest's disk goes with its allocation; give it a volume"
+    if len(task.sticky) > LIST_MAX:
+        yield ("sticky",), f"{len(task.sticky)} of them; at most {LIST_MAX}"
+    mounted = {use.target for use in task.volumes}
+    for disk in task.sticky:
+        at: Path = ("sticky", disk.target)
+        yield from _target(at, disk.target)
+        if disk.target in mounted:
+            yield at, "a volume is there already; take another path"
+        if disk.size_bytes < _STICKY_BYTES_MIN:
+            yield at, f"{disk.size_bytes} bytes; a disk has at least {_STICKY_BYTES_MIN}"
+
+
+def _target(at: Path, target: str) -> Iterator[Wrong]:
+    path = PurePosixPath(target)
+    if not path.is_absolute() or ".." in path.parts or "\0" in target or len(target) > _PATH_CHARS_MAX:
+        yield at, f"expected a whole path inside, from / on, without .., of at most {_PATH_CHARS_MAX} characters"
+    elif (
+        any(path == PurePosixPath(taken) or PurePosixPath(taken) in path.parents for taken in _TAKEN) or path in _ROOTS
+    ):
+        yield at, f"{target} is not to be covered; mount it elsewhere, such as /data"
 
 
 def _artifacts(task: Task) -> Iterator[Wrong]:

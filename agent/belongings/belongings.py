@@ -19,6 +19,7 @@ from agent.belongings.facts import Rendered
 from agent.belongings.memory import TaskMemory
 from agent.belongings.mounted import Mounted
 from agent.belongings.secrets import Ask, Secrets, SecretsInMemory
+from agent.belongings.sticky import StickyDisks
 from agent.belongings.volumes import Disk, Volumes
 from agent.core.events import BelongingsTold, RestartWanted
 from agent.sandbox.spec import Device, Mount, StartError
@@ -58,6 +59,7 @@ class Belongings:
         artifacts: Artifacts,
         devices: Devices,
         mounted: Mounted,
+        sticky: StickyDisks,
         tasks: asyncio.TaskGroup,
         rng: random.Random,
         log: Log,
@@ -71,6 +73,7 @@ class Belongings:
         self._artifacts = artifacts
         self._devices = devices
         self._mounted = mounted
+        self._sticky = sticky
         self._tasks = tasks
         self._rng = rng
         self._log = log
@@ -84,9 +87,10 @@ class Belongings:
         """Before each start of a process. `user`: inside, as which it runs. Raises StartError and HostError."""
         devices = self._devices.give(assignment.alloc, task)
         mounts = await self._volumes.mount(assignment, task, uid_first=uid_first, user=user, group=group)
+        sticky = self._sticky.give(assignment, task, uid_first=uid_first, user=user)
         given = await self._give(assignment, task, uid_first + user)
         fetched = await self._show_artifacts(assignment, task, uid_first)
-        return Brought(mounts=(*mounts, *given.mounts, *fetched), env=given.env, devices=devices)
+        return Brought(mounts=(*mounts, *sticky, *given.mounts, *fetched), env=given.env, devices=devices)
 
     async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
         """Before each start of a vm, whose emulator runs as the host's `owner`."""
@@ -144,6 +148,7 @@ class Belongings:
         self._running.pop(alloc, None)
         self._secrets.forget(alloc)
         self._devices.release(alloc)
+        self._sticky.release(alloc)
         await asyncio.to_thread(memory.remove, self._directory / alloc)
         await self._volumes.release(alloc)
 

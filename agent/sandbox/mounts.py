@@ -11,7 +11,7 @@ from pathlib import Path
 
 from outrider.errors import HostError
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT = 1, 2, 4, 32
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -23,6 +23,11 @@ def mount_tmpfs(target: Path, *, size_bytes: int, uid: int, mode: int, devices: 
     """A private file system in memory at `target`, of at most `size_bytes`, owned by `uid` (and that gid)."""
     options = f"size={size_bytes},mode={mode:o},uid={uid},gid={uid}"
     _mount("tmpfs", target, "tmpfs", _MS_NOSUID | (0 if devices else _MS_NODEV), options)
+
+
+def resize_tmpfs(target: Path, *, size_bytes: int) -> None:
+    """At once; refused where more is in it."""
+    _mount("tmpfs", target, "tmpfs", _MS_REMOUNT | _MS_NOSUID | _MS_NODEV, f"size={size_bytes}")
 
 
 def mount_overlay(

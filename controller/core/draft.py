@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from controller.core import dependencies, retry, volumes
+from controller.core import dependencies, retry, sticky, volumes
 from controller.core import table as columns
 from controller.core.groups import GroupEntry, VolumeKey
 from controller.core.near import neighbours
@@ -79,7 +79,7 @@ class Draft:
         `spread`: the rows of the group that new copies should keep away from. Those that failed on a node lately keep
         away from it, where another can have them.
         """
-        missing = self._not_still_there(self._state.groups[key], missing)
+        missing = self._not_still_there(self._state.groups[key], missing, role)
         room = max(0, self._state.policy.plan_placements_max - self.size)
         self.cut |= len(missing) > room
         missing = missing[:room]
@@ -95,6 +95,8 @@ class Draft:
             found = self._place_each(group, indices, near)
         elif avoid := retry.nodes_to_avoid(self._state, group, indices, now_s):
             found = self._place_apart(group, indices, near, avoid)
+        elif group.sticky and (homes := sticky.homes(self._state, group, indices)):
+            found = self._place_at_home(group, indices, near, homes)
         else:
             found = self._place_all(group, len(indices), near)
         nodes = np.array(found.nodes, np.int32)
@@ -205,6 +207,25 @@ class Draft:
             reason="; ".join(filter(None, (found.reason, found.reason and where.note))),
         )
 
+    def _place_at_home(self, group: GroupEntry, indices: Ints, near: Near, homes: Mapping[int, int]) -> Placement:
+        """One by one: where the copy before it was, if that node has room, else anywhere."""
+        nodes, ports, reason = [], [], ""
+        for index in indices.tolist():
+            found = None
+            if index in homes:
+                allowed = np.zeros(self._nodes().size, np.bool_)
+                allowed[homes[index]] = True
+                found = self._place_all(group, 1, near, allowed)
+            if found is None or found.nodes[0] < 0:
+                found = self._place_all(group, 1, near)
+            nodes += found.nodes
+            ports += found.ports
+            near, reason = (
+                near.joined_by(np.array([ref for ref in found.nodes if ref >= 0], np.int64)),
+                reason or found.reason,
+            )
+        return Placement(nodes=nodes, ports=ports, reason=reason)
+
     def _place_each(self, group: GroupEntry, indices: Ints, near: Near) -> Placement:
         """Each on the node that its index names, or -1."""
         found = place_on(self._nodes(), group, indices, near)
@@ -274,9 +295,12 @@ class Draft:
             else:
                 yield Hold(ref=ref, group=self._state.group_of(row))
 
-    def _not_still_there(self, group: GroupEntry, missing: Ints) -> Ints:
-        """Of a group that must never run twice: what takes a copy's place waits until nothing of that is left."""
-        if group.group.disconnect.stop_after_s is None or not len(missing):
+    def _not_still_there(self, group: GroupEntry, missing: Ints, role: int) -> Ints:
+        """Of a group that must never run twice, or whose copies leave something to the next: what takes a copy's place
+        waits until nothing of that is left.
+        """
+        waits = group.group.disconnect.stop_after_s is not None or (group.sticky and role == columns.ORDINARY)
+        if not waits or not len(missing):
             return missing
         table, rows = self._state.table, self._state.family_rows(group.family)
         there = table.index[rows[(table.status[rows] == columns.LIVE) & (table.node[rows] >= 0)]]

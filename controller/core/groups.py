@@ -65,6 +65,7 @@ class GroupEntry(msgspec.Struct, frozen=True, kw_only=True):
     packing: Packing | None  # None: as the fleet's policy says
     priority: int
     volumes: tuple[VolumeKey, ...]  # that its tasks name, each once
+    sticky: bool  # a copy had better be where the one before it was, once that has ended
 
     @property
     def family(self) -> FamilyKey:
@@ -124,6 +125,7 @@ def group_entry(job: Job, version: int, position: int) -> GroupEntry:
         packing=job.placement,
         priority=job.priority,
         volumes=tuple(dict.fromkeys((job.namespace, use.volume) for task in group.tasks for use in task.volumes)),
+        sticky=any(task.sticky for task in group.tasks),
     )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from outrider.ids import SecretName, VolumeName
 from outrider.jobspec.document import Mapping, Scalar
 from outrider.jobspec.fields import Faults, Fields, named
-from outrider.jobspec.units import duration_s
-from outrider.model.belongings import Artifact, OnChange, SecretUse, Template, VolumeUse
+from outrider.jobspec.units import duration_s, size_bytes
+from outrider.model.belongings import Artifact, OnChange, SecretUse, StickyDisk, Template, VolumeUse
 from outrider.model.job import File
 
 _ARTIFACT_KEYS = ("source", "sha256", "unpack", "executable")
@@ -57,6 +57,17 @@ def read_volumes(task: Fields, faults: Faults) -> tuple[VolumeUse, ...]:
         name = VolumeName(fields.text("volume", ""))
         uses.append(VolumeUse(volume=name, target=target, read_only=fields.flag("read_only", default=False)))
     return tuple(uses)
+
+
+def read_sticky(task: Fields, faults: Faults) -> tuple[StickyDisk, ...]:
+    """By the path inside: its size."""
+    node = task.node("sticky")
+    if node is None:
+        return ()
+    path = (*task.path, "sticky")
+    targets = [target for target, _ in named(node, path, faults)]
+    fields = Fields(node, path, faults, tuple(targets))
+    return tuple(StickyDisk(target=target, size_bytes=fields.quantity(target, size_bytes, 0)) for target in targets)
 
 
 def read_artifacts(task: Fields, faults: Faults) -> tuple[Artifact, ...]:

@@ -4,7 +4,14 @@ import stat
 from pathlib import Path as FilePath
 
 from outrider.ids import TaskName
-from outrider.jobspec.belongings import read_artifacts, read_secrets, read_templates, read_ulimits, read_volumes
+from outrider.jobspec.belongings import (
+    read_artifacts,
+    read_secrets,
+    read_sticky,
+    read_templates,
+    read_ulimits,
+    read_volumes,
+)
 from outrider.jobspec.document import Mapping, Node, Scalar
 from outrider.jobspec.fields import Faults, Fields, Path, named, text_of
 from outrider.jobspec.units import cpu_millis, duration_s, size_bytes
@@ -26,7 +33,7 @@ FILE_BYTES_MAX = 256 * 1024
 FILES_BYTES_MAX = 1024 * 1024
 _TASK_KEYS = (
     "driver", "image", "files", "command", "args", "env", "user", "workdir", "resources", "kill_signal", "kill_timeout",
-    "role", "secrets", "volumes", "artifacts", "templates", "capabilities", "cloud_init", "isolation",
+    "role", "secrets", "volumes", "sticky", "artifacts", "templates", "capabilities", "cloud_init", "isolation",
 )  # fmt: skip
 _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
@@ -86,6 +93,7 @@ def _task(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults
         workdir=fields.text("workdir", default.workdir),
         secrets=read_secrets(fields, faults),
         volumes=read_volumes(fields, faults),
+        sticky=read_sticky(fields, faults),
         artifacts=read_artifacts(fields, faults),
         templates=read_templates(fields, faults, budget.read),
         capabilities=fields.texts("capabilities"),

@@ -79,6 +79,13 @@ class VolumeUse(Belonging, frozen=True, kw_only=True):
     read_only: bool = False
 
 
+class StickyDisk(Belonging, frozen=True, kw_only=True):
+    """A disk of a task that the copy in its place finds again, on the same node."""
+
+    target: str  # the path inside
+    size_bytes: int
+
+
 class VolumeSnapshot(Belonging, frozen=True, kw_only=True):
     name: str
     at_s: float

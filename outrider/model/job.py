@@ -19,7 +19,7 @@ from outrider.ids import (
     ServiceName,
     TaskName,
 )
-from outrider.model.belongings import Artifact, SecretUse, Template, VolumeUse
+from outrider.model.belongings import Artifact, SecretUse, StickyDisk, Template, VolumeUse
 from outrider.model.gateway import GatewayListener
 from outrider.model.traffic import Traffic
 
@@ -260,6 +260,7 @@ class Task(Value, frozen=True, kw_only=True):
     user: int | None = None  # uid and gid inside, never root; None: the image's, or 1000
     secrets: tuple[SecretUse, ...] = ()
     volumes: tuple[VolumeUse, ...] = ()
+    sticky: tuple[StickyDisk, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     templates: tuple[Template, ...] = ()
     capabilities: tuple[str, ...] = ()  # beyond none, where the node lets it: "NET_BIND_SERVICE"
@@ -462,7 +463,8 @@ def group_resources(group: Group) -> Resources:
         cpu_millis=sum(part.cpu_millis for part in parts),
         memory_bytes=sum(part.memory_bytes for part in parts),
         # A process has a directory and a /tmp; a guest has a disk.
-        disk_bytes=sum((1 if is_guest(task) else 2) * task.resources.disk_bytes for task in group.tasks),
+        disk_bytes=sum((1 if is_guest(task) else 2) * task.resources.disk_bytes for task in group.tasks)
+        + sum(disk.size_bytes for task in group.tasks for disk in task.sticky),
         pids_max=sum(part.pids_max for part in parts),
         devices=_devices(parts),
     )

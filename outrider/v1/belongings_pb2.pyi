@@ -199,6 +199,28 @@ class VolumeUse(_message.Message):
 Global___VolumeUse: _TypeAlias = VolumeUse  # noqa: Y015
 
 @_typing.final
+class StickyDisk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StickyDisk: _TypeAlias = StickyDisk  # noqa: Y015
+
+@_typing.final
 class VolumeSnapshot(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -899,6 +899,7 @@ class Task(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     TEMPLATES_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    STICKY_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     CLOUD_INIT_FIELD_NUMBER: _builtins.int
     ISOLATION_FIELD_NUMBER: _builtins.int
@@ -933,6 +934,8 @@ class Task(_message.Message):
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
+    def sticky(self) -> _containers.RepeatedCompositeFieldContainer[_belongings_pb2.StickyDisk]: ...
+    @_builtins.property
     def cloud_init(self) -> Global___CloudInit: ...
     def __init__(
         self,
@@ -954,13 +957,14 @@ class Task(_message.Message):
         artifacts: _abc.Iterable[_belongings_pb2.Artifact] | None = ...,
         templates: _abc.Iterable[_belongings_pb2.Template] | None = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        sticky: _abc.Iterable[_belongings_pb2.StickyDisk] | None = ...,
         role: Global___TaskRole.ValueType = ...,
         cloud_init: Global___CloudInit | None = ...,
         isolation: Global___Isolation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "cloud_init", b"cloud_init", "image", b"image", "resources", b"resources", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "capabilities", b"capabilities", "cloud_init", b"cloud_init", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "isolation", b"isolation", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_user", b"_user", "args", b"args", "artifacts", b"artifacts", "capabilities", b"capabilities", "cloud_init", b"cloud_init", "command", b"command", "driver", b"driver", "env", b"env", "files", b"files", "image", b"image", "isolation", b"isolation", "kill_signal", b"kill_signal", "kill_timeout_s", b"kill_timeout_s", "name", b"name", "resources", b"resources", "role", b"role", "secrets", b"secrets", "sticky", b"sticky", "templates", b"templates", "user", b"user", "volumes", b"volumes", "workdir", b"workdir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__user: _TypeAlias = _typing.Literal["user"]  # noqa: Y015
     _WhichOneofArgType__user: _TypeAlias = _typing.Literal["_user", b"_user"]  # noqa: Y015

@@ -2,18 +2,16 @@
 
 import json
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.fleet import DevFleet, fleet
+from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
 pytestmark = pytest.mark.host
 
-WAIT_S = 60.0
 # Says each value that it has, reversed: what the test looks for afterwards is nobody's but the secret's own.
 TELLER = """
 import os, signal, time
@@ -47,13 +45,6 @@ groups:
         files: {{teller.py: ./teller.py}}
         secrets: {uses}
 """
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.1)
 
 
 class Teller:
@@ -101,7 +92,7 @@ def test_a_secret_is_a_file_or_a_variable_and_is_nowhere_else(fleet: DevFleet, t
 
     assert teller.run("{db-password: {}, api-key: API_KEY}") == ""
 
-    until(lambda: bool(teller.told()[0]), "telling")
+    eventually(lambda: bool(teller.told()[0]), "telling")
     (told,) = teller.told()
     assert (told["db-password"], told["env"]) == (password[::-1], key[::-1])
     listed = fleet.outrider("secret", "ls").stdout
@@ -131,7 +122,7 @@ def test_it_is_gone_when_the_task_has_stopped(fleet: DevFleet, teller: Teller) -
     (alloc,) = teller.allocations()
     directory = fleet.layout.run / alloc["node"] / "belongings" / alloc["id"]
     fleet.outrider("job", "stop", teller.name)
-    until(lambda: not fleet.json("alloc", "ls", "--job", teller.name), "the job's end")
+    eventually(lambda: not fleet.json("alloc", "ls", "--job", teller.name), "the job's end")
     assert not directory.exists()
     assert fleet.outrider("secret", "delete", "short-lived").returncode == 0
 
@@ -143,7 +134,7 @@ def test_a_changed_secret_rolls_the_group_copy_by_copy(fleet: DevFleet, teller: 
 
     assert f"job {teller.name} is rolled: version 2" in put(fleet, "rolled", "two")
 
-    until(lambda: [each.get("tls/key") for each in teller.told()] == ["owt", "owt"], "the new secret")
+    eventually(lambda: [each.get("tls/key") for each in teller.told()] == ["owt", "owt"], "the new secret")
     assert not before & {each["id"] for each in teller.allocations()}
     assert "holds that already" in put(fleet, "rolled", "two")
 
@@ -151,12 +142,12 @@ def test_a_changed_secret_rolls_the_group_copy_by_copy(fleet: DevFleet, teller: 
 def test_or_it_is_told_by_a_signal_and_nothing_restarts(fleet: DevFleet, teller: Teller) -> None:
     put(fleet, "told", "one")
     assert teller.run("{told: {file: tls/key, on_change: signal}}") == ""
-    until(lambda: teller.told()[0].get("tls/key") == "eno", "the first")
+    eventually(lambda: teller.told()[0].get("tls/key") == "eno", "the first")
     (before,) = teller.told()
 
     put(fleet, "told", "two")
 
-    until(lambda: teller.told()[0].get("tls/key") == "owt", "the second")
+    eventually(lambda: teller.told()[0].get("tls/key") == "owt", "the second")
     assert teller.told()[0]["pid"] == before["pid"]
     assert len(teller.allocations()) == 1
 
@@ -164,12 +155,12 @@ def test_or_it_is_told_by_a_signal_and_nothing_restarts(fleet: DevFleet, teller:
 def test_or_each_task_is_restarted_where_it_runs(fleet: DevFleet, teller: Teller) -> None:
     put(fleet, "restarting", "one")
     assert teller.run("{restarting: {env: API_KEY, on_change: restart}}") == ""
-    until(lambda: teller.told()[0].get("env") == "eno", "the first")
+    eventually(lambda: teller.told()[0].get("env") == "eno", "the first")
     (before,) = teller.allocations()
 
     put(fleet, "restarting", "two")
 
-    until(lambda: teller.told()[0].get("env") == "owt", "the second")
+    eventually(lambda: teller.told()[0].get("env") == "owt", "the second")
     assert [each["id"] for each in teller.allocations()] == [before["id"]]
 
 
@@ -198,7 +189,7 @@ def test_under_another_key_everything_opens_as_before(fleet: DevFleet, teller: T
     assert file.read_text() != before
     assert len(file.read_text().splitlines()) == 1
     assert teller.run("{kept: {file: tls/key}}") == ""
-    until(lambda: teller.told()[0].get("tls/key") == "eulav", "the secret")
+    eventually(lambda: teller.told()[0].get("tls/key") == "eulav", "the secret")
 
 
 def test_a_variable_is_there_to_be_seen(fleet: DevFleet) -> None:
@@ -265,19 +256,21 @@ def test_a_template_says_what_is_true_now_and_tells_the_task(fleet: DevFleet, tm
     try:
         run(PROVIDER)
         run(READER)
-        until(lambda: len(said()) == 4, "its instance")
+        eventually(lambda: len(said()) == 4, "its instance")
         assert said()[0] == "key=one"
 
         run(PROVIDER, count=2)
-        until(lambda: len(said()) == 5, "both instances")
-        until(lambda: "told" in sh("cat /task/told"), "the signal")
+        eventually(lambda: len(said()) == 5, "both instances")
+        eventually(lambda: "told" in sh("cat /task/told"), "the signal")
 
         put(fleet, f"{name}-key", "bad")
-        until(lambda: "is as it was: " in fleet.outrider("alloc", "ls", "--job", name, "--json").stdout, "the error")
+        eventually(
+            lambda: "is as it was: " in fleet.outrider("alloc", "ls", "--job", name, "--json").stdout, "the error"
+        )
         assert said()[0] == "key=one"
 
         put(fleet, f"{name}-key", "two")
-        until(lambda: said()[0] == "key=two", "the new secret")
+        eventually(lambda: said()[0] == "key=two", "the new secret")
         assert "is as it was: " not in fleet.outrider("alloc", "ls", "--job", name, "--json").stdout
     finally:
         fleet.outrider("job", "stop", name)

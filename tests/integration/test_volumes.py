@@ -1,26 +1,16 @@
 """Volumes in a fleet: they pull their users to where they are, outlive them, hold no more than they should."""
 
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.fleet import DevFleet, fleet
+from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
 pytestmark = pytest.mark.host
-
-WAIT_S = 90.0
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.1)
 
 
 class Keeper:
@@ -29,7 +19,7 @@ class Keeper:
     def __init__(self, fleet: DevFleet, directory: Path) -> None:
         self.fleet, self.directory, self.name = fleet, directory, f"k{secrets.token_hex(3)}"
 
-    def run(self, volumes: str, count: int = 1, name: str = "") -> str:
+    def run(self, volumes: str, count: int = 1, name: str = "", more: str = "") -> str:
         """What `job run` says where it fails; "" where it does not."""
         file = self.directory / "job.yaml"
         file.write_text(
@@ -39,7 +29,7 @@ groups:
   main:
     count: {count}
     update: {{min_healthy: 0s}}
-    tasks: {{main: {{command: [sleep, infinity], volumes: {volumes}}}}}
+    tasks: {{main: {{command: [sleep, infinity], volumes: {volumes}{more}}}}}
 """
         )
         done = self.fleet.outrider("job", "run", "--detach", str(file))
@@ -57,7 +47,7 @@ groups:
             ]
             return bool(found)
 
-        until(runs, "running")
+        eventually(runs, "running")
         return found[0]
 
     def sh(self, command: str) -> str:
@@ -66,7 +56,7 @@ groups:
 
     def stop(self) -> None:
         self.fleet.outrider("job", "stop", self.name)
-        until(lambda: not self.fleet.json("alloc", "ls", "--job", self.name), "the job's end")
+        eventually(lambda: not self.fleet.json("alloc", "ls", "--job", self.name), "the job's end")
 
 
 @pytest.fixture
@@ -117,7 +107,7 @@ def test_one_for_one_at_a_time_waits_and_says_for_whom(fleet: DevFleet, keeper: 
     holder = keeper.allocation()["id"]
     second = Keeper(fleet, tmp_path)
     assert second.run(f"{{/data: {volume}}}") == ""
-    until(
+    eventually(
         lambda: (
             f"volume {volume} is for one at a time: allocation {holder} has it"
             in fleet.outrider("job", "status", second.name).stdout
@@ -135,7 +125,7 @@ def test_a_new_version_waits_for_the_old_one_to_let_go(fleet: DevFleet, keeper: 
     keeper.sh("echo one > /data/file")
     before = keeper.allocation()["id"]
     assert keeper.run(f"{{/data: {{volume: {volume}, read_only: true}}}}") == ""
-    until(lambda: keeper.allocation()["id"] != before, "the new version")
+    eventually(lambda: keeper.allocation()["id"] != before, "the new version")
     assert keeper.sh("cat /data/file; touch /data/x").startswith("one\n")
     assert "Read-only file system" in keeper.sh("touch /data/x")
 
@@ -201,8 +191,25 @@ def test_it_is_there_again_when_its_node_comes_back(fleet: DevFleet, keeper: Kee
     keeper.sh("echo kept > /data/file")
     before = keeper.allocation()["id"]
     assert fleet.dev("kill", "n3").returncode == 0
-    until(lambda: fleet.node_statuses()["n3"] != "ready", "the node's loss")
+    eventually(lambda: fleet.node_statuses()["n3"] != "ready", "the node's loss")
     assert fleet.dev("heal", "n3").returncode == 0
-    until(lambda: fleet.node_statuses()["n3"] == "ready", "the node's return")
-    until(lambda: keeper.sh("cat /data/file") == "kept\n", "the volume's return")
+    eventually(lambda: fleet.node_statuses()["n3"] == "ready", "the node's return")
+    eventually(lambda: keeper.sh("cat /data/file") == "kept\n", "the volume's return")
     assert before
+
+
+def test_a_sticky_disk_is_found_again_by_the_copy_that_takes_the_place(fleet: DevFleet, keeper: Keeper) -> None:
+    assert keeper.run("{}", more=", sticky: {/cache: 1Mi}") == ""
+    keeper.sh("mkdir /cache/a && echo kept > /cache/a/file && ln -s /etc/passwd /cache/link")
+    before = keeper.allocation()
+    assert keeper.run("{}", more=", sticky: {/cache: 2Mi}") == ""
+    eventually(lambda: keeper.allocation()["id"] != before["id"], "the new version")
+    after = keeper.allocation()
+    assert after["node"] == before["node"]
+    assert keeper.sh("cat /cache/a/file; stat -c %u /cache /cache/a /cache/link") == "kept\n1000\n1000\n1000\n"
+    assert int(keeper.sh("stat -f -c '%b %S' /cache | awk '{print $1 * $2}'")) == 2 * 1024 * 1024
+    keeper.sh("echo more >> /cache/a/file")
+    assert fleet.outrider("alloc", "stop", after["id"]).returncode == 0
+    eventually(lambda: keeper.allocation()["id"] != after["id"], "the copy in its place")
+    assert keeper.allocation()["node"] == after["node"]
+    assert keeper.sh("cat /cache/a/file") == "kept\nmore\n"

@@ -6,8 +6,8 @@ import pytest
 
 from outrider.ids import SecretName, VolumeName
 from outrider.jobspec.reader import JobFileError, parse_job
-from outrider.model.belongings import OnChange, SecretUse, VolumeUse
-from outrider.model.job import Task
+from outrider.model.belongings import OnChange, SecretUse, StickyDisk, VolumeUse
+from outrider.model.job import MIB, Task
 
 A = f"{{source: 'https://x/t', sha256: {'0' * 64}}}"
 
@@ -80,3 +80,13 @@ def test_a_volume_is_named_alone_or_with_what_it_is_for() -> None:
 )
 def test_a_mistake_is_told_with_what_to_do(text: str, told: str) -> None:
     assert told in fault(text)
+
+
+def test_a_sticky_disk_is_a_path_and_a_size() -> None:
+    assert task("sticky: {/cache: 64Mi}").sticky == (StickyDisk(target="/cache", size_bytes=64 * MIB),)
+    assert "a size, for example 64Mi" in fault("sticky: {/cache: much}")
+    assert "sticky./cache: 1024 bytes; a disk has at least 65536" in fault("sticky: {/cache: 1Ki}")
+    assert "expected a whole path inside" in fault("sticky: {cache: 64Mi}")
+    assert "/task is not to be covered" in fault("sticky: {/task: 64Mi}")
+    assert "a volume is there already" in fault("sticky: {/data: 64Mi}, volumes: {/data: pg}")
+    assert "give it a volume" in fault("driver: vm, sticky: {/data: 64Mi}")
