@@ -6,7 +6,7 @@ Owns faults and positions. A field that cannot be read gets its default, so that
 import difflib
 from collections.abc import Callable, Collection, Iterator
 from enum import StrEnum
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from outrider.jobspec.document import Mapping, Mark, Node, Scalar, Sequence
 from outrider.model.job import Value
@@ -22,11 +22,20 @@ class Fault(Value, frozen=True, kw_only=True):
     message: str
 
 
+class Asked(NamedTuple):
+    """How the reader looks at a key. `kind`: "" where it reads the value by itself."""
+
+    kind: str = ""
+    default: object = None
+
+
 class Faults:
-    """What is wrong with one file so far, and where its parts stand."""
+    """What is wrong with one file so far, where its parts stand, and which keys the reader looked for."""
 
     def __init__(self) -> None:
         self.found: list[Fault] = []
+        self.asked: dict[Path, dict[str, Asked]] = {}
+        self.required: set[Path] = set()
         self._marks: dict[Path, Mark] = {}
 
     def add(self, path: Path, message: str, mark: Mark | None = None) -> None:
@@ -59,6 +68,8 @@ class Fields:
         self._faults = faults
         self.path = path
         self._values: dict[str, Node] = {}
+        self._asked = faults.asked.setdefault(path, {})
+        self._asked.update((key, Asked()) for key in known if key not in self._asked)
         for key, value in named(node, path, faults):
             if key in known:
                 self._values[key] = value
@@ -77,6 +88,7 @@ class Fields:
         return value
 
     def required(self, key: str, example: str) -> Node | None:
+        self._faults.required.add((*self.path, key))
         if key not in self._values:
             self.fault(key, f"missing; for example `{key}: {example}`")
         return self.node(key)
@@ -85,15 +97,19 @@ class Fields:
         self._faults.add((*self.path, key), message)
 
     def text(self, key: str, default: str) -> str:
+        self._asked[key] = Asked("text", default)
         return self._scalar(key, _as_text, default)
 
     def integer(self, key: str, default: int) -> int:
+        self._asked[key] = Asked("whole number", default)
         return self._scalar(key, _as_integer, default)
 
     def flag(self, key: str, *, default: bool) -> bool:
+        self._asked[key] = Asked("`true` or `false`", default)
         return self._scalar(key, _as_flag, default)
 
     def quantity(self, key: str, read: Callable[[str], T], default: T) -> T:
+        self._asked[key] = Asked(read.__name__, default)
         return self._scalar(key, lambda scalar: read(scalar.text), default)
 
     def choice(self, key: str, kind: type[E], default: E) -> E:
@@ -103,10 +119,12 @@ class Fields:
                 raise ValueError(f"{scalar.text[:80]!r} is none of {', '.join(names)}{_near(scalar.text, names)}")
             return kind(scalar.text)
 
+        self._asked[key] = Asked(" ".join(f"`{member}`" for member in kind), default)
         return self._scalar(key, read, default)
 
     def texts(self, key: str, hint: str = "") -> tuple[str, ...]:
         """A list of words. `hint` follows the error where it is none."""
+        self._asked[key] = Asked("list of texts", ())
         value = self.node(key)
         if value is None:
             return ()

@@ -79,7 +79,7 @@ def parse_job(content: bytes, file: FilePath) -> Job:
         fault = Fault(mark=error.mark, path=(), message=error.message)
         raise JobFileError(str(file), [fault]) from error
     faults = Faults()
-    job = _job(root, file.parent, faults)
+    job = job_of(root, file.parent, faults)
     told = list(faults.found)
     told.extend(_fault(problem, faults) for problem in problems(job) if not faults.told(problem.path))
     if told:
@@ -87,7 +87,8 @@ def parse_job(content: bytes, file: FilePath) -> Job:
     return job
 
 
-def _job(root: Node, directory: FilePath, faults: Faults) -> Job:
+def job_of(root: Node, directory: FilePath, faults: Faults) -> Job:
+    """What can be read of it, right or wrong; `faults` hears of the rest."""
     fields = Fields(root, (), faults, _JOB_KEYS)
     if isinstance(root, Mapping):
         fields.required("job", "shop")

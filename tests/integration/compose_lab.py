@@ -111,23 +111,18 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
 
 
 def _build_images(made: Compose, directory: Path) -> None:
-    root, context = directory / "root.tar", directory / "context"
-    sources = [str(path) for path in Path("/etc/apt/sources.list.d").glob("*.sources")]
-    subprocess.run(
-        ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(_PACKAGES)}", "bookworm", root,
-         *(sources or ["/etc/apt/sources.list"])],
-        check=True, timeout=900,
-    )  # fmt: skip
-    made.docker("import", str(root), "base:stand-in")
-    root.unlink()
+    context = directory / "context"
+    made.docker("import", str(_debian_root()), "base:stand-in", timeout_s=600)
     (context / "wheels").mkdir(parents=True)
     with tarfile.open(make_bundle(directory / "bundles").path) as bundle:
         for member in bundle.getmembers():
             if member.name.endswith(".whl") and not member.name.startswith("outrider-"):
-                bundle.extract(member, context / "wheels", filter="data")
+                content = bundle.extractfile(member)
+                assert content is not None, "a file"
+                (context / "wheels" / member.name).write_bytes(content.read())
     for name in ("setuptools", "wheel"):
-        wheel, content = make_wheel(distribution(name))
-        (context / "wheels" / wheel).write_bytes(content)
+        wheel, packed = make_wheel(distribution(name))
+        (context / "wheels" / wheel).write_bytes(packed)
     found = subprocess.run([ROOT / "scripts/tools/consul.sh"], check=True, capture_output=True, text=True, timeout=120)
     shutil.copy(found.stdout.strip(), context / "consul")
     (context / "apt-get").write_text("#!/bin/sh\nexit 0  # all that is asked for is in the root\n")
@@ -139,6 +134,21 @@ def _build_images(made: Compose, directory: Path) -> None:
     made.docker("build", "--tag", "base:whole", str(context), timeout_s=600)
     for name, lines in _IMAGES.items():
         made.docker("build", "--tag", name, "-", text=f"FROM base:whole\n{lines}\n")
+
+
+def _debian_root() -> Path:
+    """Made once, and kept with the other tools."""
+    root = ROOT / ".tools/compose-root.tar"
+    if not root.exists():
+        partial = root.with_suffix(".partial")
+        sources = [str(path) for path in Path("/etc/apt/sources.list.d").glob("*.sources")]
+        subprocess.run(
+            ["mmdebstrap", "--quiet", "--variant=minbase", "--format=tar", f"--include={','.join(_PACKAGES)}",
+             "bookworm", partial, *(sources or ["/etc/apt/sources.list"])],
+            check=True, timeout=1800,
+        )  # fmt: skip
+        partial.replace(root)
+    return root
 
 
 def _remove_groups(pattern: str) -> None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from controller.core.kinds import Kind
+from outrider.jobspec.reference import reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +26,13 @@ def test_every_key_of_a_job_file_is_in_its_reference() -> None:
     keys = job_file_keys()
     assert {"job", "groups", "upstreams", "static"} <= keys
     assert not {key for key in keys if f"`{key}`" not in text and f"`{key}:" not in text}
+
+
+def test_the_list_of_all_keys_is_what_the_reader_looks_for() -> None:
+    text = (ROOT / "docs/JOB-KEYS.md").read_text()
+    assert text == reference(), "run `python -m outrider.jobspec.reference > docs/JOB-KEYS.md`"
+    missing = {key for key in job_file_keys() if f"| `{key}` |" not in text}
+    assert not missing, "outrider/jobspec/reference.py: a mapping of them is not in its file"
 
 
 def test_every_kind_of_event_is_in_its_reference() -> None:
