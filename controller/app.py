@@ -1,7 +1,7 @@
 """The controller's only wiring: configuration -> parts -> run until SIGTERM -> stop.
 
-Tasks: `engine`, `mesh`, `catalog`, `mqtt`, `confirm`, in one TaskGroup: when one fails, the controller ends with its
-error. With the journal in Consul, `candidate` goes round instead: follow, win, lead for a term, and follow again.
+Tasks: `engine`, `mesh`, `catalog`, `mqtt`, `targets`, `confirm`, in one TaskGroup: when one fails, the controller ends
+with its error. With the journal in Consul, `candidate` goes round instead: follow, win, lead for a term, follow again.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from controller.consul_access import client_tls, token
 from controller.core import views
 from controller.core.events import EndpointsWithdrawn
 from controller.core.policy import Policy
-from controller.discovery import TargetGroup, target_groups
+from controller.discovery import TargetGroup, keep_targets, target_groups
 from controller.engine import Engine, RestoredError
 from controller.event_log import EventLog
 from controller.events import Broker
@@ -153,6 +153,8 @@ class Controller:
             tasks["confirm"] = self._term.confirm()
         if self._catalog is not None:
             tasks["catalog"] = self._catalog.failed()
+        if self._config.targets_file is not None:
+            tasks["targets"] = keep_targets(self._config.targets_file, self._targets, self.log)
         if self._broker is not None:
             tasks["mqtt"] = self._broker.run()
         return tasks

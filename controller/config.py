@@ -103,6 +103,7 @@ class Config(Value, frozen=True, kw_only=True):
     join_listen: str  # JoinService, and users with a token: TLS; the token proves the caller
     operator_socket: Path  # OperatorService on a unix socket of mode 0600
     metrics_listen: str | None = None  # plain HTTP: /metrics and /v1/discovery/prometheus
+    targets_file: Path | None = None  # kept up to date for a Prometheus that discovers by file
     catalog: CatalogConfig = CatalogConfig()
     consul: ConsulConfig | None = None
     journal: JournalKind = JournalKind.SQLITE
@@ -122,6 +123,8 @@ class Config(Value, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for key in ("listen", "join_listen", "metrics_listen", "progress_listen"):
             _check_listen(key, getattr(self, key))
+        if self.targets_file is not None and self.metrics_listen is None:
+            raise ValueError("targets_file: needs `metrics_listen`, the controller's own figures are among the targets")
         if self.journal is JournalKind.CONSUL and self.advertise is None and _is_wildcard(self.listen):
             raise ValueError(
                 f"advertise: with `journal: consul` and `listen: {self.listen}` say by which address "

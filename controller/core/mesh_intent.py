@@ -39,6 +39,7 @@ class NodeRegistration(Value, frozen=True, kw_only=True):
     # says of their health and local addresses is newer knowledge than this.
     assumed: bool = False
     services: tuple[ServiceRegistration, ...] = ()
+    metrics_address: str = ""  # host:port, for whoever discovers by Consul; "" serves none
 
 
 class OwnedIntention(Value, frozen=True, kw_only=True):
@@ -85,6 +86,7 @@ def registration(state: State, node: NodeId) -> NodeRegistration:
         output=link.reason or link.status.value,
         assumed=not link.seen,
         services=tuple(services),
+        metrics_address=state.nodes.nodes[ref].metrics_address,
     )
 
 

@@ -19,6 +19,7 @@ from controller.mesh.shapes import (
     TxnService,
     Upstream,
 )
+from outrider.config import host_port
 from outrider.ids import NodeId, ServiceName
 from outrider.model.job import Value
 from outrider.model.mesh import VIRTUAL_PORT
@@ -29,6 +30,7 @@ LOCAL_ADDRESS = "outrider-local"  # where sidecars of the same node dial (DESIGN
 NODE_CHECK = "outrider-node"
 # Consul: 64 operations and 524,288 bytes of body; one operation is the session check.
 OPERATIONS_MAX = 63
+AGENT_SERVICE = "outrider-agent"
 BODY_BYTES_MAX = 500_000
 _OWN_ADDRESSES = ("lan", LOCAL_ADDRESS)
 _OUTPUT_CHARS_MAX = 1024
@@ -75,9 +77,19 @@ def wanted_record(
             check_id = service_check(row.id)
             check = _check(name, check_id, f"Outrider {service.service}", service.passing, service.output)
             checks[check_id] = msgspec.structs.replace(check, service_id=row.id)
+    if registration.metrics_address:
+        row = _agent(registration, cluster)
+        services[row.id] = row
     meta = {"external-node": "true", CLUSTER_META: cluster, NODE_META: registration.node}
     node = CatalogNode(node=name, address=registration.address, meta=meta)
     return NodeRecord(node=node, services=services, checks=checks)
+
+
+def _agent(registration: NodeRegistration, cluster: str) -> ConsulService:
+    """The agent's own figures: what a Prometheus that discovers by Consul scrapes. No mesh service."""
+    host, port = host_port(registration.metrics_address)
+    meta = {CLUSTER_META: cluster, "component": "agent", "node": registration.node}
+    return ConsulService(id=AGENT_SERVICE, service=AGENT_SERVICE, address=host, port=port, meta=meta)
 
 
 def found_record(found: CatalogNodeServices, checks: Iterable[ConsulCheck]) -> NodeRecord:

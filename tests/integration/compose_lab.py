@@ -47,7 +47,8 @@ class Compose:
         self._host, self._namespace = f"unix://{socket}", namespace
 
     def __call__(self, *words: str, timeout_s: float = 300) -> str:
-        return self._run("docker-compose", "--project-name", PROJECT, *words, timeout_s=timeout_s)
+        file = str(ROOT / "docker-compose.yml")  # whoever enters a mount namespace stands at its root
+        return self._run("docker-compose", "--file", file, "--project-name", PROJECT, *words, timeout_s=timeout_s)
 
     def docker(self, *words: str, text: str = "", timeout_s: float = 300) -> str:
         return self._run("docker", *words, text=text, timeout_s=timeout_s)

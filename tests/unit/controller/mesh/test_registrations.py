@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from controller.core.mesh_intent import NodeRegistration, ServiceRegistration
 from controller.mesh.registrations import (
+    AGENT_SERVICE,
     BODY_BYTES_MAX,
     OPERATIONS_MAX,
     NodeRecord,
@@ -70,6 +71,17 @@ def test_a_new_instance_has_its_proxy_appear_with_its_health() -> None:
 
 def test_a_service_that_only_calls_has_no_proxy() -> None:
     assert operations(record(), record(service("a", port=0))).proxies == ()
+
+
+def test_an_agents_figures_are_found_by_consul() -> None:
+    registration = NodeRegistration(
+        node=NodeId("n1"), address="10.0.0.1", passing=True, output="", metrics_address="10.0.0.1:9464"
+    )
+    wanted = wanted_record(registration, "c", ADDRESSES)
+    row = wanted.services[AGENT_SERVICE]
+    assert (row.service, row.address, row.port) == ("outrider-agent", "10.0.0.1", 9464)
+    assert row.meta == {"outrider-cluster": "c", "component": "agent", "node": "n1"}
+    assert not operations(wanted, wanted)
 
 
 def test_a_node_that_is_gone_is_one_deletion() -> None:
