@@ -37,9 +37,9 @@ class Fleet:
             if all(_ended(allocation) for allocation in status.allocations):
                 return
 
-    def healthy(self, job: str, count: int) -> list[str]:
+    def healthy(self, job: str, count: int, deadline_s: float = _DEADLINE_S) -> list[str]:
         """Waits until `count` allocations of the job are healthy, and names them."""
-        for status in self.operator.WatchJob(operator_pb2.GetJobRequest(job=job), timeout=_DEADLINE_S):
+        for status in self.operator.WatchJob(operator_pb2.GetJobRequest(job=job), timeout=deadline_s):
             names = [found.id for found in status.allocations if found.healthy and not _ended(found)]
             if len(names) >= count:
                 return names

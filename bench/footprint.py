@@ -16,7 +16,7 @@ def run() -> None:
     with dev_fleet(nodes=1) as fleet:
         fleet.submit(_idle())
         fleet.healthy("idle", SIDECARS)
-        controller, agent, sidecars = processes(fleet, SIDECARS)
+        controller, (agent,), sidecars = processes(fleet, SIDECARS)
         emit(
             "footprint.controller_rss_mb",
             memory_mb(controller, "Rss"),
@@ -39,8 +39,8 @@ def _idle() -> Job:
     return Job(name=JobName("idle"), groups=(group,))
 
 
-def processes(fleet: Fleet, count: int) -> tuple[int, int, list[int]]:
-    """Process ids of this fleet's controller, agent and `count` sidecars."""
+def processes(fleet: Fleet, count: int) -> tuple[int, list[int], list[int]]:
+    """Process ids of this fleet's controller, agents and `count` sidecars."""
     controllers, agents, sidecars = [], [], []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -55,9 +55,9 @@ def processes(fleet: Fleet, count: int) -> tuple[int, int, list[int]]:
             agents.append(pid)
         elif words[0].endswith("/envoy") and fleet.name in cgroup:
             sidecars.append(pid)
-    assert len(controllers) == len(agents) == 1, (controllers, agents)
+    assert len(controllers) == 1, controllers
     assert len(sidecars) == count, sidecars
-    return controllers[0], agents[0], sidecars
+    return controllers[0], agents, sidecars
 
 
 def memory_mb(pid: int, kind: str) -> float:
