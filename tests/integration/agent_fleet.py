@@ -143,7 +143,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self._say(fleet_pb2.ControllerMessage(open_tunnel=fleet_pb2.OpenTunnel(tunnel=name, **request)))
         return name
 
-    async def tunnelled(self, name: str, *, timeout_s: float = 10.0) -> tuple[bytes, fleet_pb2.TunnelEnd]:
+    async def tunnelled(self, name: str, *, timeout_s: float = 30.0) -> tuple[bytes, fleet_pb2.TunnelEnd]:
         """All its output, and how it ended."""
         output = bytearray()
         async with asyncio.timeout(timeout_s):
