@@ -12,6 +12,7 @@ from typing import Protocol
 
 import h11
 
+from agent.metrics import Pair, SidecarFigures
 from outrider import codec
 from outrider.clock import monotonic_s
 from outrider.errors import OutriderError, RefusedError
@@ -31,34 +32,6 @@ _BODY_BYTES_MAX = 512
 _OURS = b"outrider: "  # how answers begin that a sidecar made itself
 
 OpenSocket = Callable[[AllocId, socket.SocketKind], socket.socket]
-
-
-class Outbound(Protocol):
-    """As sidecar.core.intent.PairStats has it."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def destination(self) -> str: ...
-    @property
-    def requests(self) -> tuple[tuple[str, int], ...]: ...
-    @property
-    def errors(self) -> int: ...
-    @property
-    def latency_ms(self) -> tuple[tuple[float, int], ...]: ...
-    @property
-    def bytes_sent(self) -> int: ...
-    @property
-    def bytes_received(self) -> int: ...
-    @property
-    def connections(self) -> int: ...
-    @property
-    def connections_active(self) -> int: ...
-
-
-class SidecarFigures(Protocol):
-    @property
-    def outbound(self) -> Sequence[Outbound]: ...
 
 
 class Library(Protocol):
@@ -123,10 +96,10 @@ class Insight:
             for old in [next((one for one in before[alloc][1] if _names(one) == _names(pair)), None)]
         )
 
-    async def _look(self) -> dict[AllocId, tuple[float, Sequence[Outbound]]]:
+    async def _look(self) -> dict[AllocId, tuple[float, Sequence[Pair]]]:
         room = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(alloc: AllocId) -> tuple[float, Sequence[Outbound]] | None:
+        async def one(alloc: AllocId) -> tuple[float, Sequence[Pair]] | None:
             async with room:
                 try:
                     figures = await self._library.stats(alloc)
@@ -206,12 +179,12 @@ async def _request(opened: socket.socket, query: ProbeQuery) -> tuple[bool, str]
     return True, f"GET {query.path}: HTTP {status} from the workload"
 
 
-def _names(pair: Outbound) -> tuple[str, str]:
+def _names(pair: Pair) -> tuple[str, str]:
     return pair.source, pair.destination
 
 
-def _difference(alloc: AllocId, seconds: float, before: Outbound | None, after: Outbound) -> PairFigures:
-    def counts(pair: Outbound | None) -> tuple[int, int, int, int, int]:
+def _difference(alloc: AllocId, seconds: float, before: Pair | None, after: Pair) -> PairFigures:
+    def counts(pair: Pair | None) -> tuple[int, int, int, int, int]:
         if pair is None:
             return 0, 0, 0, 0, 0
         classes = dict(pair.requests)
