@@ -10,7 +10,7 @@ import pytest
 from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.deep]
 
 # One request after the other on each of four connections; nobody tries twice. Tells every moment how it goes.
 _CALLER = """
