@@ -129,7 +129,7 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
     for address in hosts.addresses:
         for path in ("/opt/outrider", "/etc/outrider", "/var/lib/outrider"):
             assert not list(hosts.path(address, path).iterdir())
-    again = hosts.outrider("deploy", "-f", file, "--remove")
+    again = hosts.outrider("deploy", "-f", file, "--remove", "--data")
     assert again.returncode == 0, again.stderr
 
 

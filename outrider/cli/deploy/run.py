@@ -62,6 +62,7 @@ class Deployment:
         self._dry_run = dry_run
         self._tell = tell
         self._fleet: FleetAccess | None = None if ways else Direct()
+        self._leaving: list[Host] = []  # nodes of the fleet that are being removed
         self._stack = contextlib.AsyncExitStack()
 
     async def deploy(self) -> tuple[Outcome, ...]:
@@ -114,7 +115,7 @@ class Deployment:
                 emptied = await self._emptied(nodes, deadline_s)
             sick = {outcome.host for outcome in emptied if outcome.error}
             alone = [host for host in nodes if host not in controllers and host.host not in sick]
-            removed = await self._each(alone, partial(self._take_away, data=data, force=force))
+            removed = await self._each(alone, partial(self._take_away, data=data))
             if sick or any(outcome.error for outcome in removed):
                 failed = [outcome for outcome in emptied if outcome.error]
                 left = [
@@ -123,46 +124,45 @@ class Deployment:
                     if host.host not in sick
                 ]
                 return (*failed, *removed, *left)
-            return (*removed, *await self._each(controllers, partial(self._take_away, data=data, force=force)))
+            return (*removed, *await self._each(controllers, partial(self._take_away, data=data)))
 
     async def _emptied(self, nodes: Sequence[Host], deadline_s: float | None) -> list[Outcome]:
         """No copy goes from one node that leaves to another: all are closed before the first is drained."""
-        joined: list[Host] = []
 
         async def look(host: Host, remote: Remote) -> str:
             if facts_from(await remote.ask("probe")).joined.get("agent"):
-                joined.append(host)
+                self._leaving.append(host)
                 return "is a node"
             return "is no node"
 
         away = [outcome for outcome in await self._each(nodes, look) if outcome.error]
-        if not joined:
+        if not self._leaving:
             return away
-        leaving = frozenset(host.node for host in joined)
+        leaving = frozenset(host.node for host in self._leaving)
         try:
             fleet = await self._reach()
             for node in leaving & (await fleet.nodes()).keys():
                 await fleet.close(node)
         except OutriderError as error:
             text = f"no drain: {error}; `--force` removes without"
-            return [*away, *(Outcome(host=host.host, error=text) for host in joined)]
+            return [*away, *(Outcome(host=host.host, error=text) for host in self._leaving)]
 
         async def one(host: Host, _: Remote) -> str:
             told = partial(self._tell, host.host)
             await empty(fleet, host.node, leaving=leaving, deadline_s=deadline_s, tell=told)
             return "empty"
 
-        return [*away, *await self._each(joined, one)]
+        return [*away, *await self._each(self._leaving, one)]
 
     async def _would_remove(self, host: Host, _: Remote) -> str:
         return "would be drained and removed" if "agent" in host.roles else "would be removed"
 
-    async def _take_away(self, host: Host, remote: Remote, *, data: bool, force: bool) -> str:
+    async def _take_away(self, host: Host, remote: Remote, *, data: bool) -> str:
         if "agent" in host.roles:
             await self._stop(host, remote, "agent")
             self._tell(host.host, "end what runs there")
             await remote.ask("purge", 330.0)
-            if data and not force:
+            if data and host in self._leaving:
                 await self._distrust(host)
         if "controller" in host.roles:
             await self._stop(host, remote, "controller")
@@ -176,7 +176,7 @@ class Deployment:
     async def _distrust(self, host: Host) -> None:
         """Whoever kept a copy of its key has nothing. Of a fleet whose last controller goes there is no trust left."""
         last = contextlib.suppress(PeerError) if "controller" in host.roles else contextlib.nullcontext()
-        with last, contextlib.suppress(RefusedError):  # one that never joined is not known
+        with last, contextlib.suppress(RefusedError):  # the fleet may not know it any more
             await (await self._reach()).revoke(host.node)
 
     async def _known(self, nodes: Sequence[Host]) -> None:
