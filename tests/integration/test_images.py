@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from agent.sandbox.mounts import mount_tmpfs, resize_tmpfs, unmount
 from outrider.ids import AllocId, GroupName, JobName, TaskName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment
 from outrider.model.job import MIB, Group, Image, ImageKind, PullPolicy, Resources, RestartPolicy, Task
@@ -302,6 +303,34 @@ async def test_layers_that_reach_out_stay_inside(fleet: AgentFleet, registry: Re
     fleet.controller.assign(script(3, f"{registry.host}/d:2", text))
     await reached(fleet, 3, AllocStatus.COMPLETE)
     assert "read" not in output(fleet, 3)
+
+
+async def test_a_disk_that_fills_up_while_it_unpacks_is_waited_for(registry: Registry) -> None:
+    images = {"auth_file": str(registry.auth_file), "certificates": str(registry.certificates)}
+    small = await registry.push(layout(registry.directory / "small", shell_layer()), "small:1")
+    large = layout(registry.directory / "large", shell_layer(entry("filler", bytes(40 * MIB))))  # packed it is small
+    reference = await registry.push(large, "large:1")
+    async with agent_fleet(images=images) as fleet:
+        roots = fleet.data / "roots"
+        roots.mkdir(parents=True)
+        mount_tmpfs(roots, size_bytes=16 * MIB, uid=0, mode=0o700)
+        try:
+            await fleet.start()
+            fleet.controller.assign(running(1, small), full=True)
+            await reached(fleet, 1, AllocStatus.RUNNING)
+            before = unpacked(fleet)
+            fleet.controller.assign(running(2, reference))
+            await tried_again(fleet, 2)
+            report = fleet.controller.reports[alloc_id(2)]
+            assert "the node's disk is full (layer 1, " in report.message
+            assert "/filler: No space left on device" in report.message
+            assert report.status is AllocStatus.STARTING
+            assert (unpacked(fleet), fleet.controller.status(alloc_id(1))) == (before, AllocStatus.RUNNING)
+            resize_tmpfs(roots, size_bytes=128 * MIB)
+            await reached(fleet, 2, AllocStatus.RUNNING)
+            await until(lambda: unfinished(fleet) == [], "nothing is left over")
+        finally:
+            unmount(roots)
 
 
 async def test_what_was_used_least_goes_and_what_runs_stays(fleet: AgentFleet, registry: Registry) -> None:
