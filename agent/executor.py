@@ -289,7 +289,11 @@ class Executor:
         user, group = identity(task, image)
         brought = await self._belongings.prepare(assignment, task, uid_first=uid_first, user=user, group=group)
         place = msgspec.structs.replace(
-            place, mounts=(*place.mounts, *brought.mounts), env=brought.env, devices=brought.devices
+            place,
+            mounts=(*place.mounts, *brought.mounts),
+            env=brought.env,
+            secrets=brought.secrets,
+            devices=brought.devices,
         )
         spec = sandbox_spec(assignment, task, place, image)
         task_directory.prepare(

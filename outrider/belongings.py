@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from outrider.ids import is_name
+from outrider.ids import SecretName, is_name
 from outrider.model.belongings import OnChange, SecretUse, Template
 from outrider.model.job import Driver, Resources, Task, is_guest
 
@@ -35,6 +35,7 @@ ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 TEMPLATES_CHARS_MAX = 1024 * 1024
 _SPLAY_S_MAX = 3600.0
 _PATH_CHARS_MAX = 255
+_SECRET_NAMED = re.compile(r"(\$?)\$\{secret\.([^}]*)\}")
 _STICKY_BYTES_MIN = 65_536
 _SOURCES = ("https://", "http://", "file:/", "oci:")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
@@ -62,6 +63,7 @@ def is_inner_path(text: str) -> bool:
 
 
 def _secrets(task: Task) -> Iterator[Wrong]:
+    yield from _secrets_in_text(task)
     if not task.secrets:
         return
     if is_guest(task):
@@ -78,6 +80,26 @@ def _secrets(task: Task) -> Iterator[Wrong]:
         for use in task.secrets:
             if taken[getattr(use, key)] > 1:
                 yield ("secrets", use.name, key), f"{getattr(use, key)} is given twice; take another"
+
+
+def _secrets_in_text(task: Task) -> Iterator[Wrong]:
+    """`${secret.NAME}`: of a secret that the task has, in its environment alone."""
+    uses = {use.name: use for use in task.secrets}
+    for key, text in task.env.items():
+        for name in _secrets_named(text):
+            use = uses.get(SecretName(name))
+            if use is None:
+                yield ("env", key), f"it speaks of secret {name[:80]!r}, which is not among the task's secrets: add it"
+            elif use.on_change in (OnChange.SIGNAL, OnChange.NONE):
+                yield ("secrets", name, "on_change"), f"env {key} has it, and {use.on_change} cannot change that: roll"
+    for words in ("command", "args"):
+        for at, word in enumerate(getattr(task, words)):
+            if _secrets_named(word):
+                yield (words, at), "whoever lists processes sees a secret that stands here; put it into env"
+
+
+def _secrets_named(text: str) -> list[str]:
+    return [match[2] for match in _SECRET_NAMED.finditer(text) if not match[1]]
 
 
 def _volumes(task: Task) -> Iterator[Wrong]:

@@ -43,6 +43,7 @@ class Brought(Value, frozen=True, kw_only=True):
 
     mounts: tuple[Mount, ...] = ()
     env: Mapping[str, str] = {}
+    secrets: Mapping[str, str] = {}  # "secret.NAME" -> its text: those that the task's `env` speaks of
     devices: tuple[Device, ...] = ()
 
 
@@ -90,7 +91,9 @@ class Belongings:
         sticky = self._sticky.give(assignment, task, uid_first=uid_first, user=user)
         given = await self._give(assignment, task, uid_first + user)
         fetched = await self._show_artifacts(assignment, task, uid_first)
-        return Brought(mounts=(*mounts, *sticky, *given.mounts, *fetched), env=given.env, devices=devices)
+        return Brought(
+            mounts=(*mounts, *sticky, *given.mounts, *fetched), env=given.env, secrets=given.secrets, devices=devices
+        )
 
     async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
         """Before each start of a vm, whose emulator runs as the host's `owner`."""
@@ -184,7 +187,12 @@ class Belongings:
             self._running[assignment.alloc] = assignment
         kept.note({use.name: values[use.name].version for use in task.secrets})
         env = {use.env: _text(values[use.name].content, use) for use in task.secrets if use.env}
-        return Brought(mounts=tuple(mounts), env=env)
+        texts = {
+            f"secret.{use.name}": _text(values[use.name].content, use)
+            for use in task.secrets
+            if any(f"${{secret.{use.name}}}" in value for value in task.env.values())
+        }
+        return Brought(mounts=tuple(mounts), env=env, secrets=texts)
 
     async def _renew(self, assignment: Assignment) -> None:
         if assignment.alloc in self._running:
@@ -272,7 +280,9 @@ def _text(content: bytes, use: SecretUse) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise StartError(f"secret {use.name} is no text: give it to the task as a file, not as {use.env}") from error
+        raise StartError(
+            f"secret {use.name} is no text: give it to the task as a file, not in its environment"
+        ) from error
     if "\0" in text:
-        raise StartError(f"secret {use.name} has a NUL in it: give it to the task as a file, not as {use.env}")
+        raise StartError(f"secret {use.name} has a NUL in it: give it to the task as a file, not in its environment")
     return text.removesuffix("\n")

@@ -46,6 +46,7 @@ class Place(Value, frozen=True, kw_only=True):
     task_directory: str  # as `task_directory.prepare` made it
     resolv_conf: str = ""  # a file that says where the mesh's names are answered; "" is none
     env: Mapping[str, str] = {}  # what the agent gives it beside what the job says
+    secrets: Mapping[str, str] = {}  # "secret.NAME" -> its text, for the environment alone
     devices: tuple[Device, ...] = ()
     disks: tuple[Disk, ...] = ()  # a vm's, beside its own
     mounts: tuple[Mount, ...] = ()  # what else the agent provides, such as the namespace's own /sys
@@ -76,7 +77,7 @@ def sandbox_spec(assignment: Assignment, task: Task, place: Place, image: Unpack
     return SandboxSpec(
         id=sandbox_id(assignment.alloc, task.name),
         argv=_argv(task, command, names, where),
-        env={**environment(assignment, task, place.node, names, image), **place.env},
+        env={**environment(assignment, task, place.node, {**names, **place.secrets}, image), **place.env},
         cwd=task.workdir or (TASK_DIRECTORY if image is None else image.workdir or "/"),
         root=_root(task, image, where),
         mounts=tuple(mounts),

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.host
 TELLER = """
 import os, signal, time
 def tell(*_):
-    told = {"env": os.environ.get("API_KEY", "")[::-1], "pid": os.getpid()}
+    told = {"env": os.environ.get("API_KEY", "")[::-1], "url": os.environ.get("URL", "")[::-1], "pid": os.getpid()}
     for name in ("db-password", "tls/key"):
         path = "/secrets/" + name
         if os.path.exists(path):
@@ -90,11 +90,13 @@ def test_a_secret_is_a_file_or_a_variable_and_is_nowhere_else(fleet: DevFleet, t
     put(fleet, "db-password", password + "\n")
     put(fleet, "api-key", key)
 
-    assert teller.run("{db-password: {}, api-key: API_KEY}") == ""
+    within = '\n        env: {URL: "app:${secret.db-password}@db"}'
+    assert teller.run(f"{{db-password: {{}}, api-key: API_KEY}}{within}") == ""
 
     eventually(lambda: bool(teller.told()[0]), "telling")
     (told,) = teller.told()
     assert (told["db-password"], told["env"]) == (password[::-1], key[::-1])
+    assert told["url"] == f"app:{password}@db"[::-1]
     listed = fleet.outrider("secret", "ls").stdout
     assert "db-password" in listed
     assert password not in listed

@@ -82,6 +82,15 @@ def test_a_mistake_is_told_with_what_to_do(text: str, told: str) -> None:
     assert told in fault(text)
 
 
+def test_a_secret_may_stand_in_the_environment_and_nowhere_else() -> None:
+    env = "env: {URL: 'x:${secret.db}@y', PLAIN: '$${secret.no}'}"
+    assert task(f"secrets: {{db: {{}}}}, {env}").env["URL"] == "x:${secret.db}@y"
+    assert "env.URL: it speaks of secret 'db', which is not among the task's secrets" in fault(env)
+    assert "env URL has it, and signal cannot change that" in fault(f"secrets: {{db: {{on_change: signal}}}}, {env}")
+    said = fault("secrets: {db: {}}, args: [plain, 'a${secret.db}']")
+    assert "args[1]: whoever lists processes sees a secret that stands here; put it into env" in said
+
+
 def test_a_sticky_disk_is_a_path_and_a_size() -> None:
     assert task("sticky: {/cache: 64Mi}").sticky == (StickyDisk(target="/cache", size_bytes=64 * MIB),)
     assert "a size, for example 64Mi" in fault("sticky: {/cache: much}")
