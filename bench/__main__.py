@@ -1,4 +1,7 @@
-"""`python -m bench NAME`: one benchmark, or `all`. Prints one JSON object per line."""
+"""`python -m bench NAME`: one benchmark, or `all`; of one with parts, `python -m bench NAME PART...` some of them.
+
+Prints one JSON object per line, each as soon as it is known.
+"""
 
 import importlib
 import sys
@@ -21,11 +24,20 @@ MODULES = {"fleet": "scale"}  # `bench.fleet` is the dev fleet that the others h
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0] not in (*NAMES, "all"):
-        print(f"usage: python -m bench {{{','.join((*NAMES, 'all'))}}}", file=sys.stderr)
+    name, *parts = arguments or [""]
+    if name not in (*NAMES, "all"):
+        print(f"usage: python -m bench {{{','.join((*NAMES, 'all'))}}} [PART...]", file=sys.stderr)
         return 64
-    for name in NAMES if arguments[0] == "all" else arguments:
-        importlib.import_module(f"bench.{MODULES.get(name, name)}").run()
+    modules = {one: importlib.import_module(f"bench.{MODULES.get(one, one)}") for one in NAMES if name in (one, "all")}
+    known = tuple(map(str, getattr(modules.get(name), "PARTS", ())))
+    if not set(parts) <= set(known):
+        print(f"bench {name}: its parts are {', '.join(known) or 'none'}", file=sys.stderr)
+        return 64
+    for module in modules.values():
+        if parts:
+            module.run(parts)
+        else:
+            module.run()
     return 0
 
 

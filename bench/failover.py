@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 
@@ -86,28 +86,34 @@ while True:
 """
 
 
-def run() -> None:
-    with dev_fleet(nodes=NODES) as fleet:
-        layout = find(fleet.name)
-        assert layout is not None
-        bench = NodeLosses(fleet, layout)
-        bench.begin()
-        killed = [bench.lose(bench.kill) for _ in range(ROUNDS)]
-        blackholed = [bench.lose(bench.blackhole) for _ in range(ROUNDS)]
-        stopped = [bench.lose(bench.stop) for _ in range(ROUNDS)]
-        restarts = [bench.restart_agent() for _ in range(ROUNDS)]
-    _tell("failover.node_last_failed_s", [one.last_failed_s for one in killed], _KUBERNETES, _KUBERNETES_S)
-    _tell("failover.node_replaced_s", [one.replaced_s for one in killed], _KUBERNETES_MOVED, _KUBERNETES_MOVED_S)
-    _tell("failover.blackhole_last_failed_s", [one.last_failed_s for one in blackholed], _NOMAD, _NOMAD_S)
-    _tell(
-        "failover.blackhole_replaced_s", [one.replaced_s for one in blackholed], _KUBERNETES_MOVED, _KUBERNETES_MOVED_S
-    )
-    _tell("failover.stopped_last_failed_s", [one.last_failed_s for one in stopped], _KUBERNETES, _KUBERNETES_S)
-    for name, losses in (("node", killed), ("blackhole", blackholed), ("stopped", stopped)):
-        emit(f"failover.{name}_failed_requests", max(one.failed for one in losses), "requests")
-        emit(f"failover.{name}_slowest_answer_s", max(one.slowest_s for one in losses), "s")
-    emit("failover.agent_restart_failed_requests", max(restarts), "requests")
-    asyncio.run(measure_controllers(ROUNDS))
+# Each on a fleet of its own, so that any of them can be measured alone.
+PARTS = ("node", "blackhole", "stopped", "agent", "controllers")
+
+
+def run(parts: Sequence[str] = PARTS) -> None:
+    for part in parts:
+        if part == "controllers":
+            asyncio.run(measure_controllers(ROUNDS))
+            continue
+        with dev_fleet(nodes=NODES) as fleet:
+            layout = find(fleet.name)
+            assert layout is not None
+            bench = NodeLosses(fleet, layout)
+            bench.begin()
+            if part == "agent":
+                restarts = [bench.restart_agent() for _ in range(ROUNDS)]
+                emit("failover.agent_restart_failed_requests", max(restarts), "requests")
+            else:
+                how = {"node": bench.kill, "blackhole": bench.blackhole, "stopped": bench.stop}[part]
+                _tell_losses(part, [bench.lose(how) for _ in range(ROUNDS)])
+
+
+def _tell_losses(part: str, losses: list["Loss"]) -> None:
+    seen, seen_s = (_NOMAD, _NOMAD_S) if part == "blackhole" else (_KUBERNETES, _KUBERNETES_S)
+    _tell(f"failover.{part}_last_failed_s", [one.last_failed_s for one in losses], seen, seen_s)
+    _tell(f"failover.{part}_replaced_s", [one.replaced_s for one in losses], _KUBERNETES_MOVED, _KUBERNETES_MOVED_S)
+    emit(f"failover.{part}_failed_requests", max(one.failed for one in losses), "requests")
+    emit(f"failover.{part}_slowest_answer_s", max(one.slowest_s for one in losses), "s")
 
 
 def _tell(figure: str, values: list[float], peer: str, peer_s: float) -> None:
@@ -152,18 +158,21 @@ class Failures:
 
 
 class NodeLosses:
-    def __init__(self, fleet: Fleet, layout: Layout) -> None:
-        self._fleet, self._layout = fleet, layout
+    def __init__(self, fleet: Fleet, layout: Layout, nodes: int = NODES) -> None:
+        self._fleet, self._layout, self._count = fleet, layout, nodes
         self._failures: Failures
 
     def begin(self) -> None:
-        self._fleet.submit(_target())
+        self._fleet.submit(target_job())
         self._fleet.healthy("target", COPIES)
         self._fleet.submit(_client())
         alloc = self._fleet.healthy("client", 1)[0]
         self._client_node = self._nodes_of("client")[0]
         self._failures = Failures(self._fleet.logs(alloc, follow=True))
         _until(lambda: self._failures.asked > 100, "the client asks")
+
+    def failed_since(self, began_s: float) -> list[float]:
+        return self._failures.since(began_s)
 
     def lose(self, how: Callable[[NodeId], Callable[[], None]]) -> Loss:
         victim = next(node for node in self._nodes_of("target") if node != self._client_node)
@@ -176,7 +185,7 @@ class NodeLosses:
         _until(lambda: time.time() - max(self._failures.since(began_s), default=began_s) > QUIET_S, "no request fails")
         failed, slowest_s = self._failures.since(began_s), self._failures.slowest_s
         heal()
-        _until(lambda: self._ready() == NODES and len(self._healthy("target")) == COPIES, "all is well again")
+        _until(lambda: self._ready() == self._count and len(self._healthy("target")) == COPIES, "all is well again")
         return Loss(
             last_failed_s=max(failed, default=began_s) - began_s,
             replaced_s=replaced_s,
@@ -208,7 +217,7 @@ class NodeLosses:
         agents = [pid for pid in self._pids(node) if _is_agent(pid)]
         end(agents)
         _until(lambda: bool(set(self._agents(node)) - set(agents)), "the agent is back")
-        _until(lambda: self._ready() == NODES and time.time() - began_s > QUIET_S, "the node is ready")
+        _until(lambda: self._ready() == self._count and time.time() - began_s > QUIET_S, "the node is ready")
         return len(self._failures.since(began_s))
 
     def _replaced(self, victim: str, before: set[str]) -> float:
@@ -243,7 +252,7 @@ class NodeLosses:
         return sum(node.status == node_pb2.NODE_STATUS_READY for node in nodes)
 
 
-def _target() -> Job:
+def target_job() -> Job:
     task = Task(
         name=TaskName("server"),
         command=("/bin/sh", "-c", "exec busybox httpd -f -p ${port.http} -h ${task.dir}"),

@@ -10,12 +10,13 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc.aio
 
 from bench.figure import emit, percentile
-from bench.swarm import Swarm
+from bench.swarms import Swarms
 from outrider import codec
 from outrider.ids import GroupName, JobName, TaskName
 from outrider.model.job import Group, Job, Resources, Task
@@ -23,7 +24,7 @@ from outrider.v1 import job_pb2, operator_pb2
 from tests.integration.controllers import Controller
 from tests.integration.processes import until
 
-SIZES = (100, 1000, 5000)
+SIZES = PARTS = (100, 1000, 5000)
 QUIET_S = 20.0
 DEADLINE_S = 240.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -37,11 +38,12 @@ _K3S = "k3s server, published"
 _K3S_MB = 1600.0
 
 
-def run() -> None:
+def run(parts: Sequence[str] = ()) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a socket for each agent, here and there
     for size in SIZES:
-        asyncio.run(_measure(size))
+        if not parts or str(size) in parts:
+            asyncio.run(_measure(size))
 
 
 async def _measure(size: int) -> None:
@@ -52,25 +54,32 @@ async def _measure(size: int) -> None:
         # The same address after its death: agents dial it, as they would.
         controller.configuration["listen"] = controller.at["listen"]
         try:
-            async with Swarm(controller.data / "ca", "edge-test", controller.at["listen"], size) as swarm:
+            async with Swarms(controller.data / "ca", "edge-test", controller.at["listen"], size) as swarm:
                 await _measure_swarm(controller, swarm, size)
         finally:
             await controller.kill()
 
 
-async def _measure_swarm(controller: Controller, swarm: Swarm, size: int) -> None:
+async def _measure_swarm(controller: Controller, swarm: Swarms, size: int) -> None:
     await _ready(controller, size)
     await asyncio.sleep(5.0)  # what the first registration left to be done is done
-    swarm.echo_s.clear()
+    await swarm.clear()
     began_s, cpu_s = time.monotonic(), _cpu_s(controller)
     await asyncio.sleep(QUIET_S)
     cores = (_cpu_s(controller) - cpu_s) / (time.monotonic() - began_s)
     emit(f"fleet.cpu_cores_{size}", cores, "cores")
-    emit(f"fleet.heartbeat_echo_ms_p99_{size}", percentile(swarm.echo_s, 0.99) * 1000, "ms")
+    echoes, _ = await swarm.told()
+    emit(f"fleet.heartbeat_echo_ms_p99_{size}", percentile(echoes, 0.99) * 1000, "ms")
     submitted_s = time.monotonic()
     await _submit(controller, size)
-    await until(lambda: len(swarm.assigned_s) >= size, f"{size} assignments", DEADLINE_S)
-    latencies = [at_s - submitted_s for at_s in swarm.assigned_s.values()]
+
+    async def all_came() -> bool:
+        await asyncio.sleep(0.25)
+        return await swarm.assigned() >= size
+
+    await until(all_came, f"{size} assignments", DEADLINE_S)
+    _, came_s = await swarm.told()
+    latencies = [at_s - submitted_s for at_s in came_s]
     emit(f"fleet.assignment_ms_p50_{size}", percentile(latencies, 0.5) * 1000, "ms")
     emit(
         f"fleet.assignment_ms_p99_{size}",

@@ -1,13 +1,17 @@
 """Agents without hosts: real certificates, real streams, nothing behind them. Owns their tasks, one each.
 
 Each does as a real agent does: greets, beats as often as it is told, takes up assignments and says that they run, and
-dials again with the same pauses when its stream ends.
+dials again with the same pauses when its stream ends. `python -m bench.swarm CA CLUSTER TARGET FIRST COUNT` is one
+process of many (`bench.swarms`): it obeys the words that `main` knows, a line each, until its input ends.
 """
 
 import asyncio
 import contextlib
 import datetime as dt
+import json
 import random
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Self
@@ -35,10 +39,10 @@ _GREETING_S = 20.0
 class Swarm:
     """`async with`: all of them dial at once, and go on until the end of the block."""
 
-    def __init__(self, ca: Path, cluster: str, target: str, size: int) -> None:
+    def __init__(self, ca: Path, cluster: str, target: str, numbers: range) -> None:
         self.echo_s: list[float] = []
         self.assigned_s: dict[str, float] = {}
-        self._target, self._size, self._cluster = target, size, cluster
+        self._target, self._numbers, self._cluster = target, numbers, cluster
         self._ca_pem = (ca / "ca.crt").read_bytes()
         self._ca = x509.load_pem_x509_certificate(self._ca_pem)
         key = serialization.load_pem_private_key((ca / "ca.key").read_bytes(), password=None)
@@ -47,7 +51,7 @@ class Swarm:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        for number in range(self._size):
+        for number in self._numbers:
             node = NodeId(f"s{number}")
             self._tasks.append(asyncio.create_task(self._live(node, self._credentials(node)), name=node))
         return self
@@ -176,3 +180,23 @@ def _hello(node: NodeId) -> fleet_pb2.Hello:
     )
     described = Node(id=node, address="127.0.0.1", fingerprint=fingerprint)
     return fleet_pb2.Hello(node=codec.to_wire(described, node_pb2.Node), protocol=1)
+
+
+async def main(ca: str, cluster: str, target: str, first: str, count: str) -> None:
+    """`clear` forgets the heartbeats' echoes, `count` tells how many assignments came, `tell` all that was measured."""
+    words = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(words), sys.stdin)
+    async with Swarm(Path(ca), cluster, target, range(int(first), int(first) + int(count))) as swarm:
+        while word := (await words.readline()).decode().strip():
+            answer: object = len(swarm.assigned_s)
+            if word == "clear":
+                swarm.echo_s.clear()
+            elif word == "tell":
+                answer = [swarm.echo_s, list(swarm.assigned_s.values())]
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    asyncio.run(main(*sys.argv[1:]))
