@@ -57,7 +57,7 @@ FILES_BYTES_MAX = MIB
 DEVICES_MAX = 1000
 BANDWIDTH_MIN, BANDWIDTH_MAX = 10_000, 4_000_000_000  # bytes a second
 GUEST_MEMORY_MIN = 128 * MIB
-STOP_AFTER_S_MIN = 5.0  # a controller that is replaced needs some seconds
+STOP_AFTER_S_MIN = 10.0  # a controller is replaced in some seconds, and answers seldom in a large fleet
 DURATION_S_MAX = 7 * 24 * 3600.0
 # Inside the allocation's namespace the sidecar listens here.
 RESERVED_PORTS = frozenset({VIRTUAL_PORT, *range(PUBLIC_PORT, PUBLIC_PORT + SERVICES_MAX)})
