@@ -11,7 +11,7 @@ from typing import TypeVar
 from qemu.qmp import ExecuteError
 
 from agent.operation import Operation
-from agent.qmp.guest_agent import GuestAgents
+from agent.qmp.guest_agent import GuestAgents, decoded
 from outrider.errors import HostError, OutriderError, RefusedError
 
 A = TypeVar("A")
@@ -37,7 +37,7 @@ class GuestFile:
         """b"" at its end."""
         answer = await self._ask("guest-file-read", {"handle": self._handle, "count": _BLOCK_BYTES}, answers=dict)
         data = answer.get("buf-b64")
-        return base64.b64decode(data) if isinstance(data, str) else b""
+        return decoded(self._line, data) if isinstance(data, str) else b""
 
     async def write(self, data: bytes) -> None:
         for at in range(0, len(data), _BLOCK_BYTES):

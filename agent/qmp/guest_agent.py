@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Self
 from weakref import WeakValueDictionary
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import ExecuteError, QMPClient
 
-from agent.qmp import connect
+from agent.qmp import BROKEN, connect
 from outrider.errors import HostError, RefusedError
 
 _ANSWER_S = 3.0
@@ -23,9 +23,10 @@ _POLL_S_MAX = 1.0
 
 
 class GuestAgents:
-    """The lines to all guests of this node, each used by one request at a time."""
+    """The lines to all guests of this node, each used by one request at a time, which waits `answer_s` at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer_s: float = _ANSWER_S) -> None:
+        self._answer_s = answer_s
         self._lines: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self, path: Path, argv: Sequence[str]) -> "GuestProgram":
@@ -46,13 +47,14 @@ class GuestAgents:
         return answer if isinstance(answer, dict) else {}
 
     async def call(
-        self, path: Path, command: str, arguments: Mapping[str, object], *, deadline_s: float = _ANSWER_S
+        self, path: Path, command: str, arguments: Mapping[str, object], *, deadline_s: float | None = None
     ) -> object:
         """Raises RefusedError where nobody answers, ExecuteError where the guest's agent objects."""
         client = QMPClient()
         client.await_greeting = client.negotiate = False
         try:
-            async with self._lines.setdefault(path, asyncio.Lock()), asyncio.timeout(deadline_s):
+            bound_s = self._answer_s if deadline_s is None else deadline_s
+            async with self._lines.setdefault(path, asyncio.Lock()), asyncio.timeout(bound_s):
                 await client.connect(connect(path))
                 try:
                     answer = await client.execute(command, {**arguments})
@@ -61,13 +63,19 @@ class GuestAgents:
         except TimeoutError as error:
             hint = "install and start qemu-guest-agent in its image"
             raise RefusedError("no-guest-agent", f"nobody answers inside the guest: {hint}") from error
-        except (OSError, EOFError) as error:
-            raise HostError(f"guest agent at {path}", step=str(error)) from error
-        except QMPError as error:
+        except BROKEN as error:
             if isinstance(error, ExecuteError):
                 raise
             raise HostError(f"guest agent at {path}", step=str(error)) from error
         return answer
+
+
+def decoded(path: Path, data: str) -> bytes:
+    """Of what the guest behind `path` answered. Raises HostError where it is no base64."""
+    try:
+        return base64.b64decode(data)
+    except ValueError as error:
+        raise HostError(f"guest agent at {path}", step=f"what it answered is no base64: {error}") from error
 
 
 class GuestProgram:
@@ -93,7 +101,7 @@ class GuestProgram:
                 wait_s = min(2 * wait_s, _POLL_S_MAX)
                 continue
             self._pieces.extend(
-                (name, base64.b64decode(data))
+                (name, decoded(self._path, data))
                 for name, key in (("stdout", "out-data"), ("stderr", "err-data"))
                 if isinstance(data := status.get(key), str)
             )

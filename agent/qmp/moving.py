@@ -48,7 +48,7 @@ class Leaving:
     async def identity(self) -> str:
         """The guest's generation id: it stays the same guest."""
         answer = await self._client.execute("query-vm-generation-id")
-        return str(answer["guid"]) if isinstance(answer, dict) else ""
+        return str(answer.get("guid", "")) if isinstance(answer, dict) else ""
 
     async def version(self) -> str:
         return await emulator_version(self._client)

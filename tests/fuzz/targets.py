@@ -38,6 +38,7 @@ from outrider.model.mesh import MeshUpdate
 from outrider.model.node import Fingerprint, Node
 from outrider.v1 import allocation_pb2, fleet_pb2, job_pb2, mesh_pb2, node_pb2, operator_pb2
 from outrider.validate import problems
+from tests.fuzz.emulators import Answers, ask_emulator, emulator_answers, guest_agent_answers, run_in_guest
 from tests.scenarios.world import World, group, job, node, service
 
 ROOT = Path(__file__).parents[2]
@@ -55,13 +56,15 @@ class Target:
 
 def all_targets() -> list[Target]:
     return [
-        Target("job file", 8, job_files(), lambda content: parse_job(content, ROOT / "examples/shop/shop.yaml")),
+        Target("job file", 7, job_files(), lambda content: parse_job(content, ROOT / "examples/shop/shop.yaml")),
         Target("protobuf: operator", 22, operator_messages(), read_operator),
         Target("protobuf: agent", 22, agent_messages(), read_agent),
         Target("protobuf: controller", 8, controller_messages(), read_controller),
         Target("catalog HTTP", 14, catalog_calls(), CatalogReader(), (*KNOWN, FailedTransactionError)),
-        Target("MQTT", 8, mqtt_messages(), read_mqtt, (ValueError,)),
+        Target("MQTT", 7, mqtt_messages(), read_mqtt, (ValueError,)),
         Target("state files", 8, state_files(), read_state),
+        Target("QMP", 1, emulator_answers(), Answers(ask_emulator, when_asked=False)),
+        Target("guest agent", 1, guest_agent_answers(), Answers(run_in_guest, when_asked=True)),
         Target("snapshot", 2, snapshots(), lambda content: unpack(content, cluster="test")),
         Target("journal", 2, journal_records(), lambda content: msgspec.msgpack.decode(content, type=list[Record])),
         Target("DNS", 3, dns_queries(), lambda query: answer(query, {"api": "198.18.0.5"}),
