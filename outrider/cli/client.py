@@ -9,7 +9,7 @@ import msgspec
 from google.protobuf.message import Message
 
 from outrider.cli.address import Address, find
-from outrider.cli.failover import FailoverChannel
+from outrider.cli.failover import NOT_BEGUN, FailoverChannel
 from outrider.errors import InputError, OutriderError, PeerError, RefusedError
 from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles
@@ -77,16 +77,8 @@ class Fleet:
         stable = {item[0]: item[1] for item in call.trailing_metadata() or ()}.get(_CODE_METADATA, "")
         code = stable.decode() if isinstance(stable, bytes) else stable
         match call.code():
-            case grpc.StatusCode.UNAVAILABLE if not code and "failed to connect" not in details.lower():
-                return PeerError(
-                    f"{self.address.target}: the connection broke off ({_short(details)}): what was asked may have "
-                    "been done or not; look, then ask again"
-                )
-            case grpc.StatusCode.UNAVAILABLE if not code:
-                hint = "is the controller running, and the certificate this fleet's?"
-                return PeerError(f"{self.address.target}: no answer ({_short(details)}); {hint}")
             case grpc.StatusCode.UNAVAILABLE:
-                return PeerError(details)
+                return PeerError(details if code else f"{self.address.target}: {_unavailable(details)}")
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return PeerError(f"{self.address.target}: no answer in time; `outrider node ls` shows who is away")
             case _ if code == "bad-input":
@@ -137,6 +129,17 @@ def _read(files: TlsFiles, part: str) -> bytes:
         return bytes(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _unavailable(details: str) -> str:
+    """What gRPC says of it, and what it means for who asked."""
+    if NOT_BEGUN in details:
+        return "the controller is overloaded; try again in a while"
+    if "failed to connect" in details.lower():
+        return f"no answer ({_short(details)}); is the controller running, and the certificate this fleet's?"
+    return (
+        f"the connection broke off ({_short(details)}): what was asked may have been done or not; look, then ask again"
+    )
 
 
 def _short(details: str) -> str:

@@ -19,7 +19,8 @@ PATIENCE_S: Final = 15.0  # a leader is replaced in about two seconds, Consul's 
 _CONNECT_S: Final = 2.0  # handshake and all: one that was stopped takes the connection and says nothing
 _PAUSE_S: Final = 0.2
 _CODE_METADATA: Final = "outrider-code"
-_NOT_BEGUN: Final = frozenset({"no-leader", "not-leader"})
+_NOBODY_LEADS: Final = frozenset({"no-leader", "not-leader"})
+NOT_BEGUN: Final = "RST_STREAM with error code 7"  # REFUSED_STREAM: a server with too many calls begins no more
 _READS: Final = ("Get", "List", "Watch", "Read", "Check", "Inspect", "Explain")
 _WHOLE: Final = "WatchJob"  # each answer says all of it: where it breaks off, another may go on
 
@@ -164,4 +165,5 @@ def _may_go_on(error: grpc.RpcError, *, reads: bool) -> bool:
     if call.code() is not grpc.StatusCode.UNAVAILABLE:
         return False
     code = {item[0]: item[1] for item in call.trailing_metadata() or ()}.get(_CODE_METADATA, "")
-    return reads or code in _NOT_BEGUN or "failed to connect" in (call.details() or "").lower()
+    details = call.details() or ""
+    return reads or code in _NOBODY_LEADS or NOT_BEGUN in details or "failed to connect" in details.lower()
