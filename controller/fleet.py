@@ -72,15 +72,16 @@ class FleetService(Edge, fleet_pb2_grpc.FleetServiceServicer):
         node, acknowledged, reports = self._greeted(node_id, hello)
         session = self._sessions.begin(node_id)
         self.log.info("session began", node=node_id, session=session.id, peer=context.peer())
-        session.send(self._welcome())
-        if hello.hello.HasField("trusting"):
-            session.trusting = hello.hello.trusting
-            session.send(fleet_pb2.ControllerMessage(trust=self._trust()))
-        self._sessions.deliver(node_id, self._mesh.full(node_id))
         try:
             await self._engine.tell(
                 AgentConnected(session=session.id, node=node, acknowledged=acknowledged, reports=reports)
             )
+            # Not before: who is welcomed believes that it was heard, and what must never run twice runs on.
+            session.send(self._welcome())
+            if hello.hello.HasField("trusting"):
+                session.trusting = hello.hello.trusting
+                session.send(fleet_pb2.ControllerMessage(trust=self._trust()))
+            self._sessions.deliver(node_id, self._mesh.full(node_id))
             await self._serve(session, request_iterator, context)
         finally:
             if self._sessions.finish(session):
