@@ -52,10 +52,9 @@ async def candidate(config: Config, stop: asyncio.Event, *, lead: Lead, issue: I
             access = config.consul_or_local
             consul = ConsulAdapter(access.url, token=token(access), tls=client_tls(access))
             stack.push_async_callback(consul.close)
-            url = await stack.enter_async_context(progress_listener(config.progress_listen))
-            election = Election(
-                consul, cluster=config.cluster, member=_member(config), progress_url=url, log=Log("election")
-            )
+            election = Election(consul, cluster=config.cluster, member=_member(config), log=Log("election"))
+            listener = progress_listener(config.progress_listen, election.of_use)
+            election.progress_url = await stack.enter_async_context(listener)
             stack.push_async_callback(election.leave)
             stack.push_async_callback(election.resign)
             patience_s = _RETRY_S  # an uncontested lock is won at once: nobody needs to be told who leads meanwhile

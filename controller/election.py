@@ -5,7 +5,7 @@ where it is free; `confirm`, while this controller leads. Never decides what a l
 
 The check is asked every second and the lock has no delay: a dead or stopped leader is replaced within about two
 seconds (a session with a time to live takes fifteen). A leader that could not confirm its lock for CONFIRMED_S stops
-acting until it can; one that lost it ends its term.
+acting until it can; one that could not for GIVE_UP_S fails its own check; one that lost it ends its term.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from outrider.log import Log
 from outrider.model.job import Value
 
 CONFIRMED_S: Final = 2.0
+GIVE_UP_S: Final = 12.0  # longer than Consul takes for a leader of its own: that is no reason for another controller
 CHECK_INTERVAL_S: Final = 1
 _CONFIRM_EVERY_S: Final = 0.25
 _CONFIRM_TIMEOUT_S: Final = 1.0
@@ -43,11 +44,11 @@ class Member(Value, frozen=True, kw_only=True):
 
 
 class Election:
-    def __init__(self, consul: ConsulAdapter, *, cluster: str, member: Member, progress_url: str, log: Log) -> None:
+    def __init__(self, consul: ConsulAdapter, *, cluster: str, member: Member, log: Log) -> None:
         self.leader: Member | None = None  # as far as is known
         self.changed = asyncio.Event()  # set when `leader` changed; who waits for it clears it
         self._consul, self._cluster, self._member = consul, cluster, member
-        self._progress_url = progress_url
+        self.progress_url = ""  # said before `win`
         self._log = log
         self._key = lock_key(cluster)
         self._id = f"{_SERVICE}-{cluster}-{member.name}"
@@ -93,6 +94,11 @@ class Election:
     def confirmed(self) -> bool:
         return not self._lost and monotonic_s() - self._confirmed_s < CONFIRMED_S
 
+    def of_use(self) -> bool:
+        """False of a leader that could not confirm its lock for so long that another had better have it."""
+        leads = self.leader == self._member and not self._lost
+        return not leads or monotonic_s() - self._confirmed_s < GIVE_UP_S
+
     async def wait(self) -> None:
         """Until the lock is confirmed again. Raises LeadershipLostError."""
         while not self.confirmed():
@@ -135,7 +141,7 @@ class Election:
             port=port,
             tags=(self._cluster, self._member.name),
             check_id=check,
-            check_url=self._progress_url,
+            check_url=self.progress_url,
             check_interval_s=CHECK_INTERVAL_S,
         )
         for session in await self._consul.sessions(self._id):

@@ -1,13 +1,14 @@
 """Whether this process gets on: a plain HTTP answer for Consul's check, on which the leader's session hangs.
 
 Owns one thread. It answers 200 as long as the event loop came round within STALLED_S: a stopped process answers
-nothing, a hung loop answers 503, and one long step is no failure yet. A TCP check would pass in both cases.
+nothing, a hung loop answers 503, and one long step is no failure yet. A TCP check would pass in both cases. So does a
+leader of no use: one that Consul reaches, and that does not reach Consul.
 """
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
@@ -21,8 +22,8 @@ _REQUEST_TIMEOUT_S: Final = 2.0
 
 
 @contextlib.asynccontextmanager
-async def progress_listener(listen: str) -> AsyncIterator[str]:
-    """Yields the URL to check."""
+async def progress_listener(listen: str, of_use: Callable[[], bool]) -> AsyncIterator[str]:
+    """Yields the URL to check. `of_use` is asked from another thread."""
     host, port = host_port(listen)
     beaten_s = [monotonic_s()]
 
@@ -32,7 +33,7 @@ async def progress_listener(listen: str) -> AsyncIterator[str]:
         def do_GET(self) -> None:
             behind_s = monotonic_s() - beaten_s[0]
             text = f"the event loop came round {behind_s:.1f} s ago\n".encode()
-            self.send_response(200 if behind_s < STALLED_S else 503)
+            self.send_response(200 if behind_s < STALLED_S and of_use() else 503)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
