@@ -138,4 +138,7 @@ def _outrider(fleet: Fleet, *words: str) -> str:
     assert program is not None, "it is installed beside this interpreter"
     address = f"unix:/run/outrider/{fleet.name}/operator.sock"
     argv = [program, "--address", address, *words]
-    return subprocess.run(argv, check=True, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=180).stderr
+    done = subprocess.run(argv, check=False, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=180)
+    if done.returncode != 0:
+        raise RuntimeError(f"outrider {' '.join(words)}: {done.stderr}")
+    return done.stderr

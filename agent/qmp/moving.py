@@ -24,6 +24,7 @@ _DOWNTIME_MS = 300
 _CONVERGE_S = 10.0  # then the guest pauses for as long as it takes
 _LITTLE_BYTES = 8 << 20  # left to copy: less is copied while it pauses, whatever QEMU thinks of the line
 _STEP_S = 600.0
+_ANSWER_S = 30.0  # of an emulator on a busy node: to give up here is to give up the move
 # QEMU pauses a guest by itself once little is left to copy: there is always this much, of a bitmap of a disk of zeroes
 # that nobody uses, until the limit of the pause is more than it takes.
 # https://www.qemu.org/docs/master/interop/bitmaps.html; migration/block-dirty-bitmap.c of QEMU counts a byte for each
@@ -166,7 +167,7 @@ async def leaving(path: Path) -> AsyncIterator[Leaving]:
 async def open_disk(path: Path, socket_inside: str) -> None:
     """The emulator that waits takes its guest's disk at `socket_inside`. Raises HostError."""
     await listening(path)
-    async with conversation(path) as client:
+    async with conversation(path, _ANSWER_S) as client:
         address = {"type": "unix", "data": {"path": socket_inside}}
         await client.execute("nbd-server-start", {"addr": address})
         export = {"type": "nbd", "id": EXPORT, "node-name": EXPORT, "name": EXPORT, "writable": True}
@@ -185,14 +186,16 @@ async def arrive(path: Path, memory: socket.socket) -> None:
 
 async def go_on(path: Path, *, disk: bool) -> None:
     """The guest that arrived runs. Raises HostError."""
-    async with conversation(path) as client:
+    async with conversation(path, _ANSWER_S) as client:
         if disk:
             try:
                 await client.execute("nbd-server-stop")
             except QMPError as error:
                 raise HostError(f"emulator at {path}", step=f"close its disk: {error}") from error
         await client.execute("cont")
-        await _let_go(client)
+    with suppress(HostError):  # it runs: whatever is not tidied here, the next move tidies
+        async with conversation(path) as client:
+            await _let_go(client)
 
 
 async def _hold_back(client: QMPClient, *, leaves: bool) -> None:
