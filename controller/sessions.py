@@ -12,10 +12,12 @@ from controller.core.events import SessionId
 from outrider import codec
 from outrider.errors import OutriderError, PeerError, RefusedError
 from outrider.ids import NodeId
+from outrider.model.job import Group
 from outrider.model.mesh import MeshUpdate
-from outrider.v1 import allocation_pb2, fleet_pb2, mesh_pb2
+from outrider.v1 import allocation_pb2, fleet_pb2, job_pb2, mesh_pb2
 
 MESSAGES_MAX = 512
+GROUPS_MAX = 256  # of which the wire form is kept
 PROBE_SEQUENCE = 0  # a heartbeat that nobody sent: the agent answers with one of its own at once
 
 
@@ -50,12 +52,30 @@ class AgentSession:
             self.ended.set()
 
 
+class _GroupMessages:
+    """The wire form of groups told of lately: a job's is the same for each of its copies, and most of what is sent."""
+
+    def __init__(self) -> None:
+        self._kept: dict[
+            int, tuple[Group, job_pb2.Group]
+        ] = {}  # by identity: to compare is as much work as to make one
+
+    def of(self, group: Group) -> job_pb2.Group:
+        kept = self._kept.get(id(group))
+        if kept is None:
+            if len(self._kept) >= GROUPS_MAX:
+                self._kept.clear()
+            kept = self._kept[id(group)] = group, codec.to_wire(group, job_pb2.Group)
+        return kept[1]
+
+
 class Sessions:
     """The newest session of each node. A newer one ends the older."""
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
         self._current: dict[NodeId, AgentSession] = {}
+        self._groups = _GroupMessages()
 
     def __len__(self) -> int:
         return len(self._current)
@@ -80,7 +100,10 @@ class Sessions:
             assignments = fleet_pb2.Assignments(
                 generation=codec.to_wire(command.generation, allocation_pb2.Generation),
                 full=command.full,
-                assignments=[codec.to_wire(each, allocation_pb2.Assignment) for each in command.assignments],
+                assignments=[
+                    codec.to_wire(each, allocation_pb2.Assignment, group=self._groups.of(each.group))
+                    for each in command.assignments
+                ],
                 removed=command.removed,
             )
             session.send(fleet_pb2.ControllerMessage(assignments=assignments))

@@ -22,12 +22,14 @@ S = TypeVar("S", bound=msgspec.Struct)
 M = TypeVar("M", bound=Message)
 
 
-def to_wire(value: msgspec.Struct, message: type[M]) -> M:
-    """`value` as a protobuf message of the mirroring type."""
+def to_wire(value: msgspec.Struct, message: type[M], **made: Message) -> M:
+    """`value` as a protobuf message of the mirroring type. `made`: fields that are messages already."""
     out = message()
     for name, _optional, put, _get in _fields(type(value), message.DESCRIPTOR):
         field = getattr(value, name)
-        if field is not None:
+        if name in made:
+            getattr(out, name).CopyFrom(made[name])
+        elif field is not None:
             put(out, field)
     return out
 

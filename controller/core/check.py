@@ -14,6 +14,7 @@ from controller.core.groups import FamilyKey, GroupEntry
 from controller.core.records import Plan
 from controller.core.state import State
 from controller.core.table import Ints
+from outrider.ids import JobName
 from outrider.model.attributes import describe
 
 
@@ -136,9 +137,7 @@ def _check_distinct(state: State, plan: Plan, placed: list[Placed]) -> None:
     gone = {serial for stop in plan.stops for serial in np.frombuffer(stop.serials, np.int64).tolist()}
     for group in {one.family: one for one, _, _ in placed if one.distinct}.values():
         for distinct in group.distinct:
-            families = {
-                family for family in state.families if family[0] == group.job
-            } if distinct.whole_job else {group.family}  # fmt: skip
+            families = _families(state, group.job) if distinct.whole_job else {group.family}
             stay = [_staying(state, family, gone) for family in families if family in state.families]
             new = [refs for one, refs, _ in placed if one.job == group.job and (distinct.whole_job or one is group)]
             new_refs = np.concatenate([refs[refs >= 0] for refs in new])
@@ -149,6 +148,11 @@ def _check_distinct(state: State, plan: Plan, placed: list[Placed]) -> None:
                 raise PlanError(
                     f"plan {plan.generation}: {group.family}: {describe(distinct.constraint)} does not hold"
                 )
+
+
+def _families(state: State, job: JobName) -> set[FamilyKey]:
+    versions = state.jobs[job].versions.values()
+    return {(job, group.name) for added in versions for group in added.job.groups}
 
 
 def _staying(state: State, family: FamilyKey, gone: set[int]) -> Ints:

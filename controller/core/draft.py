@@ -36,6 +36,8 @@ class Draft:
         self._stopped: list[Ints] = []  # rows
         self._updates: list[Update] = []
         self._settled: list[Ints] = []  # serials
+        self._is_stopped: Bools = np.zeros(state.table.size, np.bool_)  # by row, as is the next
+        self._is_settled: Bools = np.zeros(state.table.size, np.bool_)
         self._moves: list[tuple[int, int]] = []
         self._given: dict[JobName, list[Ints]] = {}  # nodes, of jobs whose groups keep apart from each other
         self._next_serial = state.next_serial
@@ -46,8 +48,9 @@ class Draft:
     def stop(self, rows: Ints, reason: str, by: JobName | None = None) -> None:
         """`by`: the job that takes their place. What this plan stops already is left out."""
         if len(rows) and self._stopped:
-            rows = rows[~among(rows, np.concatenate(self._stopped))]
+            rows = rows[~self._is_stopped[rows]]
         if len(rows):
+            self._is_stopped[rows] = True
             self._stopped.append(rows)
             self._stops.append(Stop(serials=self._state.table.serial[rows].tobytes(), reason=reason, by=by))
 
@@ -61,6 +64,7 @@ class Draft:
     def settle(self, rows: Ints) -> None:
         """Canaries and successors are copies like others from here on."""
         if len(rows):
+            self._is_settled[rows] = True
             self._settled.append(self._state.table.serial[rows])
 
     def roles(self, rows: Ints) -> Codes:
@@ -68,7 +72,7 @@ class Draft:
         table = self._state.table
         roles = table.role[rows]
         if self._settled:
-            roles[among(table.serial[rows], np.concatenate(self._settled))] = columns.ORDINARY
+            roles[self._is_settled[rows]] = columns.ORDINARY
         return roles
 
     def place(  # noqa: PLR0917  what is missing, and where it may not go
@@ -119,7 +123,7 @@ class Draft:
         self._add_runs(group, missing, nodes[len(pending) :], ports[len(pending) :], role)
 
     def stops(self, row: int) -> bool:
-        return any(row in rows for rows in self._stopped)
+        return bool(self._is_stopped[row])
 
     def move(self, row: int, allowed: Bools) -> str:
         """A successor of `row` on one of the `allowed` nodes, for its guest. Why there is none; or ""."""

@@ -113,7 +113,7 @@ def _job_changed(state: State, job: JobName) -> None:
 def _start_anew(state: State, job: JobName) -> None:
     """Of a new version nothing has failed or been said yet."""
     live = state.live
-    for family in [family for family in {**live.backoff, **live.lost} if family[0] == job]:
+    for family in {(job, group.name) for one in state.jobs[job].versions.values() for group in one.job.groups}:
         live.backoff.pop(family, None)
         live.lost.pop(family, None)
     live.steered_s.pop(job, None)

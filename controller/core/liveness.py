@@ -53,9 +53,13 @@ def watch(state: State, ref: int, now_s: float, reason: str) -> None:
     link = state.live.links[ref]
     link.status = NodeStatus.DOWN if down else NodeStatus.GONE
     link.since_s, link.away_s, link.reason = now_s, now_s, reason
-    if len(state.live.heartbeat_s) <= ref:
-        more = np.full(len(state.live.heartbeat_s), np.inf)
-        state.live.heartbeat_s = np.concatenate([state.live.heartbeat_s, more])
+    live = state.live
+    if len(live.heartbeat_s) <= ref:
+        more = np.full(len(live.heartbeat_s), np.inf)
+        live.heartbeat_s = np.concatenate([live.heartbeat_s, more])
+        live.missed_s = np.concatenate([live.missed_s, more])
+        live.is_down = np.concatenate([live.is_down, np.zeros(len(more), np.bool_)])
+    _note_absence(state, ref)
     absence.watch(state, ref, now_s)
 
 
@@ -171,14 +175,12 @@ def revoked(state: State, node: NodeId, now_s: float) -> None:
 
 def judge_brake(state: State, now_s: float) -> None:
     """DESIGN, decision 5: many at once means a network or a controller that is ill, not that many nodes."""
-    policy, links = state.policy, state.live.links
-    present = [link for link in links if link.status is not NodeStatus.DOWN]
-    away = sum(
-        link.status in AWAY and (link.seen or now_s >= link.since_s + policy.disconnect_grace_s) for link in present
-    )
-    braking = away >= policy.brake_nodes_min and away > policy.brake_share * len(present)
+    policy, links, size = state.policy, state.live.links, len(state.nodes)
+    present = size - int(state.live.is_down[:size].sum())
+    away = int((state.live.missed_s[:size] <= now_s).sum())
+    braking = away >= policy.brake_nodes_min and away > policy.brake_share * present
     was = state.live.braked
-    state.live.braked = f"{away} of {len(present)} nodes are away at once" if braking else ""
+    state.live.braked = f"{away} of {present} nodes are away at once" if braking else ""
     if braking and not was:
         notices.of_fleet(state, Kind.FLEET_BRAKED, f"{state.live.braked}: nothing is ejected or replaced")
     elif was and not braking:
@@ -201,7 +203,7 @@ def _become_ready(state: State, ref: int, now_s: float) -> None:
     if link.status is not NodeStatus.READY:
         _set(state, ref, NodeStatus.READY, "", now_s)
         room_appeared(state)
-        if state.live.braked:  # one more that is there brakes nothing; to count all for each is too much in a storm
+        if state.live.braked:  # one more that is there brakes nothing
             judge_brake(state, now_s)
 
 
@@ -224,8 +226,17 @@ def _become_away(state: State, ref: int, status: NodeStatus, reason: str, now_s:
 def _set(state: State, ref: int, status: NodeStatus, reason: str, now_s: float) -> None:
     link = state.live.links[ref]
     link.status, link.reason, link.since_s = status, reason, now_s
+    _note_absence(state, ref)
     state.live.mesh_nodes[ref] = None
     notices.of_node(state, _KINDS[status], ref, reason)
+
+
+def _note_absence(state: State, ref: int) -> None:
+    """One that was not seen in this controller's life has its grace before it counts."""
+    link = state.live.links[ref]
+    counts_s = link.since_s if link.seen else link.since_s + state.policy.disconnect_grace_s
+    state.live.missed_s[ref] = counts_s if link.status in AWAY else np.inf
+    state.live.is_down[ref] = link.status is NodeStatus.DOWN
 
 
 def _plan_scan(state: State) -> None:

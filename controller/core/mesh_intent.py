@@ -6,7 +6,7 @@ from controller.core import table as columns
 from controller.core.state import State
 from outrider.ids import AllocId, JobName, NodeId, ServiceName
 from outrider.model.allocation import AllocStatus, CheckReport
-from outrider.model.job import Protocol, Value
+from outrider.model.job import Protocol, Service, Value
 from outrider.model.mesh import PUBLIC_PORT
 from outrider.model.node import NodeStatus
 from outrider.model.traffic import Traffic
@@ -93,27 +93,29 @@ def registration(state: State, node: NodeId) -> NodeRegistration:
 def owned_intentions(state: State) -> tuple[OwnedIntention, ...]:
     """The `allow:` lines of all jobs that are not stopped, each once."""
     found: dict[OwnedIntention, None] = {}
-    for name, entry in sorted(state.jobs.items()):
-        if not entry.stopped and entry.job.parent is None:  # the job that it was launched from owns them
-            for group in entry.job.groups:
-                for service in group.services:
-                    for source in service.allow:
-                        found[OwnedIntention(source=source, destination=service.name, job=name)] = None
+    for name, service in _guiding(state):
+        for source in service.allow:
+            found[OwnedIntention(source=source, destination=service.name, job=name)] = None
     return tuple(found)
 
 
 def owned_traffic(state: State) -> tuple[OwnedTraffic, ...]:
     """The `traffic:` of all jobs that are not stopped; of a service that several provide, the first job's by name."""
     found: dict[ServiceName, OwnedTraffic] = {}
-    for name, entry in sorted(state.jobs.items()):
-        if entry.stopped or entry.job.parent is not None:
-            continue
-        for service in (service for group in entry.job.groups for service in group.services):
-            if service.traffic is not None and service.name not in found:
-                found[service.name] = OwnedTraffic(
-                    service=service.name, protocol=service.protocol, job=name, traffic=service.traffic
-                )
+    for name, service in _guiding(state):
+        if service.traffic is not None and service.name not in found:
+            found[service.name] = OwnedTraffic(
+                service=service.name, protocol=service.protocol, job=name, traffic=service.traffic
+            )
     return tuple(found.values())
+
+
+def _guiding(state: State) -> Iterator[tuple[JobName, Service]]:
+    """Services of the jobs that say anything about calls; a job that was launched from another says nothing."""
+    for name in sorted(state.guiding):
+        for group in state.jobs[name].job.groups:
+            for service in group.services:
+                yield name, service
 
 
 def virtual_indices(state: State) -> Mapping[ServiceName, int]:

@@ -3,6 +3,7 @@
 A node's reference is its position here, in the order of first registration; it never changes.
 """
 
+from array import array
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ from outrider.model.job import Constraint
 from outrider.model.node import GUEST_KERNEL, Drain, Fingerprint, Node
 
 _GROWTH = 64
+_ENDED_SPARE = 32
+_FEW = 32
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
@@ -30,6 +33,7 @@ class NodeTable:
         self.holders: dict[int, set[int]] = {}  # the same the other way round: nodes by port, those that reserve it too
         self.port_cursor: list[int] = []  # a port just freed is the last to be given out again
         self.drains: dict[int, Drain] = {}  # of the draining ones
+        self.hosted: list[array[int]] = []  # serials of what was placed on each node, and some that ended there
         self.serving: list[set[int]] = []  # serials of live allocations with services, by node
         # Offered less taken: all a placement asks. Negative after a fingerprint shrank.
         self.cpu_free: Ints = np.zeros(_GROWTH, np.int64)
@@ -164,12 +168,24 @@ class NodeTable:
         if drain is not None:
             self.drains[ref] = drain
 
-    def take(self, refs: Shorts, group: GroupEntry) -> None:
+    def take(self, refs: Shorts, serials: Ints, group: GroupEntry) -> None:
         """Account one allocation of `group` for each entry of `refs`. Ports are taken one by one."""
         self._account(refs, group, 1)
+        for ref, serial in zip(refs.tolist(), serials.tolist(), strict=True):
+            self.hosted[ref].append(serial)
 
-    def release(self, refs: Shorts, group: GroupEntry) -> None:
+    def release(self, refs: Shorts, group: GroupEntry) -> list[int]:
+        """The nodes of which most `hosted` serials have ended: for the caller to keep the others."""
         self._account(refs, group, -1)
+        return [
+            ref
+            for ref in dict.fromkeys(refs.tolist())
+            if len(self.hosted[ref]) > 2 * self.allocations[ref] + _ENDED_SPARE
+        ]
+
+    def host_only(self, ref: int, serials: Ints) -> None:
+        """`serials`: what lives there."""
+        self.hosted[ref] = array("q", serials.tobytes())
 
     def take_port(self, ref: int, port: int) -> None:
         self.ports[ref].add(port)
@@ -194,14 +210,22 @@ class NodeTable:
             self.holders.pop(port, None)
 
     def _account(self, refs: Shorts, group: GroupEntry, sign: int) -> None:
+        need = group.need
+        accounts = [
+            (self.cpu_free, -need.cpu_millis),
+            (self.memory_free, -need.memory_bytes),
+            (self.disk_free, -need.disk_bytes),
+            *((self._device(name, 0)[1], -count) for name, count in group.devices),
+            (self.allocations, 1),
+        ]
+        if len(refs) <= _FEW:
+            for ref in refs.tolist():
+                for column, each in accounts:
+                    column[ref] += sign * each
+            return
         counts = np.bincount(refs, minlength=len(self.cpu_free)) * sign
-        self.cpu_free -= counts * group.need.cpu_millis
-        self.memory_free -= counts * group.need.memory_bytes
-        self.disk_free -= counts * group.need.disk_bytes
-        for name, count in group.devices:
-            _, free, _ = self._device(name, 0)
-            free -= counts * count
-        self.allocations += counts
+        for column, each in accounts:
+            np.add(column, counts * each, out=column)
 
     def _add(self, node: Node) -> int:
         ref = len(self.nodes)
@@ -209,6 +233,7 @@ class NodeTable:
         self.reference[node.id] = ref
         self.ports.append(set())
         self.port_cursor.append(node.fingerprint.port_first)
+        self.hosted.append(array("q"))
         self.serving.append(set())
         if ref >= len(self.cpu_free):
             for name, column in vars(self).items():

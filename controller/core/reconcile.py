@@ -4,12 +4,16 @@ Level-triggered: everything on a fresh session, changes afterwards. The counter 
 life has an epoch of its own in the journal, and pairs compare by epoch first.
 """
 
+import itertools
+
+import numpy as np
+
 from controller.core import sealed, volumes
 from controller.core import table as columns
 from controller.core.commands import SendAssignments, SyncMesh, WithdrawEndpoints
 from controller.core.state import State
 from controller.core.volatile import Outgoing
-from outrider.ids import AllocId, GroupName, JobName
+from outrider.ids import AllocId, GroupName, JobName, alloc_id
 from outrider.model.allocation import Assignment, Desired, Generation, Move
 from outrider.model.job import Group, JobType
 
@@ -28,9 +32,11 @@ def emit(state: State, now_s: float) -> None:
         _withdraw(state, now_s)
     if live.outgoing:
         outgoing, live.outgoing = live.outgoing, {}
-        for ref, what in outgoing.items():
-            if live.links[ref].session is not None:
-                _send(state, ref, what)
+        told = {ref: what for ref, what in outgoing.items() if live.links[ref].session is not None}
+        serials = {ref: _serials(state, ref, what) for ref, what in told.items()}
+        made = _assignments(state, list(itertools.chain.from_iterable(serials.values())))
+        for ref, what in told.items():
+            _send(state, ref, what, [made[serial] for serial in serials[ref] if serial in made])
 
 
 def to_stop(state: State, row: int, serial: int) -> None:
@@ -71,16 +77,19 @@ def _withdraw(state: State, now_s: float) -> None:
     live.out.append(WithdrawEndpoints(allocs=allocs, services=tuple(sorted(services))))
 
 
-def _send(state: State, ref: int, what: Outgoing) -> None:
+def _serials(state: State, ref: int, what: Outgoing) -> dict[int, None]:
+    if not what.full:
+        return what.serials
+    return {**dict.fromkeys(state.table.serial[state.node_rows(ref)].tolist()), **what.serials}
+
+
+def _send(state: State, ref: int, what: Outgoing, assignments: list[Assignment]) -> None:
     live, link = state.live, state.live.links[ref]
     assert link.session is not None, "checked by the caller"
     node = state.nodes.nodes[ref].id
     # A full set names all that may stay. What nobody knows is to be kept: where an agent runs such, what it has is
     # answered one by one instead.
     full = what.full and node not in live.unclaimed.values()
-    serials = dict.fromkeys(state.table.serial[state.node_rows(ref)].tolist()) if what.full else {}
-    serials.update(what.serials)
-    assignments = [_assignment(state, serial) for serial in serials if state.table.row(serial) is not None]
     assignments.extend(_stop_stranger(alloc) for alloc in what.strangers)
     if not (what.full or assignments or what.removed):
         return
@@ -97,28 +106,56 @@ def _send(state: State, ref: int, what: Outgoing) -> None:
     )
 
 
-def _assignment(state: State, serial: int) -> Assignment:
-    row = _row(state, serial)
-    entry, table = state.group_of(row), state.table
-    ended = table.status[row] != columns.LIVE
-    ports = state.ports.get(serial, ())
-    stops = ended or (table.desired[row] == columns.STOP and serial not in state.live.withdrawing)
+def _assignments(state: State, serials: list[int]) -> dict[int, Assignment]:
+    """Of those that are not forgotten, all at once: a large job is a million of them."""
+    table, live, salt = state.table, state.live, state.salt
+    rows = table.known(np.array(serials, np.int64))
+    is_over = table.status[rows] != columns.LIVE
+    alike = {key: _common(state, key) for key in np.unique(table.group[rows]).tolist()}
+    made: dict[int, Assignment] = {}
+    for serial, key, index, ended, stops in zip(
+        table.serial[rows].tolist(),
+        table.group[rows].tolist(),
+        table.index[rows].tolist(),
+        is_over.tolist(),
+        (table.desired[rows] == columns.STOP).tolist(),
+        strict=True,
+    ):
+        common, entry = alike[key], state.groups[key]
+        ports = state.ports.get(serial, ())
+        made[serial] = Assignment(
+            alloc=alloc_id(serial, salt),
+            job=common.job,
+            job_version=common.job_version,
+            group=common.group,
+            index=index,
+            arguments=common.arguments,
+            batch=common.batch,
+            desired=Desired.STOP if ended or (stops and serial not in live.withdrawing) else Desired.RUN,
+            move_to=_move_to(state, serial) if state.moves else None,
+            move_from=_move_from(state, serial) if state.moves else None,
+            volumes=common.volumes,
+            secrets=common.secrets,
+            mesh_ports=dict(zip(entry.mesh_services, ports, strict=False)),
+            dynamic_ports=dict(zip(entry.dynamic_ports, ports[len(entry.mesh_services) :], strict=False)),
+            restarts=state.restarts.get(serial, 0),
+        )
+    return made
+
+
+def _common(state: State, key: int) -> Assignment:
+    """What the allocations of a group have in common."""
+    entry = state.groups[key]
     return Assignment(
-        alloc=state.alloc_id(serial),
+        alloc=AllocId(""),
         job=entry.job,
         job_version=entry.version,
         group=entry.group,
-        index=int(table.index[row]),
+        index=0,
         arguments=entry.arguments,
         batch=entry.type is JobType.BATCH,
-        desired=Desired.STOP if stops else Desired.RUN,
-        move_to=_move_to(state, serial),
-        move_from=_move_from(state, serial),
         volumes=volumes.of_group(state, entry),
         secrets=sealed.delivered(state, state.jobs[entry.job].job.namespace, entry.group),
-        mesh_ports=dict(zip(entry.mesh_services, ports, strict=False)),
-        dynamic_ports=dict(zip(entry.dynamic_ports, ports[len(entry.mesh_services) :], strict=False)),
-        restarts=state.restarts.get(serial, 0),
     )
 
 

@@ -89,6 +89,7 @@ class State:
         self.last_reports: dict[int, AllocReport] = {}  # of failed allocations
         # Who has a name, offered or only called by: jobs that are not stopped, in their newest version.
         self.service_owners: dict[ServiceName, dict[JobName, Namespace]] = {}
+        self.guiding: dict[JobName, None] = {}  # of them those which say who may call, or where calls go
         self.access = Access()
         self.restarts: dict[int, int] = {}  # by serial: how often an operator asked for one
         self.live = Volatile()
@@ -138,8 +139,9 @@ class State:
 
     def node_rows(self, ref: int) -> Ints:
         """Allocations of the node that have not ended."""
-        size = self.table.size
-        return np.flatnonzero((self.table.node[:size] == ref) & (self.table.status[:size] == columns.LIVE))
+        rows = np.sort(self.table.known(np.array(self.nodes.hosted[ref], np.int64)))
+        live: Ints = rows[self.table.status[rows] == columns.LIVE]
+        return live
 
     def current_groups(self, job: JobName) -> tuple[int, ...]:
         """Keys of the groups of the job's newest version. One that others are launched from runs none itself."""
@@ -249,6 +251,9 @@ class State:
                 self.dependents.setdefault(needed, {})[job.name] = None
         if job.parent in self.jobs:
             self.jobs[job.parent].children[job.name] = None
+        services = (service for group in job.groups for service in group.services)
+        if job.parent is None and any(service.allow or service.traffic for service in services):
+            self.guiding[job.name] = None
         for wanted in job.groups:
             self._forget((job.name, wanted.name))
 
@@ -301,6 +306,7 @@ class State:
 
     def _withdraw_provider(self, job: JobName) -> None:
         entry = self.jobs[job]
+        self.guiding.pop(job, None)
         for group in entry.job.groups if entry.versions else ():
             for service in group.services:
                 for names in (self.providers, self.service_owners):
@@ -374,7 +380,7 @@ class State:
     def _place(self, key: int, serials: Ints, nodes: Shorts, ports: bytes) -> None:
         """Account what was placed. `nodes` may hold -1; then its ports are 0."""
         group = self.groups[key]
-        self.nodes.take(nodes[nodes >= 0], group)
+        self.nodes.take(nodes[nodes >= 0], serials[nodes >= 0], group)
         if group.volumes:
             self.stored.claim(group, serials[nodes >= 0].tolist())
         width = group.ports_width
@@ -423,7 +429,8 @@ class State:
         group = self.groups[key]
         placed = rows[self.table.node[rows] >= 0]
         nodes = self.table.node[placed]
-        self.nodes.release(nodes, group)
+        for ref in self.nodes.release(nodes, group):
+            self.nodes.host_only(ref, self.table.serial[self.node_rows(ref)])
         if group.volumes:
             self.stored.release(group, self.table.serial[placed].tolist())
         if group.group.services or group.ports_width or group.static_ports:

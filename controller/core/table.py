@@ -104,6 +104,15 @@ class AllocTable:
         rows: Ints = np.searchsorted(self.serial[: self.size], serials)
         return rows
 
+    def known(self, serials: Ints) -> Ints:
+        """Where those of `serials` are that are not forgotten, in their order."""
+        if not len(serials) or not self.size:
+            return np.zeros(0, np.int64)
+        rows = np.searchsorted(self.serial[: self.size], serials)
+        np.minimum(rows, self.size - 1, out=rows)
+        found: Ints = rows[(self.serial[rows] == serials) & (self.status[rows] != FORGOTTEN)]
+        return found
+
     def forget(self, rows: Ints) -> None:
         self.status[rows] = FORGOTTEN
         self.forgotten += len(rows)

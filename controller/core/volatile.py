@@ -12,7 +12,7 @@ from controller.core.commands import Command, Reply
 from controller.core.events import AgentConnected, Call, Launch, SessionId, Ticket
 from controller.core.groups import FamilyKey
 from controller.core.records import Record
-from controller.core.table import Times
+from controller.core.table import Bools, Times
 from outrider.ids import AllocId, JobName, NodeId
 from outrider.model.allocation import AllocReport, AllocStatus, Generation
 from outrider.model.node import Node, NodeStatus
@@ -133,6 +133,8 @@ class Volatile:
     timers: Timers = field(default_factory=Timers)
     links: list[NodeLink] = field(default_factory=list)  # by node reference
     heartbeat_s: Times = field(default_factory=lambda: np.full(64, np.inf))  # of ready nodes; else inf
+    missed_s: Times = field(default_factory=lambda: np.full(64, np.inf))  # from when on an absence counts for the brake
+    is_down: Bools = field(default_factory=lambda: np.zeros(64, np.bool_))  # as the links have it
     heartbeat_interval_s: float = 0.0  # both: `pace`
     silence_s: float = 0.0
     braked: str = ""  # why
