@@ -13,7 +13,7 @@ from controller.core import table as columns
 from controller.core.groups import FamilyKey, GroupEntry
 from controller.core.records import Plan
 from controller.core.state import State
-from controller.core.table import Ints
+from controller.core.table import Bools, Ints
 from outrider.ids import JobName
 from outrider.model.attributes import describe
 
@@ -197,24 +197,29 @@ def _check_ports(state: State, plan: Plan, placed: list[Placed]) -> None:
 
 def _check_names(state: State, plan: Plan) -> None:
     """No two allocations that are to run are the same copy of the same group, in the same role."""
-    stopped = np.array(
-        [serial for stop in plan.stops for serial in np.frombuffer(stop.serials, np.int64).tolist()], np.int64
-    )
-    settled = np.frombuffer(plan.settled, np.int64)
+    table = state.table
+    is_stopped = _marked(state, b"".join(stop.serials for stop in plan.stops))
+    is_settled = _marked(state, plan.settled)
     created: dict[FamilyKey, list[Ints]] = {}
     for run in plan.runs:
         group = state.groups[state.group_keys[run.job, run.version, run.group]]
         indices = np.arange(run.first_index, run.first_index + len(run.nodes) // 4)
         created.setdefault(group.family, []).append(indices * len(columns.ROLES) + run.role)
-    for row in state.table.rows(settled).tolist():
+    for row in np.flatnonzero(is_settled).tolist():
         created.setdefault(state.group_of(row).family, [])
     for family, new in created.items():
         rows = state.family_rows(family)
-        table = state.table
-        kept = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN)]
-        if len(stopped):
-            kept = kept[~np.isin(table.serial[kept], stopped)]
-        roles = np.where(np.isin(table.serial[kept], settled), columns.ORDINARY, table.role[kept])
+        if not len(rows) and len(new) == 1:
+            continue  # new indices alone, each once
+        kept = rows[(table.status[rows] == columns.LIVE) & (table.desired[rows] == columns.RUN) & ~is_stopped[rows]]
+        roles = np.where(is_settled[kept], columns.ORDINARY, table.role[kept])
         names = np.concatenate([*new, table.index[kept].astype(np.int64) * len(columns.ROLES) + roles])
         if np.bincount(names).max(initial=0) > 1:
             raise PlanError(f"plan {plan.generation}: two allocations of one index in {family}")
+
+
+def _marked(state: State, serials: bytes) -> Bools:
+    """By row: whether it is one of `serials`."""
+    marked = np.zeros(state.table.size, np.bool_)
+    marked[state.table.rows(np.frombuffer(serials, np.int64))] = True
+    return marked

@@ -22,7 +22,10 @@ def flush(state: State, now_s: float, seed: int) -> None:
     """Ask for the next append, if the journal is free and there is anything to write."""
     live = state.live
     while live.in_flight is None:
-        records, replies = _gathered(state, now_s)
+        # Calls and decisions take turns: a storm of calls must not keep from being placed what it submits.
+        calls_wait = live.decides_next
+        records, replies = _gathered(state, now_s, with_calls=not calls_wait)
+        live.decides_next = bool(replies) or (calls_wait and bool(records))
         if not records and not replies:
             records = decide(state, now_s, seed)
         if records:
@@ -30,7 +33,7 @@ def flush(state: State, now_s: float, seed: int) -> None:
             live.in_flight = InFlight(Ticket(live.ticket), records, replies)
             live.out.append(Append(ticket=live.in_flight.ticket, records=records))
             return
-        if not replies:
+        if not replies and not (calls_wait and live.calls):
             return
         live.out.extend(replies)  # nothing to wait for
 
@@ -53,7 +56,7 @@ def appended(state: State, event: Appended, now_s: float) -> None:
     state.live.out.extend(flight.replies)
 
 
-def _gathered(state: State, now_s: float) -> tuple[tuple[Record, ...], tuple[Reply, ...]]:
+def _gathered(state: State, now_s: float, *, with_calls: bool) -> tuple[tuple[Record, ...], tuple[Reply, ...]]:
     live = state.live
     records: list[Record] = [NodeRegistered(node=node) for node in live.registering.values()]
     downing = (state.nodes.nodes[ref].id for ref in live.downing)
@@ -65,6 +68,8 @@ def _gathered(state: State, now_s: float) -> tuple[tuple[Record, ...], tuple[Rep
     records.extend(_endings(state, set(lost), now_s))
     records.extend(launch.retired(state))
     records.extend(drains.ended(state))
+    if not with_calls:
+        return tuple(records), ()
     calls, replies = answer_all(state, now_s)
     return (*records, *calls), replies
 

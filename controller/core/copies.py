@@ -60,6 +60,8 @@ def ended(state: State, group: GroupEntry, how: tuple[int, ...]) -> Ints:
     table, entry = state.table, state.jobs[group.job]
     rows = state.family_rows(group.family)
     rows = rows[among(table.status[rows], how)]
+    if not len(rows):
+        return rows
     rows = rows[table.changed_s[rows] >= entry.versions[entry.latest].submitted_at_s]
     found: Ints = rows[made_like(state, rows, group)]
     return found

@@ -42,7 +42,8 @@ def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
     view = outlook(state, now_s)
     records: list[Record] = []
     # The important first: what is short is theirs.
-    for job in sorted(state.live.dirty_jobs, key=lambda job: -_priority(state, job)):
+    first = sorted(state.live.dirty_jobs, key=lambda job: -_priority(state, job))[: state.policy.plan_jobs_max]
+    for job in first:
         if draft.size >= state.policy.plan_placements_max:
             break
         del state.live.dirty_jobs[job]
@@ -58,6 +59,9 @@ def decide(state: State, now_s: float, seed: int) -> tuple[Record, ...]:
     if plan is not None:
         check(state, plan)
         return (plan, *records)
+    if state.live.dirty_jobs and not records:
+        # Nothing is written that would bring the next step about: time does.
+        state.live.timers.set((JOB, next(iter(state.live.dirty_jobs))), now_s)
     return tuple(records)
 
 
@@ -76,15 +80,12 @@ def way_back(state: State, job: JobName, now_s: float) -> tuple[tuple[Record, ..
 
 
 def _look_at_stirred(state: State) -> None:
-    """Jobs with allocations on nodes to which something happened: one pass over the table for all of them."""
+    """Jobs with allocations on nodes to which something happened."""
     if not state.live.stirred:
         return
     stirred, state.live.stirred = state.live.stirred, {}
-    is_stirred = np.zeros(len(state.nodes) + 1, np.bool_)  # the last: nowhere
-    is_stirred[list(stirred)] = True
-    table = state.table
-    keys = np.unique(table.group[: table.size][is_stirred[table.node[: table.size]]])
-    jobs = sorted({state.groups[key].job for key in keys.tolist() if key in state.groups})
+    keys = {key for ref in stirred for key in state.table.group[state.node_rows(ref)].tolist()}
+    jobs = sorted({state.groups[key].job for key in keys})
     state.live.dirty_jobs.update(dict.fromkeys(jobs))
 
 

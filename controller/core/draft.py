@@ -119,7 +119,8 @@ class Draft:
             reason = self._make_room(group, near.joined_by(nodes[nodes >= 0].astype(np.int64)), waiting) or reason
         if reason:
             unplaced[group.family] = reason
-        self._add_late(pending, nodes[: len(pending)], ports[: len(pending)])
+        if len(pending):
+            self._add_late(pending, nodes[: len(pending)], ports[: len(pending)])
         self._add_runs(group, missing, nodes[len(pending) :], ports[len(pending) :], role)
 
     def stops(self, row: int) -> bool:
@@ -324,8 +325,10 @@ class Draft:
         self.size += int(placed.sum())
 
     def _add_runs(self, group: GroupEntry, missing: Ints, nodes: Shorts, ports: Shorts, role: int) -> None:
-        breaks = np.flatnonzero(np.diff(missing) != 1) + 1
-        starts = [0, *breaks.tolist(), len(missing)]
+        starts = [0, len(missing)]
+        if len(missing) and missing[-1] - missing[0] != len(missing) - 1:
+            breaks = np.flatnonzero(np.diff(missing) != 1) + 1
+            starts = [0, *breaks.tolist(), len(missing)]
         for first, end in itertools.pairwise(starts):
             if first == end:
                 continue

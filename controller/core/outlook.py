@@ -17,6 +17,7 @@ from outrider.model.node import NodeStatus
 class Outlook:
     """Columns by node reference."""
 
+    troubled: Bools  # of which anything below holds
     draining: Bools
     forced: Bools  # their drain's deadline has passed
     emptied: Bools  # drained of all but copies of system jobs, which leave last
@@ -44,11 +45,13 @@ def outlook(state: State, now_s: float) -> Outlook:
             emptied[ref] &= not drain.keep_system
     silent = np.zeros(size, np.bool_)
     away_s = np.full(size, np.inf)
-    for ref in np.flatnonzero(~state.ready_nodes).tolist():
+    unready = ~state.ready_nodes
+    for ref in np.flatnonzero(unready).tolist():
         link = state.live.links[ref]
         silent[ref] = link.status in (NodeStatus.SUSPECT, NodeStatus.DOWN)
         away_s[ref] = link.away_s
-    return Outlook(draining=draining, forced=forced, emptied=emptied, silent=silent, away_s=away_s)
+    troubled = unready | draining
+    return Outlook(troubled=troubled, draining=draining, forced=forced, emptied=emptied, silent=silent, away_s=away_s)
 
 
 def system_copies(state: State) -> Ints:

@@ -20,6 +20,7 @@ class Policy(Value, frozen=True, kw_only=True):
     scaling_window_s: float = 10.0  # whose mean counts
     scaling_samples_max: int = 8  # of a copy that are remembered
     children_kept: int = 20  # that are over, of each job that others are launched from
+    plan_jobs_max: int = 500  # decided in one step: agents' signs of life wait behind it
     plan_placements_max: int = 50_000  # in one plan: bounds a step, and what one fsync carries
     operator_calls_max: int = 4096  # waiting for the journal; more are told to come back
     unclaimed_max: int = 10_000  # allocations of others that are remembered by name

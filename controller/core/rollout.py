@@ -17,6 +17,8 @@ from controller.core.table import Bools, Ints, Times, among
 from outrider.model.fleet import RolloutState
 from outrider.model.job import JobType
 
+_NONE: Ints = np.zeros(0, np.int64)  # rows, or indices
+
 
 def decide_group(turn: Turn, key: int) -> None:
     """What the next plan holds of the group with `key`, of its job's newest version."""
@@ -24,8 +26,18 @@ def decide_group(turn: Turn, key: int) -> None:
     newest = state.groups[key]
     entry = state.jobs[newest.job]
     guard = canaries.guard(state, newest)
-    rows = migration.settle(state, draft, copies.running(state, state.family_rows(newest.family)))
+    rows = copies.running(state, state.family_rows(newest.family))
     state.live.unplaced.pop(newest.family, None)  # told anew by what is not placed now
+    if guard is None and not state.moves:
+        if not len(rows):
+            _begin(turn, key)
+            return
+        if _is_complete(turn, key, rows):
+            well = _well(turn, newest, rows)
+            _note_failure(turn, newest, rows[~well], _NONE)
+            turn.progress.done &= bool(well.all())
+            return
+    rows = migration.settle(state, draft, rows)
     rows = moving.force_out(turn, newest, rows)
     rows = canaries.withdraw(turn, newest, rows, guarded=guard is not None)
     if entry.rollout is RolloutState.RUNNING and not entry.paused:
@@ -42,6 +54,33 @@ def decide_group(turn: Turn, key: int) -> None:
     _decide_ordinary(turn, key, guard, rows[~is_canary])
     migration.follow(state, draft, newest)
     turn.progress.moving |= migration.is_under_way(state, newest)
+
+
+def _begin(turn: Turn, key: int) -> None:
+    """As `_decide_ordinary`, of a group of which nothing is to run so far: most jobs are decided once, here."""
+    state, newest = turn.state, turn.state.groups[key]
+    missing = np.flatnonzero(copies.wanted(state, newest))
+    ready = _not_held_back(turn, newest, missing)
+    _note_failure(turn, newest, _NONE, missing)
+    turn.draft.place(_home(state, key, None), ready, _NONE, _NONE, now_s=turn.now_s)
+    failed = newest.type is JobType.BATCH and len(_failed_for_good(state, newest))
+    turn.progress.done &= not len(missing) and not failed
+
+
+def _is_complete(turn: Turn, key: int, rows: Ints) -> bool:
+    """All copies are there, each of the newest version and on a node that nothing happens to: only their health can
+    change what is decided. So it is of most groups most of the time."""
+    table, group = turn.state.table, turn.state.groups[key]
+    return (
+        group.type is JobType.SERVICE
+        and group.group.update.progress_deadline_s is None
+        and len(rows) == group.group.count
+        and bool((table.group[rows] == key).all())
+        and int(table.index[rows].max()) < len(rows)
+        and int(table.node[rows].min()) >= 0
+        and not table.role[rows].any()
+        and not turn.view.troubled[table.node[rows]].any()
+    )
 
 
 def _place_canaries(turn: Turn, key: int, rows: Ints) -> None:

@@ -25,6 +25,7 @@ class Near:
 
     def __init__(self, group: Ints, job: Ints | None = None, avoid: Sequence[int] = ()) -> None:
         self.group = group
+        self.is_empty = not group.any()  # of the group
         self.job = group if job is None else job
         self.avoid = avoid  # nodes where a copy just failed
 
@@ -83,6 +84,7 @@ class Scores:
         self._snapshot = snapshot
         self._need = group.need
         self._have = near.group
+        self._has_any = not near.is_empty
         self.packs = (group.packing or snapshot.packing) is Packing.PACK
         self._unit = 4 * max(1, group.group.count)
         self.eligible: Bools = snapshot.ready & snapshot.nodes.suited(group.demand)
@@ -117,7 +119,7 @@ class Scores:
         scores = self._base()
         if self.affinity is not None:
             scores += self.affinity
-        scores[~self.fits] = -np.inf
+        np.putmask(scores, ~self.fits, -np.inf)
         return scores
 
     def room(self, group: GroupEntry) -> Ints:
@@ -180,7 +182,8 @@ class Scores:
             left /= 4
             return left
         left *= 0.5
-        left -= self._have
+        if self._has_any:
+            left -= self._have
         left /= self._unit
         return left
 

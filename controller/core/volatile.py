@@ -145,6 +145,7 @@ class Volatile:
     # For the journal.
     ticket: int = 0
     in_flight: InFlight | None = None
+    decides_next: bool = False  # calls were answered last
     calls: deque[Call] = field(default_factory=deque)
     registering: dict[NodeId, Node] = field(default_factory=dict)
     joining: dict[NodeId, AgentConnected] = field(default_factory=dict)

@@ -276,7 +276,9 @@ def test_what_is_wanted_runs_after_many_more_histories(happenings: list[tuple[ob
 
 
 def keep_promises(happenings: list[tuple[object, ...]], seed: int) -> None:
-    world = CheckedWorld(Policy(ended_kept=2, versions_kept=3, children_kept=2, plan_placements_max=5), seed)
+    world = CheckedWorld(
+        Policy(ended_kept=2, versions_kept=3, children_kept=2, plan_placements_max=5, plan_jobs_max=2), seed
+    )
     world.join(node("n1"), node("n2"))
     for happening in happenings:
         act(world, happening)

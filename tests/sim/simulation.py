@@ -47,6 +47,7 @@ POLICY = Policy(
     ended_kept=2,
     versions_kept=3,
     plan_placements_max=6,
+    plan_jobs_max=2,
 )
 TYPES = {"batch": JobType.BATCH, "everywhere": JobType.SYSTEM}
 JOBS = ("shop", "api", "single", "batch", "everywhere")

@@ -16,6 +16,7 @@ from controller.core.events import (
 )
 from controller.core.kinds import Kind
 from controller.core.policy import Policy
+from controller.core.records import Plan
 from controller.core.state import State
 from controller.core.step import step
 from controller.core.submit import job_warnings
@@ -70,8 +71,48 @@ def test_while_the_journal_works_calls_gather_for_one_append(world: World) -> No
     world.journal_works = True
     world.write()
     appends = [command for command in world.commands if isinstance(command, Append)]
-    assert len([record for record in appends[0].records if type(record).__name__ == "JobVersionAdded"]) == 3
+    added = [[type(record).__name__ for record in append.records].count("JobVersionAdded") for append in appends]
+    assert [count for count in added if count] == [3]
     assert all(world.replies[request].version == 1 for request in (first, *later))
+
+
+def test_calls_and_decisions_take_turns(world: World) -> None:
+    world.journal_works = False
+    world.request(job("a", group()))
+    world.request(job("b", group()))
+    world.commands.clear()
+    world.journal_works = True
+    world.write()
+    kinds = [
+        {type(record).__name__ for record in command.records}
+        for command in world.commands
+        if isinstance(command, Append)
+    ]
+    assert [("Plan" in kind, "JobVersionAdded" in kind) for kind in kinds][:3] == [
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+
+
+def test_many_jobs_are_decided_in_steps_and_none_is_forgotten() -> None:
+    world = World(Policy(plan_jobs_max=3))
+    world.join(node("n1"))
+    world.journal_works = False
+    for at in range(11):
+        world.request(job(f"j{at}", group(cpu_millis=10, memory_mib=8)))
+    world.journal_works = True
+    world.write()
+    world.wait(5)
+    assert all(entry.rollout is RolloutState.SUCCESSFUL for entry in world.state.jobs.values())
+    plans = [record for record in world.journal if isinstance(record, Plan)]
+    assert max(len({run.job for run in plan.runs}) for plan in plans) == 3
+    # A new controller looks at all of them, and finds nothing to do.
+    world.begin()
+    world.join(node("n1"))
+    world.wait(5)
+    assert len(views.allocations(world.state)) == 11
+    assert not world.state.live.dirty_jobs
 
 
 def test_two_submissions_of_one_job_in_one_batch_are_two_versions(world: World) -> None:
