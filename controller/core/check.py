@@ -17,6 +17,8 @@ from controller.core.table import Bools, Ints
 from outrider.ids import JobName
 from outrider.model.attributes import describe
 
+_FEW = 32  # placements
+
 
 class PlanError(AssertionError):
     """A programmer's error, with the plan's details."""
@@ -111,6 +113,9 @@ def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
         counted.append((group, there))
     if not counted:
         return
+    if sum(len(there) for _, there in counted) <= _FEW:
+        _count_each(state, plan, counted)
+        return
     touched, which = np.unique(np.concatenate([there for _, there in counted]), return_inverse=True)
     sizes = [len(there) for _, there in counted]
     takes = [dict(_takes(group)) for group, _ in counted]
@@ -119,10 +124,28 @@ def _check_nodes(state: State, plan: Plan, placed: list[Placed]) -> None:
         sums = np.bincount(which, weights=np.repeat([each.get(what, 0) for each in takes], sizes))
         left = (free[what] if what in free else nodes.device_free(what))[touched]
         for at in np.flatnonzero((sums > 0) & (sums > left)).tolist():
-            raise PlanError(
-                f"plan {plan.generation}: {nodes.nodes[int(touched[at])].id} over-committed: "
-                f"{what} {sums[at]:.0f} of {left[at]}"
-            )
+            raise _over_committed(state, plan, int(touched[at]), what, int(sums[at]), int(left[at]))
+
+
+def _count_each(state: State, plan: Plan, counted: list[tuple[GroupEntry, Ints]]) -> None:
+    """The same for a few, for which columns would be the longer way."""
+    nodes = state.nodes
+    free = {"cpu": nodes.cpu_free, "memory": nodes.memory_free, "disk": nodes.disk_free}
+    asked: Counter[tuple[str, int]] = Counter()
+    for group, there in counted:
+        for ref, (what, count) in itertools.product(there.tolist(), _takes(group)):
+            asked[what, ref] += count
+    for (what, ref), count in asked.items():
+        left = int((free[what] if what in free else nodes.device_free(what))[ref])
+        if count > max(left, 0):
+            raise _over_committed(state, plan, ref, what, count, left)
+
+
+def _over_committed(  # noqa: PLR0917  the words' parts
+    state: State, plan: Plan, ref: int, what: str, asked: int, left: int
+) -> PlanError:
+    name = state.nodes.nodes[ref].id
+    return PlanError(f"plan {plan.generation}: {name} over-committed: {what} {asked} of {left}")
 
 
 def _takes(group: GroupEntry) -> Iterator[tuple[str, int]]:

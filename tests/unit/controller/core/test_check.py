@@ -56,6 +56,7 @@ def test_a_good_plan_passes(state: State) -> None:
         ({"runs": (run(nodes=ints(9)),)}, "nobody knows"),
         ({"runs": (run(nodes=ints(1)),)}, "n2, which is not ready"),
         ({"runs": (run(nodes=ints(*[0] * 9), ports=ints(*range(20001, 20010))),)}, "over-committed: memory"),
+        ({"runs": (run(nodes=ints(*[0] * 99), ports=ints(*range(20001, 20100))),)}, "over-committed: cpu"),
         ({"runs": (run(ports=ints(20000)),)}, "port 20000 twice on n1"),
         ({"runs": (run(nodes=ints(0, 0), ports=ints(20001, 20001)),)}, "port 20001 twice"),
         ({"runs": (run(ports=ints(80)),)}, "outside the range"),
