@@ -121,17 +121,17 @@ class ControlPlane:
         """Every job's rollout has ended well."""
         return all(entry.rollout is RolloutState.SUCCESSFUL for entry in self.engine.state.jobs.values())
 
-    def watch_steps(self, told: Callable[[tuple[Record, ...], float], None]) -> None:
-        """Of each step that asked for an append: the records, and how long it took."""
+    def watch_steps(self, told: Callable[[tuple[Record, ...], float, float], None]) -> None:
+        """Of each step that asked for an append: the records, how long it took, and how much of the processor."""
         step = self.engine._step  # noqa: SLF001  measured from outside, so that the loop itself stays as it is
 
         def measured(event: Event) -> tuple[Command, ...]:
-            began_s = time.perf_counter()
+            began_s, began_cpu_s = time.perf_counter(), time.thread_time()
             commands = step(event)
-            took_s = time.perf_counter() - began_s
+            took_s, cpu_s = time.perf_counter() - began_s, time.thread_time() - began_cpu_s
             for command in commands:
                 if isinstance(command, Append):
-                    told(command.records, took_s)
+                    told(command.records, took_s, cpu_s)
             return commands
 
         self.engine._step = measured  # type: ignore[method-assign]  # noqa: SLF001

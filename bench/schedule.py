@@ -39,6 +39,7 @@ GKE = "GKE at 130,000 nodes, published"
 BORG = "Borg, published, a pass"
 GROWTH = ((125_000, 625), (250_000, 1250), (500_000, 2500), (1_000_000, 5000))
 DECISION_NODES = (1250, 2500, 5000, 10_000)
+DRAINS = ((12_500, 625), (25_000, 1250), (50_000, 2500), (100_000, 5000))
 SUBMITTERS = 64
 _CORES, _MEMORY_GIB = 32, 128
 _FOREVER_S = 1e9
@@ -50,6 +51,7 @@ def run() -> None:
         found = _case("million", allocations, count)
         at = f"[{allocations} allocations, {count} nodes]"
         emit(f"schedule.growth_per_s{at}", found["per_s"], "1/s")
+        emit(f"schedule.growth_cpu_us{at}", found["cpu_us"], "us of processor time per placement")
         emit(f"schedule.growth_memory_mb{at}", found["memory_mb"], "MB")
         if (allocations, count) == GROWTH[-1]:
             emit("schedule.million_per_s", found["per_s"], "1/s", peer=NOMAD, peer_value=3750)
@@ -58,15 +60,23 @@ def run() -> None:
     for peer, value in ((GKE, 1000), (KUBE, 270)):
         emit("schedule.distinct_per_s", found["per_s"], "1/s", peer=peer, peer_value=value)
     emit("schedule.distinct_jobs_per_s", found["jobs_per_s"], "1/s")
+    emit("schedule.distinct_cpu_us", found["cpu_us"], "us of processor time per placement")
     emit("schedule.distinct_memory_mb", found["memory_mb"], "MB")
     for count in DECISION_NODES:
         found = _case("decision", 1000, count)
         for name in ("p50", "p99"):
             emit(f"schedule.growth_decision_ms_{name}[{count} nodes]", found[name], "ms")
+            emit(f"schedule.growth_decision_cpu_ms_{name}[{count} nodes]", found[f"cpu_{name}"], "ms of processor time")
     emit("schedule.decision_ms_p50", found["p50"], "ms")
     emit("schedule.decision_ms_p99", found["p99"], "ms", peer=BORG, peer_value=500)
     emit("schedule.decision_memory_mb", found["memory_mb"], "MB")
-    found = _case("drain", 100_000, 5000)
+    for allocations, count in DRAINS:
+        found = _case("drain", allocations, count)
+        at = f"[{count} nodes]"
+        emit(f"schedule.growth_drain_s{at}", found["took_s"], "s")
+        emit(
+            f"schedule.growth_drain_cpu_ms{at}", found["cpu_s"] / found["moved"] * 1e3, "ms of processor time per move"
+        )
     emit("schedule.drain_s", found["took_s"], "s")
     emit("schedule.drain_moved_per_s", found["moved"] / found["took_s"], "1/s")
     emit("schedule.drain_memory_mb", found["memory_mb"], "MB")
@@ -78,11 +88,15 @@ async def million(allocations: int, node_count: int) -> Result:
     async with control_plane(nodes(node_count, cores=_CORES, memory_gib=_MEMORY_GIB)) as plane:
         before_mb = memory_mb()
         group = Group(name=GroupName("work"), count=allocations, tasks=(_task(10, 16),))
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
         await plane.submit(Job(name=JobName("million"), type=JobType.BATCH, groups=(group,)))
         await plane.until(lambda: plane.placed() == allocations and plane.acknowledged())
-        took_s = time.monotonic() - began_s
-        return {"per_s": allocations / took_s, "memory_mb": memory_mb() - before_mb}
+        took_s, cpu_s = time.monotonic() - began_s, time.process_time() - began_cpu_s
+        return {
+            "per_s": allocations / took_s,
+            "cpu_us": cpu_s / allocations * 1e6,
+            "memory_mb": memory_mb() - before_mb,
+        }
 
 
 async def distinct(jobs: int, node_count: int) -> Result:
@@ -92,11 +106,16 @@ async def distinct(jobs: int, node_count: int) -> Result:
         rng = random.Random(7)  # noqa: S311  a seeded trace
         made = [_distinct_job(at, rng) for at in range(jobs)]
         copies = sum(job.groups[0].count for job in made)
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
         await asyncio.gather(*(_submit_each(plane, made[at::SUBMITTERS]) for at in range(SUBMITTERS)))
         await plane.until(lambda: plane.placed() == copies)
-        took_s = time.monotonic() - began_s
-        return {"per_s": copies / took_s, "jobs_per_s": jobs / took_s, "memory_mb": memory_mb() - before_mb}
+        took_s, cpu_s = time.monotonic() - began_s, time.process_time() - began_cpu_s
+        return {
+            "per_s": copies / took_s,
+            "jobs_per_s": jobs / took_s,
+            "cpu_us": cpu_s / copies * 1e6,
+            "memory_mb": memory_mb() - before_mb,
+        }
 
 
 async def decision(decisions: int, node_count: int) -> Result:
@@ -104,15 +123,18 @@ async def decision(decisions: int, node_count: int) -> Result:
     async with control_plane(nodes(node_count, cores=_CORES, memory_gib=_MEMORY_GIB)) as plane:
         before_mb = memory_mb()
         rng = random.Random(7)  # noqa: S311  a seeded trace
-        took_s: list[float] = []
-        plane.watch_steps(lambda records, step_s: took_s.append(step_s) if _places(records) else None)
+        took: list[tuple[float, float]] = []
+        plane.watch_steps(lambda records, *step_s: took.append(step_s) if _places(records) else None)
         for at in range(decisions):
             job = _distinct_job(at, rng, count=1)
             await plane.submit(job)
             await plane.until(functools.partial(plane.has_placed, at + 1))
+        took_s, cpu_s = zip(*took, strict=True)
         return {
             "p50": percentile(took_s, 0.5) * 1000,
             "p99": percentile(took_s, 0.99) * 1000,
+            "cpu_p50": percentile(cpu_s, 0.5) * 1000,
+            "cpu_p99": percentile(cpu_s, 0.99) * 1000,
             "memory_mb": memory_mb() - before_mb,
         }
 
@@ -128,10 +150,11 @@ async def drain(allocations: int, node_count: int) -> Result:
         await plane.until(lambda: plane.placed() == allocations and plane.settled())
         drained = [node.id for node in plane.engine.state.nodes.nodes[::10]]
         moved = plane.on_nodes(drained)
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
         await asyncio.gather(*(plane.drain(node) for node in drained))
         await plane.until(lambda: plane.on_nodes(drained) == 0 and plane.placed() == allocations)
-        return {"took_s": time.monotonic() - began_s, "moved": moved, "memory_mb": memory_mb() - before_mb}
+        took_s, cpu_s = time.monotonic() - began_s, time.process_time() - began_cpu_s
+        return {"took_s": took_s, "cpu_s": cpu_s, "moved": moved, "memory_mb": memory_mb() - before_mb}
 
 
 async def packing(allocations: int) -> Result:
