@@ -50,7 +50,7 @@ def outrider(*words: str, text: str = "", **environment: str) -> "subprocess.Com
     )
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], object], what: str) -> None:
     """Waits until it is so."""
     deadline_s = time.monotonic() + COMMAND_S
     while not condition():

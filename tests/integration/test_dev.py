@@ -3,15 +3,14 @@
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from outrider.cli.dev.front import supervisor_pid
 from outrider.cli.dev.layout import Layout
-from tests.integration.fleet import OUTRIDER, DevFleet, fleet, left_of, outrider, unique_name
+from tests.integration.fleet import OUTRIDER, DevFleet, eventually, fleet, left_of, outrider, unique_name
 
 __all__ = ["fleet"]
 pytestmark = pytest.mark.host
@@ -24,13 +23,6 @@ groups:
     count: 3
     tasks: {main: {command: [sleep, infinity]}}
 """
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -68,26 +60,26 @@ def test_a_name_is_taken_once(fleet: DevFleet) -> None:
 def test_a_partitioned_node_is_suspect_and_comes_back_with_its_work(sleeper: DevFleet) -> None:
     before = {each["id"] for each in sleeper.json("alloc", "ls")}
     assert sleeper.dev("partition", "n1").returncode == 0
-    until(lambda: sleeper.node_statuses()["n1"] == "suspect", "n1's suspicion")
+    eventually(lambda: sleeper.node_statuses()["n1"] == "suspect", "n1's suspicion")
     assert sleeper.dev("heal", "n1").returncode == 0
-    until(lambda: sleeper.node_statuses()["n1"] == "ready", "n1's return")
+    eventually(lambda: sleeper.node_statuses()["n1"] == "ready", "n1's return")
     assert {each["id"] for each in sleeper.json("alloc", "ls")} == before
 
 
 def test_a_killed_node_runs_nothing_until_it_is_healed(sleeper: DevFleet) -> None:
     (victim,) = (each["id"] for each in sleeper.json("alloc", "ls", "--node", "n2"))
     assert sleeper.dev("kill", "n2").returncode == 0
-    until(lambda: sleeper.node_statuses()["n2"] != "ready", "n2's loss")
+    eventually(lambda: sleeper.node_statuses()["n2"] != "ready", "n2's loss")
     assert not any(_mentions(entry, victim) for entry in Path("/proc").iterdir())
     assert sleeper.dev("heal", "n2").returncode == 0
-    until(lambda: sleeper.node_statuses()["n2"] == "ready", "n2's return")
+    eventually(lambda: sleeper.node_statuses()["n2"] == "ready", "n2's return")
 
 
 def test_programs_that_die_are_started_again(fleet: DevFleet) -> None:
     (agent,) = _agents(fleet.layout, "n3")
     os.kill(agent, signal.SIGKILL)
-    until(lambda: _agents(fleet.layout, "n3") not in ([], [agent]), "another agent")
-    until(lambda: fleet.node_statuses()["n3"] == "ready", "n3's return")
+    eventually(lambda: _agents(fleet.layout, "n3") not in ([], [agent]), "another agent")
+    eventually(lambda: fleet.node_statuses()["n3"] == "ready", "n3's return")
 
 
 def test_what_a_killed_supervisor_left_is_found_and_removed(fleet: DevFleet) -> None:
@@ -97,7 +89,7 @@ def test_what_a_killed_supervisor_left_is_found_and_removed(fleet: DevFleet) -> 
     pid = supervisor_pid(layout)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    until(lambda: supervisor_pid(layout) is None, "the supervisor's end")
+    eventually(lambda: supervisor_pid(layout) is None, "the supervisor's end")
     assert outrider("dev", "status", "--name", layout.name).returncode == 69
     stopped = outrider("dev", "down", "--name", layout.name)
     assert stopped.returncode == 0, stopped.stderr

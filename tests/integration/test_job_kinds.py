@@ -1,26 +1,14 @@
 """Every kind of job on a real fleet of three nodes, as people run them."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.integration.fleet import DevFleet, fleet
+from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
 pytestmark = pytest.mark.host
-
-
-WAIT_S = 60.0
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen within {WAIT_S:g} s"
-        time.sleep(0.1)
 
 
 class Jobs:
@@ -120,13 +108,13 @@ def test_a_schedule_launches_jobs_and_leaves_out_what_would_overlap(jobs: Jobs) 
     said = jobs.run(PERIODIC)
     assert "job report: next launch 20" in said
     assert " Europe/Berlin, in " in said
-    until(lambda: bool(jobs.events("report", "job.skipped")), "a launch that is left out")
+    eventually(lambda: bool(jobs.events("report", "job.skipped")), "a launch that is left out")
     assert "still runs, and overlap is forbidden" in jobs.events("report", "job.skipped")[0]
     launched = jobs.events("report", "job.launched")
     children = jobs.status("report")["children"]
     assert [child["name"] for child in children][: len(launched)] == launched  # type: ignore[index, union-attr]
     assert jobs.status("report")["state"] == "waiting"
-    until(lambda: jobs.status(launched[0])["state"] == "complete", "the first one's end")
+    eventually(lambda: jobs.status(launched[0])["state"] == "complete", "the first one's end")
     assert "waiting, next in " in jobs.outrider("job", "ls")
     jobs.outrider("job", "stop", "report")
     assert jobs.status("report")["next_launch_s"] is None
@@ -241,7 +229,7 @@ def test_a_group_is_scaled_by_hand_without_touching_what_runs(jobs: Jobs) -> Non
 
 def test_a_system_job_has_one_copy_on_each_node_and_follows_one_that_comes(jobs: Jobs) -> None:
     assert jobs.fleet.dev("kill", "n3").returncode == 0
-    until(lambda: jobs.fleet.node_statuses()["n3"] != "ready", "n3's loss")
+    eventually(lambda: jobs.fleet.node_statuses()["n3"] != "ready", "n3's loss")
     jobs.run("job: watch\ntype: system\ngroups: {dog: {tasks: {main: {command: [sleep, infinity]}}}}\n")
     assert {one["node"] for one in jobs.fleet.json("alloc", "ls", "--job", "watch")} == {"n1", "n2"}
     assert jobs.fleet.dev("heal", "n3").returncode == 0
@@ -250,7 +238,7 @@ def test_a_system_job_has_one_copy_on_each_node_and_follows_one_that_comes(jobs:
         found = jobs.fleet.json("alloc", "ls", "--job", "watch")
         return {one["node"] for one in found if one["healthy"]} == {"n1", "n2", "n3"}
 
-    until(everywhere, "a copy on n3")
+    eventually(everywhere, "a copy on n3")
     jobs.outrider("job", "stop", "watch")
 
 
@@ -305,11 +293,11 @@ def test_a_group_grows_with_what_its_sidecars_count_and_shrinks_after(jobs: Jobs
     (jobs.directory / "client.py").write_text(CLIENT)
     jobs.run(WEB.format(target=target))
     jobs.run(VISITOR)
-    until(lambda: copies(jobs, "web") == 3, "as many copies as there may be")
+    eventually(lambda: copies(jobs, "web") == 3, "as many copies as there may be")
     (scaling,) = jobs.status("web")["scaling"]  # type: ignore[misc]
     assert scaling["count"] == 3
     jobs.outrider("job", "stop", "visitor")
-    until(lambda: copies(jobs, "web") == 1, "the one copy that is left")
+    eventually(lambda: copies(jobs, "web") == 1, "the one copy that is left")
     reasons = jobs.events("web", "job.scaled")
     assert any("-> 3: " in reason and "each, wanted" in reason for reason in reasons)
     assert reasons[-1].endswith("for 2 s")
@@ -326,7 +314,7 @@ groups:
     tasks: {main: {command: [sh, -c, "while :; do :; done"], resources: {cpu: 50m, cpu_max: 50m}}}
 """
     jobs.run(text)
-    until(lambda: copies(jobs, "burner") == 2, "a second copy")
+    eventually(lambda: copies(jobs, "burner") == 2, "a second copy")
     assert "1 -> 2: " in jobs.events("burner", "job.scaled")[0]
     assert "exactly this already" in jobs.run(text)
     said = jobs.outrider("job", "scale", "burner", "3", code=1)
@@ -404,10 +392,10 @@ def test_batch_work_that_fails_on_one_node_is_tried_on_another(jobs: Jobs) -> No
         return [one["node"] for one in allocations if one["status"] == how]  # type: ignore[attr-defined]
 
     jobs.outrider("job", "run", str(file), "--detach")
-    until(lambda: bool(ended("failed")), "a failure")
+    eventually(lambda: bool(ended("failed")), "a failure")
     assert jobs.status("moves")["state"] != "failed", "it is tried again"
     for node in others:
         jobs.outrider("node", "eligibility", node, "--enable")
-    until(lambda: jobs.status("moves")["state"] == "complete", "its end")
+    eventually(lambda: jobs.status("moves")["state"] == "complete", "its end")
     assert set(ended("failed")) == {first}
     assert ended("complete")[0] in others

@@ -4,20 +4,18 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.integration.fleet import DevFleet, fleet
+from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
 pytestmark = [pytest.mark.host, pytest.mark.timeout(300)]
 
-DEADLINE_S = 60.0
 GIB = 1 << 30
 # What the nodes' operator says of them: n1 and n2 share a rack, n2 is a pool of its own, n3 has devices.
 NODES: dict[str, dict[str, Any]] = {
@@ -25,13 +23,6 @@ NODES: dict[str, dict[str, Any]] = {
     "n2": {"meta": {"rack": "r1", "level": "3"}, "pool": "lab"},
     "n3": {"meta": {"rack": "r2"}, "devices": {"gpu": 2}, "reserved": {"memory_bytes": 2 * GIB}},
 }
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, what
-        time.sleep(0.05)
 
 
 class Yard:
@@ -60,7 +51,7 @@ class Yard:
 
     def nodes(self, name: str) -> list[str]:
         """Where its copies are, once all of them are somewhere and run."""
-        until(lambda: all(one["status"] == "running" for one in self.allocations(name)), f"{name} does not run")
+        eventually(lambda: all(one["status"] == "running" for one in self.allocations(name)), f"{name} does not run")
         return sorted(one["node"] for one in self.allocations(name))
 
     def waiting(self, name: str) -> dict[str, Any]:
@@ -89,7 +80,7 @@ def yard(fleet: DevFleet, tmp_path_factory: pytest.TempPathFactory) -> Yard:
             for name, more in NODES.items()
         )
 
-    until(described, "the agents did not come back as they are described")
+    eventually(described, "the agents did not come back as they are described")
     return Yard(fleet, tmp_path_factory.mktemp("jobs"))
 
 
@@ -137,11 +128,13 @@ def test_constraint(yard: Yard, job: str, constraint: str, nodes: set[str]) -> N
 
 def test_distinct_hosts_and_values(yard: Yard, job: str) -> None:
     yard.run(job, "pool: all", group="count: 4\nconstraints: [distinct host]")
-    until(lambda: sorted(str(one["node"]) for one in yard.allocations(job)) == ["None", "n1", "n2", "n3"], "not apart")
+    eventually(
+        lambda: sorted(str(one["node"]) for one in yard.allocations(job)) == ["None", "n1", "n2", "n3"], "not apart"
+    )
     assert "3 of 3 nodes: `distinct host` is used up" in yard.waiting(job)["reason"]
     yard.run(job, "pool: all", group="count: 3\nconstraints: [distinct meta.rack]")
-    until(lambda: len([one for one in yard.allocations(job) if one["node"] == "n3"]) == 1, "not on n3")
-    until(lambda: any(one["node"] is None for one in yard.allocations(job)), "three copies on two racks")
+    eventually(lambda: len([one for one in yard.allocations(job) if one["node"] == "n3"]) == 1, "not on n3")
+    eventually(lambda: any(one["node"] is None for one in yard.allocations(job)), "three copies on two racks")
 
 
 def test_affinity_and_spread_decide_among_those_that_fit(yard: Yard, job: str) -> None:
@@ -149,7 +142,7 @@ def test_affinity_and_spread_decide_among_those_that_fit(yard: Yard, job: str) -
     assert yard.nodes(job) == ["n3"]
     targets = "spread: [{attribute: meta.rack, targets: {r1: 25, r2: 75}}]"
     yard.run(job, "pool: all", group=f"count: 4\n{targets}")
-    until(lambda: len(yard.allocations(job)) == 4, "four copies")
+    eventually(lambda: len(yard.allocations(job)) == 4, "four copies")
     assert yard.nodes(job).count("n3") == 3
 
 
@@ -174,7 +167,7 @@ def test_pool_keeps_to_its_nodes(yard: Yard, job: str) -> None:
 
 def test_devices_are_counted_and_kvm_is_there_or_not(yard: Yard, job: str) -> None:
     yard.run(job, "pool: all", group="count: 3", resources=", devices: {gpu: 1}")
-    until(lambda: [one["node"] for one in yard.allocations(job)].count("n3") == 2, "two devices for two copies")
+    eventually(lambda: [one["node"] for one in yard.allocations(job)].count("n3") == 2, "two devices for two copies")
     reason = yard.waiting(job)["reason"]
     assert "device gpu 1 wanted, at most 0 free" in reason
     yard.stop(job)
@@ -198,7 +191,7 @@ def test_reserved_memory_is_not_given_away(yard: Yard) -> None:
 
 def test_static_ports_are_taken_once_and_dynamic_ones_answer(yard: Yard, job: str) -> None:
     yard.run(job, "pool: all", group="count: 4\nnetwork: {ports: {http: {static: 18080}}}")
-    until(lambda: len([one for one in yard.allocations(job) if one["node"]]) == 3, "one for each node")
+    eventually(lambda: len([one for one in yard.allocations(job) if one["node"]]) == 3, "one for each node")
     assert "port 18080 is" in yard.waiting(job)["reason"]
     yard.stop(job)
     script = "mkdir www; echo $HOST_PORT_HTTP > www/i; exec busybox httpd -f -p $PORT_HTTP -h www"
@@ -215,7 +208,7 @@ def test_static_ports_are_taken_once_and_dynamic_ones_answer(yard: Yard, job: st
     def answer() -> str:
         return subprocess.run(get, capture_output=True, text=True, check=False).stdout.strip()
 
-    until(lambda: answer() == str(port), "the dynamic port does not answer with its own number")
+    eventually(lambda: answer() == str(port), "the dynamic port does not answer with its own number")
 
 
 def test_the_important_take_the_place_of_others_and_the_plan_shows_it_before(yard: Yard) -> None:
