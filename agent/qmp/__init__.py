@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import QMPClient, QMPError, Runstate
 
 from outrider.errors import HostError
 
@@ -132,17 +132,23 @@ def connect(path: Path) -> socket.socket:
         os.close(descriptor)
 
 
+async def hang_up(client: QMPClient) -> None:
+    """Also where the connection broke while it was made: the library may have left that open."""
+    if client.runstate is not Runstate.IDLE:
+        await client.disconnect()
+
+
 @asynccontextmanager
 async def conversation(path: Path, deadline_s: float = _DEADLINE_S) -> AsyncIterator[QMPClient]:
     """The one that speaks with the emulator: it listens to nobody else meanwhile. Raises HostError."""
     client = QMPClient()
     try:
         async with asyncio.timeout(deadline_s):
-            await client.connect(connect(path))
             try:
+                await client.connect(connect(path))
                 yield client
             finally:
-                await client.disconnect()
+                await hang_up(client)
     except BROKEN as error:  # TimeoutError is an OSError
         reason = str(error) or f"no answer within {deadline_s:g} s"
         raise HostError(f"emulator at {path}", step=reason) from error

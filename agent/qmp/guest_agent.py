@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from qemu.qmp import ExecuteError, QMPClient
 
-from agent.qmp import BROKEN, connect
+from agent.qmp import BROKEN, connect, hang_up
 from outrider.errors import HostError, RefusedError
 
 _ANSWER_S = 3.0
@@ -55,11 +55,11 @@ class GuestAgents:
         try:
             bound_s = self._answer_s if deadline_s is None else deadline_s
             async with self._lines.setdefault(path, asyncio.Lock()), asyncio.timeout(bound_s):
-                await client.connect(connect(path))
                 try:
+                    await client.connect(connect(path))
                     answer = await client.execute(command, {**arguments})
                 finally:
-                    await client.disconnect()
+                    await hang_up(client)
         except TimeoutError as error:
             hint = "install and start qemu-guest-agent in its image"
             raise RefusedError("no-guest-agent", f"nobody answers inside the guest: {hint}") from error

@@ -33,26 +33,28 @@ def guest_agent_answers() -> list[bytes]:
 
 
 class Answers:
-    """Says `content` to whoever dials, and hangs up. Owns a loop, on which the readers run."""
+    """Says `content` to whoever dials, and hangs up; nothing of it stays after the case."""
 
     def __init__(self, ask: Callable[[Path], Coroutine[None, None, object]], *, when_asked: bool) -> None:
         self._ask, self._when_asked = ask, when_asked
-        self._directory = tempfile.TemporaryDirectory(prefix="outrider-fuzz-")
-        self._path = Path(self._directory.name) / "socket"
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(lambda _loop, _context: None)  # the library leaves broken pipes to nobody
-        self._content = b""
-        self._loop.run_until_complete(asyncio.start_unix_server(self._serve, self._path))
 
     def __call__(self, content: bytes) -> None:
-        self._content = content
-        self._loop.run_until_complete(self._ask(self._path))
+        asyncio.run(self._case(content))
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._when_asked:
-            await reader.readline()
-        writer.write(self._content)
-        writer.close()
+    async def _case(self, content: bytes) -> None:
+        # The library leaves broken pipes to nobody.
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if self._when_asked:
+                await reader.readline()
+            writer.write(content)
+            writer.close()
+
+        with tempfile.TemporaryDirectory(prefix="outrider-fuzz-") as directory:
+            path = Path(directory) / "socket"
+            async with await asyncio.start_unix_server(serve, path):
+                await self._ask(path)
 
 
 async def ask_emulator(path: Path) -> None:
