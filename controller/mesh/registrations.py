@@ -107,8 +107,6 @@ def operations(known: NodeRecord | None, wanted: NodeRecord | None) -> Operation
     found = known or NodeRecord(node=CatalogNode(node=""))
     first = [] if found.node == wanted.node else [Txn(node=TxnNode(verb="set", node=wanted.node))]
     gone = [row for name, row in found.services.items() if name not in wanted.services]
-    # 1.8 wants the name with the id, also for deletion.
-    first += [_service("delete", wanted, ConsulService(id=row.id, service=row.service)) for row in gone]
     changed = [row for name, row in wanted.services.items() if found.services.get(name) != row]
     first += [_service("set", wanted, row) for row in changed if not row.kind]
     proxies = [_registration(wanted, row) for row in changed if row.kind]
@@ -123,6 +121,8 @@ def operations(known: NodeRecord | None, wanted: NodeRecord | None) -> Operation
         for name, check in wanted.checks.items()
         if found.checks.get(name) != check and name not in registered
     ]
+    # Last of all: what takes its place, perhaps on another node, passes by then. 1.8 wants the name with the id.
+    last += [_service("delete", wanted, ConsulService(id=row.id, service=row.service)) for row in gone]
     return Operations(first=tuple(first), proxies=tuple(proxies), last=tuple(last))
 
 
