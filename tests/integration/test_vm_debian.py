@@ -76,10 +76,9 @@ def wanted(built: Path) -> Assignment:
 
 
 async def test_cloud_init_does_what_the_job_says_and_systemd_ends_in_order(fleet: AgentFleet, built: Path) -> None:
-    controller = fleet.controller
+    controller, wish = fleet.controller, wanted(built)  # first: to sum up the disk takes longer than a session stands
     await fleet.start()
     mesh(fleet)
-    wish = wanted(built)
     controller.assign(wish, *neighbours(), full=True)
     await until(lambda: controller.passing(GUEST), "cloud-init did its work", timeout_s=BOOT_S)
     mesh(fleet)
