@@ -10,7 +10,7 @@ import pytest
 from tests.integration.fleet import DevFleet, eventually, fleet
 
 __all__ = ["fleet"]
-pytestmark = [pytest.mark.host, pytest.mark.deep]
+pytestmark = [pytest.mark.host, pytest.mark.deep, pytest.mark.timeout(600)]
 
 # One request after the other on each of four connections; nobody tries twice. Tells every moment how it goes.
 _CALLER = """
