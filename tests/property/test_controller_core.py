@@ -320,7 +320,8 @@ def recover(happenings: list[tuple[object, ...]], seed: int) -> None:
 
 
 def stuck(world: World, name: JobName) -> bool:
-    """A failed rollout touches nothing more: copies of the version before stay until somebody submits again."""
+    """A failed rollout touches nothing more: copies of the version before stay until somebody submits again. One that
+    an operator made fail stays so, however well its copies are."""
     entry = world.state.jobs[name]
     versions = {one.job_version for one in views.allocations(world.state, job=name)}
-    return entry.rollout is RolloutState.FAILED and versions != {entry.latest}
+    return entry.rollout is RolloutState.FAILED and (entry.final or versions != {entry.latest})
