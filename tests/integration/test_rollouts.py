@@ -16,7 +16,7 @@ job: {job}
 groups:
   web:
     count: {count}
-    update: {{min_healthy: 200ms, healthy_deadline: 20s{update}}}
+    update: {{min_healthy: 200ms, healthy_deadline: {deadline}{update}}}
     {more}
     network: {{ports: {{http: {{}}}}}}
     services: [{{name: {job}, port: http, check: {{tcp: true, interval: {interval}}}}}]
@@ -36,7 +36,15 @@ class Jobs:
         self.directory = directory
 
     def run(self, job: str, version: str, *, code: int = 0, detach: bool = False, **options: str | int) -> str:
-        values = {"count": 3, "update": "", "more": "", "interval": "500ms", "port": LISTENS, **options}
+        values = {
+            "count": 3,
+            "update": "",
+            "more": "",
+            "interval": "500ms",
+            "port": LISTENS,
+            "deadline": "20s",
+            **options,
+        }
         file = self.directory / "job.yaml"
         file.write_text(JOB.format(job=job, version=version, **values))
         return self.outrider("job", "run", str(file), *(["--detach"] if detach else []), code=code)
@@ -56,6 +64,9 @@ class Jobs:
 
     def nodes(self, job: str) -> set[str]:
         return {one["node"] for one in self.allocations(job)}
+
+    def has_stand_in(self, job: str) -> bool:
+        return any(one.get("role") == "successor" and one["healthy"] for one in self.allocations(job))
 
     def rollout(self, job: str) -> str:
         return str(self.fleet.json("job", "status", job)["rollout"])
@@ -200,8 +211,7 @@ def test_a_silent_node_has_a_stand_in_until_it_is_back(jobs: Jobs) -> None:
     before = jobs.ids("kept")
     jobs.fleet.dev("partition", "n2")
     try:
-        eventually(lambda: any(one.get("role") == "successor" and one["healthy"] for one in jobs.allocations("kept")),
-                   "a stand-in runs")  # fmt: skip
+        eventually(lambda: jobs.has_stand_in("kept"), "a stand-in runs")
         assert before < jobs.ids("kept")
     finally:
         jobs.fleet.dev("heal", "n2")
@@ -233,3 +243,47 @@ def test_what_fails_again_and_again_is_given_up(jobs: Jobs) -> None:
     assert len(failed) == 2
     assert len({one["node"] for one in failed}) == 2, "the second try is elsewhere"
     jobs.stop("hopeless")
+
+
+@pytest.mark.deep
+def test_a_rollout_that_makes_no_progress_fails_after_trying_elsewhere(jobs: Jobs) -> None:
+    said = jobs.run("stuck", "1", count=1, port="1", deadline="2s", update=", progress_deadline: 8s", code=1)
+    assert "made no progress within 8 s" in said
+    tried = jobs.fleet.json("alloc", "ls", "--job", "stuck", "--all")
+    assert len({one["node"] for one in tried}) > 1
+    jobs.stop("stuck")
+
+
+@pytest.mark.deep
+def test_batch_work_may_end_on_a_drained_node_until_the_deadline(jobs: Jobs) -> None:
+    file = jobs.directory / "work.yaml"
+    file.write_text(
+        "job: work\ntype: batch\ngroups: {main: {count: 3, constraints: [distinct host at most 1],"
+        " tasks: {main: {command: [sleep, '300'], kill_timeout: 1s}}}}\n"
+    )
+    jobs.outrider("job", "run", "--detach", str(file))
+    eventually(lambda: jobs.nodes("work") == {"n1", "n2", "n3"}, "one on each node")
+    (on_n2,) = (one["id"] for one in jobs.allocations("work") if one["node"] == "n2")
+    since = jobs.events()[-1]["sequence"]
+    jobs.outrider("node", "drain", "n2", "--deadline", "4s")
+    told = [event for event in jobs.events() if event["sequence"] > since]
+    draining = next(event for event in told if event["kind"] == "node.draining")
+    stopping = next(event for event in told if event["alloc"] == on_n2)
+    assert (stopping["kind"], stopping["message"]) == ("alloc.stopping", "its node is drained")
+    assert stopping["at_s"] - draining["at_s"] > 3.9
+    jobs.outrider("node", "eligibility", "n2", "--enable")
+    jobs.stop("work")
+
+
+@pytest.mark.deep
+def test_a_stand_in_that_is_to_survive_takes_the_place_of_the_original(jobs: Jobs) -> None:
+    jobs.run("survives", "1", more="disconnect: {replace_after: 2s, lost_after: 5m, survivor: replacement}")
+    (original,) = (one["id"] for one in jobs.allocations("survives") if one["node"] == "n2")
+    jobs.fleet.dev("partition", "n2")
+    try:
+        eventually(lambda: jobs.has_stand_in("survives"), "a stand-in runs")
+    finally:
+        jobs.fleet.dev("heal", "n2")
+    eventually(lambda: original not in jobs.ids("survives") and len(jobs.ids("survives")) == 3, "the original goes")
+    assert all(one.get("role", "ordinary") == "ordinary" for one in jobs.allocations("survives"))
+    jobs.stop("survives")
