@@ -186,7 +186,10 @@ def judge_brake(state: State, now_s: float) -> None:
     elif was and not braking:
         notices.of_fleet(state, Kind.FLEET_RELEASED, "enough nodes are back")
         for ref, link in enumerate(links):
-            if link.status is not NodeStatus.READY:
+            if link.status in AWAY:  # they come back one after the other: each has its whole grace from here on
+                link.away_s = now_s
+                absence.watch(state, ref, now_s)
+            elif link.status is NodeStatus.DOWN:
                 state.live.timers.set((GRACE, ref), now_s)
     if bool(was) != braking:
         suspects = (ref for ref, link in enumerate(links) if link.status is NodeStatus.SUSPECT)

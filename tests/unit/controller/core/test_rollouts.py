@@ -254,6 +254,8 @@ def test_nothing_stands_in_while_the_brake_is_on() -> None:
     assert roles(world) == [CopyRole.ORDINARY] * 6
     world.join(world.agents[NodeId("n1")].node)
     world.wait(1)
+    assert roles(world) == [CopyRole.ORDINARY] * 6, "the others may be on their way back too"
+    world.wait(4)
     assert len(live(world)) == 6
     assert {one.node for one in live(world)}.isdisjoint({"n2", "n3"})
 
