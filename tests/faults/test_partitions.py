@@ -13,7 +13,7 @@ from tests.faults.test_controllers import WAIT_S, Fleet, fleet_in, submitted
 from tests.integration.network_lab import lab
 from tests.integration.processes import until
 
-pytestmark = [pytest.mark.host, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.host, pytest.mark.deep, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -21,7 +21,7 @@ from outrider.v1 import job_pb2, operator_pb2, operator_pb2_grpc
 from tests.integration.controllers import Controller, web_job
 from tests.integration.processes import until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.deep, pytest.mark.timeout(300)]
 CALLS = EVENTS_MAX + 2000  # at once: more than the queue of events holds
 NAMES = 4
 CALL_S = 120.0
