@@ -1,6 +1,7 @@
 """Rollouts, drains, restarts and silent nodes on a real fleet of three nodes, as people see them."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,29 @@ def test_a_stand_in_that_is_to_survive_takes_the_place_of_the_original(jobs: Job
     eventually(lambda: original not in jobs.ids("survives") and len(jobs.ids("survives")) == 3, "the original goes")
     assert all(one.get("role", "ordinary") == "ordinary" for one in jobs.allocations("survives"))
     jobs.stop("survives")
+
+
+@pytest.mark.deep
+def test_when_all_nodes_are_away_at_once_nothing_is_lost_then_nor_as_they_come_back(jobs: Jobs) -> None:
+    jobs.run("braked", "1", more="disconnect: {lost_after: 20s}")
+    before, since = jobs.ids("braked"), jobs.events()[-1]["sequence"]
+
+    def told(kind: str) -> float | None:
+        """When."""
+        return next((one["at_s"] for one in jobs.events() if one["sequence"] > since and one["kind"] == kind), None)
+
+    nodes = ("n1", "n2", "n3")
+    for node in nodes:
+        jobs.fleet.dev("partition", node)
+    try:
+        eventually(
+            lambda: (at_s := told("fleet.braked")) is not None and time.time() > at_s + 12, "overdue, and braked"
+        )
+        assert jobs.ids("braked") == before
+    finally:
+        for node in nodes:
+            jobs.fleet.dev("heal", node)
+    eventually(lambda: set(jobs.fleet.node_statuses().values()) == {"ready"}, "all are back")
+    assert told("fleet.released") is not None
+    assert jobs.ids("braked") == before
+    jobs.stop("braked")
