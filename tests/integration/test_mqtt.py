@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import aiomqtt
@@ -82,7 +83,7 @@ class Lab:
         broker = Broker(
             config=MqttConfig(host="127.0.0.1", port=self.port),
             cluster=CLUSTER,
-            tls=ssl_context(self.controller, server=False),
+            tls=partial(ssl_context, self.controller, server=False),
             seen=seen.append,
             log=Log("mqtt"),
         )
