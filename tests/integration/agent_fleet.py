@@ -63,6 +63,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self.tunnel_inputs: dict[str, asyncio.Queue[fleet_pb2.TunnelFrame]] = {}
         self._heartbeat_interval_s = heartbeat_interval_s
         self._outgoing: asyncio.Queue[fleet_pb2.ControllerMessage] | None = None
+        self._unacknowledged: dict[int, fleet_pb2.ControllerMessage] = {}  # said in a session that broke off, perhaps
         self._counter = 0
         self._mesh_version = 0
         self._mesh_key = ec.generate_private_key(ec.SECP256R1())
@@ -79,6 +80,9 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self.reports = {}
         self._hear_reports(first.hello.reports)
         self.hellos.append(first.hello)
+        self._acknowledged(first.hello.acknowledged.counter)
+        for message in self._unacknowledged.values():
+            outgoing.put_nowait(message)
         yield fleet_pb2.ControllerMessage(
             welcome=fleet_pb2.Welcome(cluster="test", heartbeat_interval_s=self._heartbeat_interval_s, protocol=1)
         )
@@ -124,7 +128,8 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
             assignments=[codec.to_wire(each, allocation_pb2.Assignment) for each in assignments],
             removed=removed,
         )
-        self._say(fleet_pb2.ControllerMessage(assignments=message))
+        self._unacknowledged[self._counter] = fleet_pb2.ControllerMessage(assignments=message)
+        self._say(self._unacknowledged[self._counter])
         return generation
 
     def mesh(self, *services: MeshService, intentions: tuple[ServiceIntentions, ...] = ()) -> int:
@@ -178,11 +183,16 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
                     self._hear_reports(message.reports.reports)
                 case "applied":
                     self.applied = codec.from_wire(message.applied.generation, Generation)
+                    self._acknowledged(self.applied.counter)
                 case "mesh_applied":
                     self.mesh_applied = message.mesh_applied.version
                 case "fingerprint_changed":
                     self.fingerprints += 1
                     self.fingerprint_snapshots = tuple(message.fingerprint_changed.fingerprint.snapshots)
+
+    def _acknowledged(self, counter: int) -> None:
+        for heard in [said for said in self._unacknowledged if said <= counter]:
+            del self._unacknowledged[heard]
 
     def _hear_reports(self, reports: Any) -> None:
         for report in reports:
