@@ -24,7 +24,6 @@ from typing import IO, NoReturn
 
 from outrider.errors import InputError
 
-NEVER, AGAIN = 65, 75  # EX_DATAERR and EX_TEMPFAIL
 _HOSTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM})  # not the image's fault
 _BLOCK_BYTES = 1024 * 1024
 _RECORD_BYTES = 512
@@ -54,13 +53,13 @@ def main() -> NoReturn:
                 used = stream.used
         except (InputError, tarfile.TarError, zlib.error, ValueError, ArithmeticError) as error:
             print(f"layer {number}, {name[:12]}: {error}", file=sys.stderr)
-            sys.exit(NEVER)
+            sys.exit(os.EX_DATAERR)
         except (MemoryError, RecursionError):
             print(f"layer {number}, {name[:12]}: its headers are too large, or its paths too long", file=sys.stderr)
-            sys.exit(NEVER)
+            sys.exit(os.EX_DATAERR)
         except OSError as error:
             print(f"layer {number}, {name[:12]}: {error.filename}: {error.strerror}", file=sys.stderr)
-            sys.exit(AGAIN if error.errno in _HOSTS else NEVER)
+            sys.exit(os.EX_TEMPFAIL if error.errno in _HOSTS else os.EX_DATAERR)
     sys.exit(0)
 
 

@@ -22,7 +22,6 @@ from agent.pull.cache import Cache
 from agent.pull.complaints import PullError, judged, not_unpacked
 from agent.pull.gate import Gate
 from agent.pull.image import Configuration, Manifest, UnpackedImage
-from agent.pull.layers import NEVER
 from agent.sandbox.beneath import open_beneath
 from outrider.errors import HostError
 from outrider.log import Log
@@ -212,7 +211,7 @@ class Puller:
             return error
         except OSError as error:
             return PullError(f"the node's cache of images: {error.strerror}", retry=True)
-        return not_unpacked(done.stderr, retry=done.code != NEVER) if done.code != 0 else None
+        return not_unpacked(done.stderr, retry=done.code != os.EX_DATAERR) if done.code != 0 else None
 
     async def _published(self, configuration: Configuration, digest: str, scratch: Path) -> UnpackedImage:
         root = scratch / "root"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from agent.pull.layers import AGAIN, NEVER
 from outrider.model.job import MIB
 from tests.integration.registry import entry, layer
 
@@ -85,7 +84,7 @@ async def test_a_layer_replaces_and_removes_what_the_ones_below_it_have(made: Ma
         entry("tree", b"now a file"),
     )
     refused = made.unpack(below, above)
-    assert refused[0] == NEVER
+    assert refused[0] == os.EX_DATAERR
     assert "'file' is a file, or a link that leads nowhere, and something lies below it" in refused[1]
     (made.root.parent / "second").mkdir()
     made = Made(made.root.parent / "second")
@@ -119,7 +118,7 @@ async def test_what_no_image_should_have_is_refused_by_name(
 ) -> None:
     content = gzip.compress(layer(entry("before"), *entries))
     code, said = made.unpack(layer(entry("first")), content)
-    assert code == NEVER
+    assert code == os.EX_DATAERR
     assert said.startswith(f"layer 2, {hashlib.sha256(content).hexdigest()[:12]}: ")
     assert words in said
 
@@ -165,7 +164,7 @@ async def test_a_broken_archive_is_no_short_one(made: Made, broken: str) -> None
         "bzip2": (bz2.compress(whole), "it is compressed by bzip2"),
     }[broken]
     code, said = made.unpack(archive)
-    assert (code, words in said) == (NEVER, True), said
+    assert (code, words in said) == (os.EX_DATAERR, True), said
 
 
 async def test_a_full_disk_is_worth_another_try(made: Made, tmp_path: Path) -> None:
@@ -179,5 +178,5 @@ async def test_a_full_disk_is_worth_another_try(made: Made, tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )
     _, said = await process.communicate(b"layer\n")
-    assert process.returncode == AGAIN
+    assert process.returncode == os.EX_TEMPFAIL
     assert said.decode().strip() == "layer 1, layer: /big: No space left on device"
