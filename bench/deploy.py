@@ -67,7 +67,7 @@ LOAD_JOB = {
 def run() -> None:
     for parallel, count in HOSTS_AT.items():
         with SshHosts(count) as hosts:
-            took_s = deploy(hosts, inventory(hosts), "--parallel", str(parallel))
+            took_s = deploy(hosts, hosts.inventory("bench"), "--parallel", str(parallel))
             if count == 10:
                 emit("deploy.ten_hosts_s", took_s, "s")
             emit(f"deploy.host_s_at_{parallel}", took_s / count, "s")
@@ -76,22 +76,6 @@ def run() -> None:
         emit("deploy.upgrade_requests", done, "requests")
         emit("deploy.upgrade_failed_requests", failed, "requests")
         emit("deploy.upgrade_lost_workloads", len(lost), "workloads")
-
-
-def inventory(hosts: SshHosts) -> Path:
-    """One controller, that is a node too; all others are nodes."""
-    document = {
-        "cluster": "bench",
-        "ssh": {"user": "root", "identity": str(hosts.key), "known_hosts": str(hosts.known_hosts)},
-        "agent": {"host_image": True},
-        "hosts": [
-            {"host": address, "name": f"h{at}", "roles": ["controller", "agent"] if at == 0 else ["agent"]}
-            for at, address in enumerate(hosts.addresses)
-        ],
-    }
-    path = hosts.directory / "hosts.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
 
 
 def deploy(hosts: SshHosts, file: Path, *words: str, source: Path | None = None) -> float:
@@ -106,7 +90,7 @@ def deploy(hosts: SshHosts, file: Path, *words: str, source: Path | None = None)
 
 def upgrade_under_load(hosts: SshHosts) -> tuple[int, int, Sequence[str]]:
     """Requests that were answered during an upgrade of every host, those that failed, and workloads that are others."""
-    file = inventory(hosts)
+    file = hosts.inventory("bench")
     deploy(hosts, file)
     job = hosts.path(hosts.addresses[0], "/var/tmp/load.yaml")  # noqa: S108 - the host's own
     job.write_text(yaml.safe_dump(LOAD_JOB))

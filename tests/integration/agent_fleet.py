@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import pytest
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -36,7 +37,7 @@ from outrider.model.allocation import AllocReport, AllocStatus, Assignment, Gene
 from outrider.model.mesh import Leaf, MeshService, MeshUpdate, ServiceIntentions, TrustRoots, spiffe_id
 from outrider.tokens import join_token
 from outrider.v1 import allocation_pb2, fleet_pb2, fleet_pb2_grpc, mesh_pb2
-from tests.integration.network_lab import NODE
+from tests.integration.network_lab import NODE, Lab
 from tests.integration.processes import until
 
 DATACENTER = "dc1"
@@ -361,3 +362,9 @@ async def agent_fleet(*, ca: FleetCa | None = None, **settings: object) -> Async
             await server.stop(None)
             await joins.stop(None)
         shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is where this thread then lives
+    async with agent_fleet() as made:
+        yield made

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc.aio
+import pytest
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -310,3 +311,13 @@ def web_job(count: int = 1) -> Job:
 async def submit(stub: "operator_pb2_grpc.OperatorServiceAsyncStub", job: Job) -> operator_pb2.SubmitJobResponse:
     request = operator_pb2.SubmitJobRequest(job=codec.to_wire(job, job_pb2.Job))
     return await stub.SubmitJob(request, timeout=CALL_S)
+
+
+@pytest.fixture
+async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
+    controller = Controller(tmp_path)
+    try:
+        await controller.start()
+        yield controller
+    finally:
+        await controller.kill()

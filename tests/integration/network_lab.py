@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 NODE = "10.77.0.1"
 OTHER_HOST = "10.77.0.2"  # stands for the control plane, another node, and the rest of the world
 SERVER_PORT = 7000
@@ -134,6 +136,12 @@ def lab() -> Iterator[Lab]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def node() -> Iterator[Lab]:
+    with lab() as made:
+        yield made
 
 
 def inside(namespace: str, uid: int) -> tuple[str, ...]:

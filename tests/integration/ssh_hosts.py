@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
+import yaml
+
 NETWORK = "10.98.7"  # each bridge has a namespace of its own: two that stand at once may be alike
 _OWN = ("/opt/outrider", "/etc/outrider", "/var/lib/outrider", "/var/log/outrider", "/usr/local/bin", "/var/tmp")  # noqa: S108
 _ROOT = Path(__file__).parents[2]
@@ -81,6 +83,22 @@ class SshHosts:
     def path(self, address: str, path: str) -> Path:
         """Where the host's `path` is for us."""
         return self.directory / address / path.lstrip("/")
+
+    def inventory(self, cluster: str, **more: object) -> Path:
+        """One controller, that is a node too; all others are nodes."""
+        document = {
+            "cluster": cluster,
+            "ssh": {"user": "root", "identity": str(self.key), "known_hosts": str(self.known_hosts)},
+            "agent": {"host_image": True},
+            "hosts": [
+                {"host": address, "name": f"h{at}", "roles": ["controller", "agent"] if at == 0 else ["agent"]}
+                for at, address in enumerate(self.addresses)
+            ],
+            **more,
+        }
+        path = self.directory / "hosts.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return path
 
     def outrider(
         self, *words: str, source: Path = _ROOT, timeout_s: float = 300, **environment: str

@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,11 @@ from outrider.model.job import (
 )
 from outrider.model.job import Protocol as MeshProtocol
 from outrider.v1 import fleet_pb2
-from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import Lab, lab
+from tests.integration.agent_fleet import AgentFleet, fleet
+from tests.integration.network_lab import node
 from tests.integration.processes import until
 
+__all__ = ["fleet", "node"]
 pytestmark = pytest.mark.host
 
 WEB, BATCH = AllocId("00000000a1"), AllocId("00000000b1")
@@ -43,18 +43,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is where this thread then lives
-    async with agent_fleet() as made:
-        yield made
 
 
 def web(alloc: AllocId = WEB, desired: Desired = Desired.RUN) -> Assignment:

@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import tarfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,11 @@ from outrider.model.allocation import AllocReport, AllocStatus, Assignment
 from outrider.model.belongings import Artifact
 from outrider.model.job import MIB, Group, RestartPolicy, Task
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import Lab, node
 from tests.integration.processes import free_port, until
 from tests.integration.registry import Registry, layout
 
+__all__ = ["node"]
 pytestmark = pytest.mark.host
 
 CACHE_BYTES = 32 * MIB
@@ -76,12 +77,6 @@ class Server:
         return Artifact(
             path=name, source=f"http://127.0.0.1:{self.port}/{name}", sha256=hashlib.sha256(content).hexdigest()
         )
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

@@ -25,21 +25,11 @@ from outrider.pinned import pinned_ca
 from outrider.tls import CONTROLLER_NAME, TlsFiles, channel
 from outrider.tokens import parse_token
 from outrider.v1 import access_pb2, access_pb2_grpc, fleet_pb2, fleet_pb2_grpc
-from tests.integration.controllers import CALL_S, CLUSTER, Agent, Controller
+from tests.integration.controllers import CALL_S, CLUSTER, Agent, Controller, controller
 from tests.integration.fleet import DevFleet, eventually, fleet
 
-__all__ = ["fleet"]
+__all__ = ["controller", "fleet"]
 N1, N2, N3 = NodeId("n1"), NodeId("n2"), NodeId("n3")
-
-
-@pytest.fixture
-async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
-    controller = Controller(tmp_path)
-    try:
-        await controller.start()
-        yield controller
-    finally:
-        await controller.kill()
 
 
 @contextlib.asynccontextmanager

@@ -22,21 +22,12 @@ from outrider.ids import NodeId, ServiceName
 from outrider.model.mesh import spiffe_id
 from outrider.tls import TlsFiles, channel, joining_channel, ssl_context
 from outrider.v1 import fleet_pb2, fleet_pb2_grpc, job_pb2, mesh_pb2, operator_pb2, operator_pb2_grpc
-from tests.integration.controllers import CALL_S, CLUSTER, Agent, Controller, submit, web_job
+from tests.integration.controllers import CALL_S, CLUSTER, Agent, Controller, controller, submit, web_job
 from tests.integration.processes import free_port, program, until
 
+__all__ = ["controller"]
 N1, N2 = NodeId("n1"), NodeId("n2")
 JOB = operator_pb2.GetJobRequest(job="shop")
-
-
-@pytest.fixture
-async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
-    controller = Controller(tmp_path)
-    try:
-        await controller.start()
-        yield controller
-    finally:
-        await controller.kill()
 
 
 async def _healthy(controller: Controller) -> operator_pb2.JobStatus:

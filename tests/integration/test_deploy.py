@@ -19,22 +19,6 @@ def hosts() -> Iterator[SshHosts]:
         yield made
 
 
-def inventory(hosts: SshHosts, **more: object) -> Path:
-    document = {
-        "cluster": "sshtest",
-        "ssh": {"user": "root", "identity": str(hosts.key), "known_hosts": str(hosts.known_hosts)},
-        "agent": {"host_image": True},
-        "hosts": [
-            {"host": address, "name": f"h{at}", "roles": ["controller", "agent"] if at == 0 else ["agent"]}
-            for at, address in enumerate(hosts.addresses)
-        ],
-        **more,
-    }
-    path = hosts.directory / "hosts.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
-
-
 def nodes(hosts: SshHosts) -> dict[str, str]:
     done = on_controller(hosts, "node", "ls", "--json")
     return {state["node"]["id"]: state["status"] for state in json.loads(done.stdout)}
@@ -77,7 +61,7 @@ def on_controller(hosts: SshHosts, *words: str) -> subprocess.CompletedProcess[s
 @pytest.mark.timeout(1800)
 def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts: SshHosts) -> None:
     first, second, third = hosts.addresses
-    file = str(inventory(hosts))
+    file = str(hosts.inventory("sshtest"))
 
     looked = hosts.outrider("deploy", "-f", file, "--dry-run")
     assert looked.returncode == 0, looked.stderr
@@ -136,7 +120,7 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
 @pytest.mark.timeout(1200)
 def test_ten_hosts_become_a_fleet_at_once() -> None:
     with SshHosts(10) as ten:
-        deployed = ten.outrider("deploy", "-f", str(inventory(ten)), "--parallel", "10", timeout_s=900)
+        deployed = ten.outrider("deploy", "-f", str(ten.inventory("sshtest")), "--parallel", "10", timeout_s=900)
         assert deployed.returncode == 0, deployed.stderr
         assert nodes(ten) == {f"h{at}": "ready" for at in range(10)}
 
@@ -144,7 +128,7 @@ def test_ten_hosts_become_a_fleet_at_once() -> None:
 def test_who_is_not_let_in_is_told_so(hosts: SshHosts, tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True)
     ssh = {"user": "root", "identity": str(tmp_path / "other"), "known_hosts": str(hosts.known_hosts)}
-    done = hosts.outrider("deploy", "-f", str(inventory(hosts, ssh=ssh)), "--only", hosts.addresses[1])
+    done = hosts.outrider("deploy", "-f", str(hosts.inventory("sshtest", ssh=ssh)), "--only", hosts.addresses[1])
     assert done.returncode == 1
     assert "it does not let us in" in done.stderr
     assert not list(hosts.path(hosts.addresses[1], "/opt/outrider").iterdir())
@@ -152,6 +136,6 @@ def test_who_is_not_let_in_is_told_so(hosts: SshHosts, tmp_path: Path) -> None:
 
 def test_a_host_that_is_away_is_told_so(hosts: SshHosts) -> None:
     ssh = {"user": "root", "identity": str(hosts.key), "known_hosts": str(hosts.known_hosts), "port": 2222}
-    done = hosts.outrider("deploy", "-f", str(inventory(hosts, ssh=ssh)), "--only", hosts.addresses[1])
+    done = hosts.outrider("deploy", "-f", str(hosts.inventory("sshtest", ssh=ssh)), "--only", hosts.addresses[1])
     assert done.returncode == 1
     assert "no SSH connection" in done.stderr

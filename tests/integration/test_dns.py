@@ -25,10 +25,11 @@ from outrider.errors import InputError, PeerError
 from outrider.ids import AllocId
 from outrider.log import Log
 from outrider.model.job import MIB
-from tests.integration.network_lab import NODE, Lab, inside, lab
+from tests.integration.network_lab import NODE, Lab, inside, lab, node
 from tests.integration.processes import until
 from tests.integration.sandboxes import private_mounts
 
+__all__ = ["node"]
 pytestmark = pytest.mark.host
 
 BLOCK = 8
@@ -86,12 +87,6 @@ class Responder:
     def resident_bytes(self) -> int:
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import os
 import ssl
 import tarfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +16,14 @@ from outrider.ids import AllocId, GroupName, JobName, TaskName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment
 from outrider.model.job import MIB, Group, Image, ImageKind, PullPolicy, Resources, RestartPolicy, Task
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import Lab, node
 from tests.integration.processes import free_port, until
 from tests.integration.registry import Registry, digest_of, entry, layer, layout, shell_layer
 
+__all__ = ["node"]
 pytestmark = pytest.mark.host
 
 CACHE_BYTES = 96 * MIB
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

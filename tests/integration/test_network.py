@@ -1,7 +1,7 @@
 """An allocation's network on a node: what reaches it, what it reaches, and what it must never reach."""
 
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,24 +17,19 @@ from tests.integration.network_lab import (
     Lab,
     arrived,
     inside,
-    lab,
     links,
     mounts_below,
+    node,
     told,
 )
 
+__all__ = ["node"]
 pytestmark = pytest.mark.host
 
 BLOCK = 7
 A, B = AllocId("0a0a0a0a0a"), AllocId("0b0b0b0b0b")
 SIDECAR, WORKLOAD, DNS = 500_000, 600_000, 700_000  # the host's uids, of no user of any host
 A_MESH, B_MESH, A_STATIC = 20_001, 20_002, 8_081
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

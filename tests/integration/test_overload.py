@@ -4,8 +4,6 @@ answers others meanwhile."""
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import grpc.aio
 import msgspec
@@ -18,9 +16,10 @@ from outrider.ids import JobName
 from outrider.model.fleet import JobStatus
 from outrider.model.job import Job
 from outrider.v1 import job_pb2, operator_pb2, operator_pb2_grpc
-from tests.integration.controllers import Controller, web_job
+from tests.integration.controllers import Controller, controller, web_job
 from tests.integration.processes import until
 
+__all__ = ["controller"]
 pytestmark = [pytest.mark.deep, pytest.mark.timeout(300)]
 CALLS = EVENTS_MAX + 2000  # at once: more than the queue of events holds
 NAMES = 4
@@ -28,16 +27,6 @@ CALL_S = 120.0
 RSS_MB_MAX = 1024
 # From the queue of events; from a call that took too long; from gRPC, which begins no more than some thousand calls.
 REASONS = ("overloaded; try again", "look before you repeat it", NOT_BEGUN)
-
-
-@pytest.fixture
-async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
-    controller = Controller(tmp_path)
-    try:
-        await controller.start()
-        yield controller
-    finally:
-        await controller.kill()
 
 
 def version(name: str, count: int) -> Job:

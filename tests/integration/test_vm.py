@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -45,9 +45,10 @@ from tests.integration.machines import (
     serving,
     typed,
 )
-from tests.integration.network_lab import NODE, Lab, lab
+from tests.integration.network_lab import NODE, Lab, node
 from tests.integration.processes import until
 
+__all__ = ["node"]
 pytestmark = pytest.mark.host
 METRICS = 9464  # in the node's own namespace
 
@@ -55,12 +56,6 @@ METRICS = 9464  # in the node's own namespace
 @pytest.fixture(scope="module")
 def built() -> Path:
     return example.build()
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A whole Debian as a guest: systemd, and cloud-init that does what the job says. Nothing was prepared in it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -11,11 +10,12 @@ from examples.vm import debian
 from examples.vm import guest as example
 from outrider.model.allocation import AllocStatus, Assignment, Desired
 from outrider.model.job import MIB, CloudInit, Driver, File, GuestFile, Image, ImageKind, Resources
-from tests.integration.agent_fleet import AgentFleet, agent_fleet
+from tests.integration.agent_fleet import AgentFleet, fleet
 from tests.integration.machines import GUEST, calls, emulators, file, mesh, neighbours, ran, serving
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import node
 from tests.integration.processes import until
 
+__all__ = ["fleet", "node"]
 pytestmark = [pytest.mark.host, pytest.mark.deep, pytest.mark.timeout(3600)]
 
 BOOT_S = 900.0  # emulated, on a busy machine
@@ -28,18 +28,6 @@ DynamicUser=yes
 @pytest.fixture(scope="module")
 def built() -> Path:
     return debian.build()
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is where this thread then lives
-    async with agent_fleet() as made:
-        yield made
 
 
 def wanted(built: Path) -> Assignment:

@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -14,9 +14,10 @@ from outrider.model.allocation import AllocStatus, Assignment, Desired
 from outrider.model.job import MIB, File, Group, Image, ImageKind, Isolation, Resources, RestartPolicy, Task
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
 from tests.integration.machines import BOOT_S, GUEST, calls, emulators, logs, mesh, neighbours, ran, serving, typed
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import Lab, node
 from tests.integration.processes import until
 
+__all__ = ["node"]
 pytestmark = [pytest.mark.host, pytest.mark.timeout(400)]
 
 SERVE = """
@@ -30,12 +31,6 @@ while true; do sleep 1; done
 @pytest.fixture(scope="module")
 def built() -> Path:
     return example.build()
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

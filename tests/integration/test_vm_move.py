@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -14,9 +14,10 @@ from outrider.ids import AllocId, NodeId
 from outrider.model.allocation import AllocStatus, Assignment, Desired, Move, MoveReport, MoveStage
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
 from tests.integration.machines import BOOT_S, GUEST, emulators, image, logs, machine, ran
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import Lab, node
 from tests.integration.processes import until
 
+__all__ = ["node"]
 pytestmark = [pytest.mark.host, pytest.mark.timeout(400)]
 
 THERE = AllocId("00000000a2")
@@ -25,12 +26,6 @@ THERE = AllocId("00000000a2")
 @pytest.fixture(scope="module")
 def built() -> Path:
     return example.build()
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
 
 
 @pytest.fixture

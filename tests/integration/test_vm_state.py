@@ -5,7 +5,6 @@ import io
 import os
 import signal
 import tarfile
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,7 @@ from outrider.ids import AllocId
 from outrider.model.allocation import AllocStatus, Assignment
 from outrider.v1 import fleet_pb2
 from outrider.v1.fleet_pb2 import VmVerb
-from tests.integration.agent_fleet import AgentFleet, agent_fleet
+from tests.integration.agent_fleet import AgentFleet, fleet
 from tests.integration.machines import (
     API,
     BOOT_S,
@@ -35,9 +34,10 @@ from tests.integration.machines import (
     ran,
     serving,
 )
-from tests.integration.network_lab import Lab, lab
+from tests.integration.network_lab import node
 from tests.integration.processes import until
 
+__all__ = ["fleet", "node"]
 pytestmark = pytest.mark.host
 
 CLONES = AllocId("00000000e1"), AllocId("00000000e2")
@@ -46,18 +46,6 @@ CLONES = AllocId("00000000e1"), AllocId("00000000e2")
 @pytest.fixture(scope="module")
 def built() -> Path:
     return example.build()
-
-
-@pytest.fixture
-def node() -> Iterator[Lab]:
-    with lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def fleet(node: Lab) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it is where this thread then lives
-    async with agent_fleet() as made:
-        yield made
 
 
 async def operated(
