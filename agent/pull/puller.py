@@ -154,6 +154,7 @@ class Puller:
 
     async def _made(self, image: Image, known: str, scratch: Path, told: Told) -> UnpackedImage:
         """`known`: its digest, whose lock is held; "" for whatever the reference means now."""
+        (scratch / _BLOBS).mkdir()  # before either program: both want it, and skopeo would make it
         # What unpacks is started beside, and waits: its own start takes as long as a small image's unpacking.
         layers: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         unpacking = self._tasks.create_task(self._unpacked(layers, scratch), name=f"unpack-{image.reference}")
@@ -203,7 +204,6 @@ class Puller:
     async def _unpacked(self, layers: asyncio.Future[str], scratch: Path) -> PullError | None:
         """What was wrong, as a value: one raised here would end the agent."""
         blobs, root, bytes_max = scratch / _BLOBS, scratch / "root", self._cache.bytes_max
-        blobs.mkdir()
         argv = (sys.executable, "-m", "agent.pull.layers", str(blobs), str(root), str(bytes_max))
         try:
             done = await programs.run(argv, directory=scratch, bytes_max=bytes_max, told=layers)
