@@ -57,10 +57,9 @@ async def collector() -> AsyncIterator[tuple[Collector, int]]:
     await server.stop(None)
 
 
-@pytest.mark.parametrize("traced", [True, False])
-async def test_a_trace_context_passes_both_sidecars_and_where_asked_each_adds_its_span(
-    collector: tuple[Collector, int], traced: bool
-) -> None:
+@pytest.fixture
+async def workload() -> AsyncIterator[tuple[list[str], int]]:
+    """The trace contexts that it was called with, and its port."""
     seen: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -72,10 +71,19 @@ async def test_a_trace_context_passes_both_sidecars_and_where_asked_each_adds_it
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield seen, runner.addresses[0][1]
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("traced", [True, False])
+async def test_a_trace_context_passes_both_sidecars_and_where_asked_each_adds_its_span(
+    collector: tuple[Collector, int], workload: tuple[list[str], int], traced: bool
+) -> None:
+    seen, called = workload
     known, port = collector
     traces = Traces(address="127.0.0.1", port=port, percent=0.0) if traced else None
     async with Mesh() as mesh:
-        api = mesh.spec(API, served("api", runner.addresses[0][1], Protocol.HTTP))
+        api = mesh.spec(API, served("api", called, Protocol.HTTP))
         service = mesh.service("api", Protocol.HTTP, endpoint(api))
         mesh.intend("api", ("web", Action.ALLOW))
         mesh.publish()
@@ -95,4 +103,3 @@ async def test_a_trace_context_passes_both_sidecars_and_where_asked_each_adds_it
         assert {trace for _, trace, _ in known.spans} == {TRACE}
         assert ("web", TRACE, SPAN) in known.spans, "the caller's span is the first sidecar's parent"
         assert parent not in (SPAN, "")
-    await runner.cleanup()
