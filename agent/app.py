@@ -1,7 +1,8 @@
 """The agent's only wiring: configuration -> join -> claims -> parts -> what runs already -> run until SIGTERM.
 
-Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `belongings`, `load`, `kvm`, `mqtt`, and what
-these start, in one TaskGroup: when one fails, the agent ends with its error. The allocations run on in every case.
+Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `belongings`, `spares`, `load`, `kvm`, `mqtt`,
+and what these start, in one TaskGroup: when one fails, the agent ends with its error. The allocations run on in every
+case.
 """
 
 import asyncio
@@ -58,6 +59,7 @@ from agent.record_writer import RecordWriter
 from agent.renewal import Renewal
 from agent.snapshots import Snapshots
 from agent.sources import Sources
+from agent.spares import Spares
 from agent.trust import trusting
 from agent.tunnels import Tunnels
 from agent.vm_operations import VmOperations
@@ -188,6 +190,15 @@ class Agent:
             tasks=tasks,
             log=log,
         )
+        self._spares = Spares(
+            directory=config.data / "spares",
+            runtime=host.runtime,
+            networks=host.networks,
+            uids=host.uids,
+            library=self._library,
+            in_use=lambda: any(held.assignment.group.services for held in self._executor.held()),
+            log=log,
+        )
         self._peer_address = ""
         self._executor = Executor(
             node=config.node_id,
@@ -199,7 +210,9 @@ class Agent:
             networks=host.networks,
             names=self._names,
             leaves=self._leaves,
-            envoys=Envoys(runtime=host.runtime, library=self._library, tell=self._engine.tell, log=log),
+            envoys=Envoys(
+                runtime=host.runtime, library=self._library, spares=self._spares, tell=self._engine.tell, log=log
+            ),
             guests=self._guests,
             images=self._make_images(),
             belongings=self._make_belongings(),
@@ -245,6 +258,7 @@ class Agent:
         self._cache.open(self._host.store.directories())
         self._images.open()
         self._artifacts.open(self._host.store.directories())
+        await self._spares.sweep()
         await self._take_over()
         listening = self._peers.listening(config.address, config.peer_port, self._migration.take)
         self._peer_address = await stack.enter_async_context(listening)
@@ -261,6 +275,7 @@ class Agent:
             "renewal": self._renewal.run(),
             "load": self._load.run(),
             "belongings": self._belongings.run(),
+            "spares": self._spares.run(),
         }
         if self._broker is not None:
             works["mqtt"] = self._broker.run()

@@ -1,24 +1,23 @@
 """Runs each allocation's Envoy as a sandbox beside its workload. What Envoy is told is the sidecar library's matter.
 
-Owns no task: each coroutine here is run, and cancelled, by the executor. A sidecar's `run` lasts as long as its Envoy.
+Where one is spare (see `spares`), it is taken instead of started. Owns no task: each coroutine here is run, and
+cancelled, by the executor. A sidecar's `run` lasts as long as its Envoy.
 """
 
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
 
 from agent.core.events import AllocEvent, SidecarExited, SidecarReady, StepFailed
 from agent.held import SIDECAR, Held, sandbox_directory
 from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import INNER_USER, Exit, HostRoot, Limits, Mount, SandboxSpec, StartError
+from agent.sandbox.spec import INNER_USER, Exit, StartError
+from agent.spares import Files, Library, Spare, Spares, sidecar_sandbox
 from outrider.clock import monotonic_s
 from outrider.errors import HostError, PeerError
 from outrider.ids import AllocId
 from outrider.log import Log
-from outrider.model import job
-from outrider.model.allocation import Assignment
 
 _READY_S = 30.0
 _ADMIN_S = 2.0
@@ -29,45 +28,35 @@ _ENDED_S = 3.0
 Tell = Callable[[AllocEvent], Awaitable[None]]
 
 
-class Files(Protocol):
-    """As sidecar.sidecars.SidecarFiles has it."""
-
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def directory_inside(self) -> Path: ...
-    @property
-    def binary(self) -> Path: ...
-    @property
-    def binary_inside(self) -> Path: ...
-    @property
-    def argv(self) -> tuple[str, ...]: ...
-
-
-class Library(Protocol):
-    """What `agent.app` makes of the sidecar library."""
-
-    async def add(self, assignment: Assignment, *, uid: int, local_address: str) -> Files: ...
-    async def ready(self, alloc: AllocId, deadline_s: float) -> None: ...
-    async def drain(self, alloc: AllocId) -> None: ...
-    async def inbound_active(self, alloc: AllocId) -> int: ...
-    async def remove(self, alloc: AllocId) -> None: ...
-
-
 class Envoys:
-    def __init__(self, *, runtime: SandboxRuntime, library: Library, tell: Tell, log: Log) -> None:
+    def __init__(self, *, runtime: SandboxRuntime, library: Library, spares: Spares, tell: Tell, log: Log) -> None:
         self._runtime = runtime
         self._library = library
+        self._spares = spares
         self._tell = tell
         self._log = log
-        self._files: dict[AllocId, Files] = {}
+        self._files: dict[AllocId, Files | None] = {}  # None: it was taken, and is told by `run` what to serve
+        self._taken: set[AllocId] = set()  # whose Envoy runs before it is asked for
+
+    def take_spare(self, alloc: AllocId, allocation: Path) -> Spare | None:
+        """For an allocation of which nothing is there yet, and that wants a sidecar."""
+        spare = self._spares.take(alloc, sandbox_directory(allocation, SIDECAR))
+        if spare is not None:
+            self._files[alloc] = None
+            self._taken.add(alloc)
+        return spare
 
     async def run(self, held: Held, allocation: Path) -> None:
         """A new Envoy: ready, and then until it ends. Each is told of."""
         alloc = held.assignment.alloc
         try:
-            await self._add(held)
-            await self._runtime.start(self._spec(held, allocation))
+            files = await self._add(held)
+            if alloc in self._taken:
+                self._taken.remove(alloc)
+            else:
+                directory = sandbox_directory(allocation, SIDECAR)
+                spec = sidecar_sandbox(_sandbox(alloc), files, held.namespace, held.uids.sidecar, directory)
+                await self._runtime.start(spec)
         except (HostError, StartError) as error:
             await self._tell(StepFailed(alloc=alloc, message=f"the sidecar did not start: {error}"))
             return
@@ -107,14 +96,19 @@ class Envoys:
 
     async def forget(self, alloc: AllocId) -> None:
         """Its sandbox is gone."""
-        if self._files.pop(alloc, None) is not None:
+        self._taken.discard(alloc)
+        if alloc in self._files:
+            del self._files[alloc]
             await self._library.remove(alloc)
 
-    async def _add(self, held: Held) -> None:
+    async def _add(self, held: Held) -> Files:
         alloc = held.assignment.alloc
-        if alloc not in self._files:
+        files = self._files.get(alloc)
+        if files is None:
             uid = held.uids.sidecar + INNER_USER
-            self._files[alloc] = await self._library.add(held.assignment, uid=uid, local_address=held.local_address)
+            files = await self._library.add(held.assignment, uid=uid, local_address=held.local_address)
+            self._files[alloc] = files
+        return files
 
     async def _watch(self, alloc: AllocId, *, ready_s: float | None) -> None:
         """`ready_s` None: without a deadline."""
@@ -132,6 +126,7 @@ class Envoys:
                 return
             else:
                 await self._tell(SidecarReady(alloc=alloc))
+                self._spares.want()
             exit_ = await ended
         self._log.warning("sidecar ended", alloc=alloc, code=exit_.code if exit_ else None)
         how = "out of memory" if exit_ and exit_.oom_killed else f"code {exit_.code}" if exit_ else "unseen"
@@ -152,28 +147,6 @@ class Envoys:
         except PeerError as error:
             return str(error)
         return ""
-
-    def _spec(self, held: Held, allocation: Path) -> SandboxSpec:
-        alloc = held.assignment.alloc
-        files = self._files[alloc]
-        return SandboxSpec(
-            id=_sandbox(alloc),
-            argv=files.argv,
-            root=HostRoot(),
-            network_namespace=held.namespace,
-            uid_first=held.uids.sidecar,
-            limits=Limits(
-                cpu_millis=job.SIDECAR.cpu_millis,
-                memory_bytes=job.SIDECAR.memory_bytes,
-                pids_max=job.SIDECAR.pids_max,
-            ),
-            directory=str(sandbox_directory(allocation, SIDECAR)),
-            mounts=(
-                Mount(source=str(files.directory), target=str(files.directory_inside), read_only=False),
-                Mount(source=str(files.binary), target=str(files.binary_inside)),
-            ),
-            hostname="sidecar",
-        )
 
 
 def _sandbox(alloc: AllocId) -> str:

@@ -42,8 +42,9 @@ from agent.network.plan import NetworkSpec, gateway_address, next_address
 from agent.pull.keeper import Keeper
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import INNER_USER, SandboxStatus, StartError
+from agent.spares import Spare
 from agent.store import Store
-from agent.uids import Uids
+from agent.uids import Uids, fits_reserved
 from agent.vms import guest_directory, packets_sent, remove_guest
 from outrider.errors import HostError, InputError, RefusedError
 from outrider.ids import AllocId, NodeId, ServiceName, TaskName
@@ -179,15 +180,24 @@ class Executor:
         held = self._held.get(alloc)
         if held is None:
             names = tuple(task.name for task in assignment.group.tasks)
-            uids = self._uids.give(alloc, names, self._store.allocation_directory(alloc))
-            held = self._held[alloc] = Held(assignment=assignment, uids=uids, watchers={})
             network = self._found.pop(alloc, None)
+            spare = self._take_spare(assignment, names) if network is None else None
+            directory, reserved = self._store.allocation_directory(alloc), spare.uid_first if spare else None
+            uids = self._uids.give(alloc, names, directory, reserved=reserved)
+            held = self._held[alloc] = Held(assignment=assignment, uids=uids, watchers={})
+            held.reserved = spare.name if spare else None
             if network is not None:
                 held.namespace, held.local_address = network.namespace, network.local_address
                 self._leaves.acquire(alloc, _services(assignment), self._tasks)
                 self._names.adopt(alloc, assignment.group)
         held.assignment = assignment
         return held
+
+    def _take_spare(self, assignment: Assignment, tasks: tuple[TaskName, ...]) -> Spare | None:
+        alloc = assignment.alloc
+        if not assignment.group.services or self._uids.known(alloc) or not fits_reserved(tasks):
+            return None
+        return self._envoys.take_spare(alloc, self._store.allocation_directory(alloc))
 
     def _watch(self, alloc: AllocId, task: TaskName, work: Coroutine[None, None, None]) -> None:
         held = self._held[alloc]
@@ -206,7 +216,8 @@ class Executor:
         try:
             held = self._hold(assignment)
             self._leaves.acquire(alloc, _services(assignment), self._tasks)
-            network = await self._networks.create(self._network_spec(held))
+            network = await self._networks.create(self._network_spec(held), reserved=held.reserved)
+            held.reserved = None
         except HostError as error:
             await self._tell(StepFailed(alloc=alloc, message=f"no network: {error}"))
             return
@@ -370,6 +381,8 @@ class Executor:
             await self._envoys.forget(alloc)
             await self._names.detach(alloc)
             await self._networks.delete(alloc)
+            if held is not None and held.reserved is not None:
+                await self._networks.delete(held.reserved)
             await asyncio.to_thread(task_directory.remove, self._tasks_directory / alloc)
             for directory in self._store.allocation_directory(alloc).glob("*.vm"):
                 await asyncio.to_thread(remove_guest, directory)

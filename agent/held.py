@@ -25,7 +25,7 @@ class Held(msgspec.Struct, kw_only=True):
     uids: AllocUids
     namespace: str = ""  # path of its network namespace
     local_address: str = ""
-    sidecar_added: bool = False
+    reserved: AllocId | None = None  # the namespace, not yet furnished, in which its sidecar runs already
     watchers: dict[TaskName, asyncio.Task[None]] = {}  # of each task's run, and of SIDECAR
     put_back: dict[TaskName, asyncio.Future[str]] = {}  # ended to go on from a snapshot: why it does not, or ""
 

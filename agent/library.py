@@ -3,8 +3,8 @@
 import msgspec
 
 from agent.config import TracesConfig
-from agent.envoys import Files
 from agent.gateways import Gateways
+from agent.spares import Files
 from outrider.config import host_port
 from outrider.ids import AllocId, NodeId
 from outrider.model.allocation import Assignment
@@ -29,6 +29,14 @@ class SidecarLibrary:
         files = await self._sidecars.add(msgspec.structs.replace(spec, traces=self._traces))
         self._gateways.acquire(assignment)
         return files
+
+    async def add_spare(self, name: AllocId, *, uid: int) -> Files:
+        return await self._sidecars.add(
+            SidecarSpec(alloc=name, node=self._node, uid=uid, local_address="", services=())
+        )
+
+    def give(self, name: AllocId, to: AllocId) -> None:
+        self._sidecars.give(name, to)
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
         await self._sidecars.ready(alloc, deadline_s)

@@ -16,6 +16,11 @@ from outrider.ids import AllocId, TaskName
 from outrider.model.job import Value
 
 _FILE = "uids.json"
+_RESERVED = 4  # for a sidecar and three tasks: few allocations have more
+
+
+def fits_reserved(tasks: Sequence[TaskName]) -> bool:
+    return 1 + len(tasks) <= _RESERVED
 
 
 class AllocUids(Value, frozen=True, kw_only=True):
@@ -60,12 +65,31 @@ class Uids:
                 self._mark(start, 1 + len(known.tasks), taken=True)
                 self._allocs[alloc] = known
 
-    def give(self, alloc: AllocId, tasks: Sequence[TaskName], directory: Path) -> AllocUids:
-        """The allocation's, given before or now. Raises HostError where the block is used up."""
+    def known(self, alloc: AllocId) -> bool:
+        return alloc in self._allocs
+
+    def reserve(self) -> int:
+        """The first uid of a sidecar whose allocation is to come. Raises HostError where the block is used up."""
+        start = self._gap(_RESERVED)
+        self._mark(start, _RESERVED, taken=True)
+        return self._first + start * UID_RANGE
+
+    def free(self, reserved: int) -> None:
+        self._mark((reserved - self._first) // UID_RANGE, _RESERVED, taken=False)
+
+    def give(
+        self, alloc: AllocId, tasks: Sequence[TaskName], directory: Path, *, reserved: int | None = None
+    ) -> AllocUids:
+        """The allocation's, given before or now. Raises HostError where the block is used up.
+
+        `reserved`: where its sidecar runs already; `fits_reserved` said that its tasks have room beside it.
+        """
         known = self._allocs.get(alloc)
         if known is not None and known.tasks == tuple(tasks):
             return known
-        start = self._gap(1 + len(tasks))
+        if reserved is not None:
+            self.free(reserved)
+        start = self._gap(1 + len(tasks)) if reserved is None else (reserved - self._first) // UID_RANGE
         uids = AllocUids(first=self._first + start * UID_RANGE, tasks=tuple(tasks))
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         unfinished = directory / f"{_FILE}.new"

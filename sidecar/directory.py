@@ -70,6 +70,14 @@ class Directories:
         if self.of(alloc).exists():
             shutil.rmtree(self.of(alloc))
 
+    def rename(self, alloc: AllocId, to: AllocId) -> None:
+        """What a sidecar has is another allocation's now; its sandbox keeps what it has bound. Raises HostError."""
+        try:
+            self.of(alloc).rename(self.of(to))
+            self._state_file(alloc).rename(self._state_file(to))
+        except OSError as error:
+            raise HostError(str(self.of(alloc)), step=f"give it to {to}: {error}") from error
+
     def load(self, alloc: AllocId) -> SidecarState | None:
         """None: this allocation's sidecar is new. Raises HostError where its state cannot be read."""
         path = self._state_file(alloc)

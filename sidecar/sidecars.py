@@ -86,16 +86,20 @@ class Sidecars:
     async def add(self, spec: SidecarSpec) -> SidecarFiles:
         """Also adopts: the same spec after an agent's restart keeps the running Envoy's token and configuration.
 
+        Without services it waits, with nothing to serve, for the allocation that `give` names.
+
         Raises HostError.
         """
-        assert spec.alloc not in self._sidecars, f"sidecar of {spec.alloc} is added twice"
+        waiting = self._sidecars.get(spec.alloc)
+        assert waiting is None or not waiting.spec.services, f"sidecar of {spec.alloc} is added twice"
         state = self._directories.load(spec.alloc)
         if state is None:
             state = SidecarState(token=secrets.token_urlsafe(32))
             self._directories.save(spec.alloc, state)
         directory = self._directories.create(spec.alloc, spec.uid, state.token)
         admin = Admin(spec.alloc, self._directories.admin_socket(spec.alloc))
-        sidecar = _Sidecar(spec, state, admin)
+        sidecar = _Sidecar(spec, state, admin) if waiting is None else waiting
+        sidecar.serve(spec, state, admin)
         self._sidecars[spec.alloc] = sidecar
         self._by_token[_digest(state.token)] = sidecar
         self._update(sidecar)
@@ -106,6 +110,12 @@ class Sidecars:
             binary_inside=BINARY_INSIDE,
             argv=argv(),
         )
+
+    def give(self, alloc: AllocId, to: AllocId) -> None:
+        """The sidecar that waits as `alloc` is the allocation `to`'s: `add` says what it serves. Raises HostError."""
+        self._directories.rename(alloc, to)
+        self._sidecars[to] = self._sidecars.pop(alloc)
+        self._sidecars[to].alloc = to
 
     def set_view(self, view: MeshView) -> None:
         """The node's mesh, whole. An intention that a service's entry lacks was taken away, which cuts connections; a
@@ -164,11 +174,12 @@ class Sidecars:
         await self._sidecars[alloc].admin.drain()
 
     async def remove(self, alloc: AllocId) -> None:
-        """Forgets the sidecar and deletes its directory. The sandbox is gone by then."""
-        sidecar = self._sidecars.pop(alloc)
-        del self._by_token[_digest(sidecar.state.token)]
+        """Forgets the sidecar, if there is one, and deletes its directory. The sandbox is gone by then."""
+        sidecar = self._sidecars.pop(alloc, None)
         self._directories.remove(alloc)
-        sidecar.forget()
+        if sidecar is not None:
+            del self._by_token[_digest(sidecar.state.token)]
+            sidecar.forget()
 
     async def stats(self, alloc: AllocId) -> SidecarStats:
         """Raises PeerError where its Envoy does not answer."""
@@ -262,20 +273,24 @@ class _Sidecar:
     """One sidecar: what it should have, and the stream of its Envoy. The ADS server's `Client`."""
 
     def __init__(self, spec: SidecarSpec, state: SidecarState, admin: Admin) -> None:
-        self.spec, self.state, self.admin = spec, state, admin
         self.progress = Progress()
-        self.alloc = spec.alloc
+        self.serve(spec, state, admin)
         self.rendered: Mapping[Kind, Mapping[str, discovery_pb2.Resource]] = {}
         self.versions: Versions = {}
-        self.complete = False
         self.tapped: Pair | None = None
         self.pems: Mapping[SecretName, str] = {}
         self.stream: Stream | None = None
         self._missing: tuple[str, ...] = ()
         self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
-        self._seen: tuple[object, ...] = ()
         self._services: dict[ServiceName, MeshService] = {}
         self._reach: dict[ServiceName, tuple[ServiceName, ...]] = {}
+
+    def serve(self, spec: SidecarSpec, state: SidecarState, admin: Admin) -> None:
+        """What it should have from now on, beginning with nothing."""
+        self.spec, self.state, self.admin = spec, state, admin
+        self.alloc = spec.alloc
+        self.complete = False
+        self._seen: tuple[object, ...] = ()
 
     def update(self, view: MeshView, leaves: Mapping[ServiceName, Leaf]) -> bool:
         """Takes the newest view in. Returns whether `state` changed and must be saved."""

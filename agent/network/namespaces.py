@@ -66,12 +66,17 @@ class AllocationNetworks:
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="sockets")
         self._nftables: Nftables | None = None  # of the node's namespace, once its table is laid
 
-    async def create(self, spec: NetworkSpec) -> AllocationNetwork:
+    async def create(self, spec: NetworkSpec, *, reserved: AllocId | None = None) -> AllocationNetwork:
         """Make the network, in 2 to 3 ms. What a killed agent left half made under this id goes first.
 
-        Raises HostError, and nothing is left then. Cancelled, it is made all the same: `delete` it.
+        `reserved`: the namespace that becomes this allocation's. Raises HostError, and nothing is left then.
+        Cancelled, it is made all the same: `delete` it.
         """
-        return await self._in_thread(f"make the network of {spec.alloc}", lambda: self._create(spec))
+        return await self._in_thread(f"make the network of {spec.alloc}", lambda: self._create(spec, reserved))
+
+    async def reserve(self, name: AllocId) -> str:
+        """A namespace without any link, for an allocation to come; its path. `create` takes it, `delete` removes it."""
+        return await self._in_thread(f"make the namespace {name}", lambda: self._reserve(name))
 
     async def delete(self, alloc: AllocId) -> None:
         """Remove the network; does nothing where there is none."""
@@ -106,14 +111,21 @@ class AllocationNetworks:
         except OSError as error:
             raise HostError(str(self._directory), step=step, hint=str(error)) from error
 
-    def _create(self, spec: NetworkSpec) -> AllocationNetwork:
+    def _reserve(self, name: AllocId) -> str:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._unfinished_path(name).touch()  # by which `reap` finds it
+        with self._new_namespace(self._path(name)):
+            pass
+        return str(self._path(name))
+
+    def _create(self, spec: NetworkSpec, reserved: AllocId | None) -> AllocationNetwork:
         node = self._node_table()
         self._delete_whole(spec.alloc)
         path = self._path(spec.alloc)
         try:
             # Written first: whatever happens from here on, `reap` finds it and `delete` knows what to undo.
             self._unfinished_path(spec.alloc).write_bytes(msgspec.json.encode(spec))
-            with self._new_namespace(path):
+            with self._new_namespace(path) if reserved is None else self._reserved_namespace(path, reserved):
                 self._furnish(spec)
             with RouteSocket() as outside:
                 outer = _outer_link(spec.alloc)
@@ -128,6 +140,9 @@ class AllocationNetworks:
         except (HostError, OSError):
             self._delete_whole(spec.alloc)
             raise
+        finally:
+            if reserved is not None:
+                self._delete(reserved)
         return AllocationNetwork(alloc=spec.alloc, namespace=str(path), local_address=spec.local_address)
 
     def _isolated(self) -> str:
@@ -249,6 +264,19 @@ class AllocationNetworks:
             yield
         finally:
             _call("return to the node's namespace", _libc.setns(self._home, _CLONE_NEWNET))
+
+    @contextmanager
+    def _reserved_namespace(self, path: Path, reserved: AllocId) -> Iterator[None]:
+        path.touch()
+        source = os.fsencode(self._path(reserved))
+        _call(f"mount {reserved} at {path}", _libc.mount(source, os.fsencode(path), None, _MS_BIND, None))
+        inside = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _call(f"join {reserved}", _libc.setns(inside, _CLONE_NEWNET))
+            yield
+        finally:
+            _call("return to the node's namespace", _libc.setns(self._home, _CLONE_NEWNET))
+            os.close(inside)
 
     def _open_socket(self, alloc: AllocId, kind: socket.SocketKind) -> socket.socket:
         try:

@@ -137,8 +137,8 @@ class SandboxRuntime:
         record = self._known(sandbox)
         directory = conmon.Directory(record.directory)
         await process.ended(record.conmon_pid, record.conmon_started_ticks)
-        oom_kills = self._cgroups.oom_kills(f"{self._parent}/{sandbox}")
-        ended = conmon.exit_code(sandbox, directory)
+        oom_kills = self._cgroups.oom_kills(f"{self._parent}/{record.container}")
+        ended = conmon.exit_code(record.container, directory)
         if ended is None:
             # Somebody killed the monitor: nobody reads its output nor its end any more, so it ends here.
             process.send_signal(record.pid, record.started_ticks, signal.SIGKILL)
@@ -172,19 +172,40 @@ class SandboxRuntime:
         directory = conmon.Directory(record.directory)
         if not record.pid:  # a start that was cut short: first nobody may carry on with it
             await self._end_monitor(record, directory)
-        state = self._run / "crun" / sandbox
+        state = self._run / "crun" / record.container
         if state.exists():
-            done = await process.run([*self._crun, "delete", "--force", sandbox], timeout_s=_CRUN_S_MAX)
+            done = await process.run([*self._crun, "delete", "--force", record.container], timeout_s=_CRUN_S_MAX)
             if done.code != 0:
                 self._log.warning("crun_delete", sandbox=sandbox, output=done.output.strip())
         # Everything in it dies here, if crun did not see to it: the monitor then has its end to write down.
-        await to_thread(self._cgroups.remove, f"{self._parent}/{sandbox}")
+        await to_thread(self._cgroups.remove, f"{self._parent}/{record.container}")
         if record.pid:
             await self._end_monitor(record, directory)
         shutil.rmtree(state, ignore_errors=True)
         rootfs.remove(directory.bundle)
-        self._config(sandbox).unlink(missing_ok=True)
+        self._config(record.container).unlink(missing_ok=True)
+        _remove_link(record)
         self._records.remove(sandbox)
+
+    def rename(self, sandbox: str, to: str, directory: str) -> None:
+        """From now on a running sandbox is `to`, and its own directory is at `directory`. Not while it is waited for.
+
+        Raises HostError, and it has its first name then. An agent that is killed meanwhile leaves what `delete` of
+        either name removes.
+        """
+        record = self._known(sandbox)
+        renamed = msgspec.structs.replace(
+            record, id=to, directory=directory, first_id=record.container, first_directory=record.directory
+        )
+        try:
+            Path(record.directory).rename(directory)
+            Path(record.directory).symlink_to(directory)  # conmon and crun go on to look there
+        except OSError as error:
+            raise HostError(sandbox, step=f"move its directory to {directory}: {error.strerror}") from error
+        self._rotation.remove(sandbox)
+        self._records.write(renamed)
+        self._records.remove(sandbox)
+        self._rotation.add(to, conmon.Directory(directory))
 
     async def _end_monitor(self, record: SandboxRecord, directory: conmon.Directory) -> None:
         """Let it write the exit status of what was killed; one that lingers, or never got so far, is killed too."""
@@ -228,9 +249,9 @@ class SandboxRuntime:
         try:
             if tty:
                 return await execution.start_with_terminal(
-                    self._crun, sandbox, values, directory=self._run, rows=rows, columns=columns
+                    self._crun, record.container, values, directory=self._run, rows=rows, columns=columns
                 )
-            return await execution.start(self._crun, sandbox, values)
+            return await execution.start(self._crun, record.container, values)
         except OSError as error:
             raise HostError(sandbox, step=f"exec {argv[0]}: {error.strerror}") from error
 
@@ -244,7 +265,8 @@ class SandboxRuntime:
 
     def usage(self, sandbox: str) -> Usage:
         """What it used so far. Zeros where it is gone."""
-        return self._cgroups.usage(f"{self._parent}/{sandbox}")
+        record = self._records.read(sandbox)
+        return self._cgroups.usage(f"{self._parent}/{record.container if record is not None else sandbox}")
 
     async def reap(self, known: Collection[str]) -> tuple[str, ...]:
         """Remove every sandbox of this node that is not `known` or was never fully started; the ids of those removed.
@@ -256,7 +278,8 @@ class SandboxRuntime:
         for sandbox in gone:
             await self.delete(sandbox)
         # Without a record there is nothing but a group, if the run directory was wiped.
-        for name in sorted(self._cgroups.children(self._parent) - set(records)):
+        there = {record.container for record in records.values()}
+        for name in sorted(self._cgroups.children(self._parent) - there):
             await to_thread(self._cgroups.remove, f"{self._parent}/{name}")
             gone.append(name)
         if gone:
@@ -304,6 +327,11 @@ def _status(record: SandboxRecord, *, running: bool) -> SandboxStatus:
         directory=record.directory,
         running=running,
     )
+
+
+def _remove_link(record: SandboxRecord) -> None:
+    if record.first_directory:
+        Path(record.first_directory).unlink(missing_ok=True)
 
 
 def _not_found(spec: SandboxSpec) -> str:

@@ -131,3 +131,10 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     conmon_pid: int = 0
     conmon_started_ticks: int = 0  # with the pid: tells it from a later process of the same number
     started_at_s: float = 0.0
+    first_id: str = ""  # before it was renamed; "": it was not
+    first_directory: str = ""  # a link to `directory` now
+
+    @property
+    def container(self) -> str:
+        """What crun, conmon and its control group call it."""
+        return self.first_id or self.id

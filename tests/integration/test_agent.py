@@ -33,7 +33,7 @@ from tests.integration.processes import until
 __all__ = ["fleet", "node"]
 pytestmark = pytest.mark.host
 
-WEB, BATCH = AllocId("00000000a1"), AllocId("00000000b1")
+WEB, TAKER, BATCH = AllocId("00000000a1"), AllocId("00000000a2"), AllocId("00000000b1")
 SERVER = b"""
 import http.server, sys
 print("serving", flush=True)
@@ -74,7 +74,7 @@ def web(alloc: AllocId = WEB, desired: Desired = Desired.RUN) -> Assignment:
         group=group,
         index=0,
         desired=desired,
-        mesh_ports={ServiceName("web"): 20001},
+        mesh_ports={ServiceName("web"): 20001 if alloc == WEB else 20002},
     )
 
 
@@ -170,6 +170,37 @@ async def test_a_killed_workload_and_a_killed_sidecar_come_back(fleet: AgentFlee
     assert innermost(fleet, f"marked-{WEB}") == pids, "the workload ran on"
 
 
+async def test_the_next_workload_takes_the_spare_sidecar(fleet: AgentFleet) -> None:
+    controller = fleet.controller
+    await fleet.start()
+    controller.mesh()
+    controller.assign(web(), full=True)
+    await running(fleet)
+    await until(lambda: envoys(fleet, spare=True) != [], "the node keeps one more than it needs")
+    spare = envoys(fleet, spare=True)
+    controller.assign(web(TAKER))
+    await running(fleet, TAKER)
+    assert (fleet.data / "allocations" / TAKER / "sidecar" / "log").exists()
+    await until(lambda: len(envoys(fleet, spare=True)) == 2, "and another")
+    (unused,) = set(envoys(fleet, spare=True)) - set(spare)
+    fleet.kill(signal.SIGKILL)
+    await fleet.start()
+    controller.mesh()
+    controller.assign(web(), web(TAKER), full=True)
+    await until(lambda: unused not in envoys(fleet, spare=True), "nobody knows any more what the unused one was for")
+    await running(fleet, TAKER)
+    assert set(spare) <= set(envoys(fleet, spare=True)), "the taken one serves all the while"
+    os.kill(*spare, signal.SIGKILL)
+    await until(lambda: not controller.passing(TAKER), "seen")
+    await running(fleet, TAKER)
+    controller.assign(full=True)
+    await until(lambda: not fleet.workload_pids("/run/outrider/envoy"), "with the last sidecar goes the spare")
+    await until(lambda: not any((fleet.data / "allocations").iterdir()), "forgotten")
+    assert not any((fleet.data / "spares").iterdir())
+    left = [path for kind in ("netns", "envoy/sidecars", "envoy/state") for path in (fleet.run / kind).iterdir()]
+    assert [path.name for path in left] == ["isolated"], "the responder's"
+
+
 async def test_failures_are_named(fleet: AgentFleet) -> None:
     controller = fleet.controller
     await fleet.start()
@@ -209,8 +240,11 @@ async def test_logs_are_followed_and_programs_run_beside_the_workload(fleet: Age
     tunnel = controller.open_tunnel(exec=fleet_pb2.ExecRequest(alloc=alloc, task="nosuch", command=["true"]))
     _, end = await controller.tunnelled(tunnel)
     assert "no task 'nosuch'" in end.error
+    first = await controller.tunnels[following].get()
+    assert first is not None
+    assert first.stdout == b"ready\n"
     controller.assign(full=True)
-    assert (await controller.tunnelled(following))[0] == b"ready\n"
+    assert (await controller.tunnelled(following))[0] == b""
 
 
 async def test_the_controller_away_changes_nothing_and_its_return_is_noticed(fleet: AgentFleet) -> None:
@@ -286,7 +320,11 @@ def innermost(fleet: AgentFleet, needle: str) -> list[int]:
     return [pid for pid in fleet.workload_pids(needle) if Path(f"/proc/{pid}/comm").read_text().startswith("python3")]
 
 
-def envoys(fleet: AgentFleet) -> list[int]:
+def envoys(fleet: AgentFleet, *, spare: bool = False) -> list[int]:
+    """Those that allocations were started with; or those that were started for whoever would come."""
     return [
-        pid for pid in fleet.workload_pids("/run/outrider/envoy") if Path(f"/proc/{pid}/comm").read_text() == "envoy\n"
+        pid
+        for pid in fleet.workload_pids("/run/outrider/envoy")
+        if Path(f"/proc/{pid}/comm").read_text() == "envoy\n"
+        and ("spare-" in Path(f"/proc/{pid}/cgroup").read_text()) is spare
     ]

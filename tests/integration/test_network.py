@@ -1,4 +1,5 @@
 """An allocation's network on a node: what reaches it, what it reaches, and what it must never reach."""
+# ruff: noqa: ASYNC240 - a test may block its own loop
 
 import socket
 from collections.abc import AsyncIterator
@@ -260,6 +261,23 @@ async def test_deleting_is_complete_and_may_be_repeated(
     assert node.run("nft list ruleset") == ""
     a = await networks.create(spec(A))  # the same names and addresses again, at once
     assert await networks.list() == (a,)
+
+
+async def test_a_reserved_namespace_becomes_an_allocations_or_is_reaped(
+    node: Lab, networks: AllocationNetworks, tmp_path: Path
+) -> None:
+    reserved = await networks.reserve(AllocId("spare-0a0b0c"))
+    unused = await networks.reserve(AllocId("spare-0d0e0f"))
+    same = Path(reserved).stat().st_ino
+    a = await networks.create(spec(A), reserved=AllocId("spare-0a0b0c"))
+
+    assert Path(a.namespace).stat().st_ino == same
+    assert not Path(reserved).exists()
+    assert arrived(node.from_inside(a.namespace, SIDECAR, ("tcp", OTHER_HOST, SERVER_PORT))[0])
+    assert await networks.list() == (a,)
+    assert await networks.reap({A}) == (AllocId("spare-0d0e0f"),)
+    assert not Path(unused).exists()
+    assert mounts_below(tmp_path) == 1
 
 
 async def test_the_next_agent_finds_networks_and_mends_flushed_rules(

@@ -1,5 +1,5 @@
 """The life of a sandbox: started, watched, found again, ended, removed; whatever kills the agent meanwhile."""
-# ruff: noqa: ASYNC110, ASYNC221 - a test may block its own loop
+# ruff: noqa: ASYNC110, ASYNC221, ASYNC240 - a test may block its own loop
 
 import asyncio
 import os
@@ -107,6 +107,24 @@ async def test_restarted_agent_finds_what_runs_and_what_ended(runtime: SandboxRu
     assert found == {running.id: True, done.id: False}
     assert (await later.wait(done.id)).code == 4
     assert (await later.wait(running.id)).code == 5
+
+
+async def test_a_renamed_sandbox_is_the_same_under_its_new_name(runtime: SandboxRuntime, place: Sandboxes) -> None:
+    spec = place.spec("sh", "-c", "sleep 0.2; seq 600; exit 3", log_bytes_max=80_000)
+    started = await runtime.start(spec)
+    moved = place.directory / "sandboxes" / "moved"
+    runtime.rename(spec.id, "alloc.other", str(moved))
+    with pytest.raises(HostError, match="no such sandbox"):
+        await runtime.wait(spec.id)
+    later = place.runtime()  # an agent that was killed right then
+    (found,) = await later.list()
+    assert (found.id, found.pid, found.directory) == ("alloc.other", started.pid, str(moved))
+    assert (await later.wait("alloc.other")).code == 3
+    written = logs.last_lines(str(moved), 600).split()
+    assert written == [str(number) for number in range(1, 601)], "all of it after the move, the log turned meanwhile"
+    await later.delete("alloc.other")
+    assert leftovers(place) == []
+    assert not Path(spec.directory).is_symlink()
 
 
 async def test_sandboxes_outlive_the_agent_and_are_reaped_when_unknown(place: Sandboxes) -> None:
