@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from outrider.errors import InputError
+
 if TYPE_CHECKING:
-    from outrider.model.access import CaState
+    from outrider.cli.client import Fleet
+    from outrider.model.access import CaState, NodeBehind
     from outrider.v1 import access_pb2
 
 app = typer.Typer(no_args_is_help=True)
@@ -19,6 +22,7 @@ app.add_typer(snapshot, name="snapshot", help="The fleet's whole state as one fi
 _CHUNK_BYTES = 256 * 1024
 _LOG_BYTES_MAX = 4 * 1024 * 1024
 _POLL_S = 0.5
+_SHOWN_MAX = 10
 
 
 @snapshot.command()
@@ -43,7 +47,6 @@ def restore(
     """Replace the fleet's state by a file's. What runs and is not in it is kept, as unclaimed, until you decide."""
     from outrider.cli import output
     from outrider.cli.client import connect
-    from outrider.errors import InputError
     from outrider.v1 import archive_pb2
 
     content = file.read_bytes()
@@ -128,29 +131,55 @@ def status(json: Annotated[bool, typer.Option("--json", help="For scripts.")] = 
 
 @authority.command()
 def rotate(
+    patience: Annotated[str, typer.Option(help="Give up where no node has changed over for so long.")] = "1m",
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the nodes.")] = False,
 ) -> None:
     """Let a new CA sign, and trust both. Waits until every node has a certificate of the new one; nothing restarts.
 
-    `outrider operator ca retire` ends it. Said again, it tells everybody again and waits on.
+    `outrider operator ca retire` ends it. Said again, it tells everybody again and waits on. Exit 1: nodes are behind.
     """
-    import time
-
     from outrider.cli import output
     from outrider.cli.client import connect
+    from outrider.jobspec.units import duration_s
     from outrider.v1 import access_pb2
 
+    try:
+        patience_s = duration_s(patience)
+    except ValueError as error:
+        raise InputError(f"--patience: {error}") from error
     with connect() as fleet:
         state = _ca_state(fleet.call(fleet.access.RotateCa, access_pb2.RotateCaRequest()))
         output.say(f"CA {state.sha256[:16]} signs; {state.previous_sha256[:16]} is trusted beside it")
-        left = len(state.behind)
-        while state.behind and not detach:
-            if len(state.behind) != left:
-                left = len(state.behind)
-                output.say(f"{left} nodes are behind")
-            time.sleep(_POLL_S)
-            state = _ca_state(fleet.call(fleet.access.GetCa, access_pb2.GetCaRequest()))
+        if not detach:
+            state = _changed_over(fleet, state, patience_s)
     _print_ca(state)
+
+
+def _changed_over(fleet: "Fleet", state: "CaState", patience_s: float) -> "CaState":
+    """Once no node needs the CA before. Raises RefusedError, naming those that do, where none gets on any more."""
+    import time
+
+    from outrider.cli import output
+    from outrider.errors import RefusedError
+    from outrider.v1 import access_pb2
+
+    told: tuple[NodeBehind, ...] = ()
+    since_s = time.monotonic()
+    while state.behind:
+        shown = ", ".join(f"{each.node} ({each.reason})" for each in state.behind[:_SHOWN_MAX])
+        more = f" and {len(state.behind) - _SHOWN_MAX} more" if len(state.behind) > _SHOWN_MAX else ""
+        if state.behind != told:
+            told, since_s = state.behind, time.monotonic()
+            output.say(f"{len(told)} nodes are behind: {shown}{more}")
+        elif time.monotonic() - since_s > patience_s:
+            way_on = (
+                "each changes over by itself once it is back; `rotate` again waits on, "
+                "`outrider operator ca retire --force` goes on without them, and they must join again"
+            )
+            raise RefusedError("behind", f"nobody gets on, behind are {shown}{more}: {way_on}")
+        time.sleep(_POLL_S)
+        state = _ca_state(fleet.call(fleet.access.GetCa, access_pb2.GetCaRequest()))
+    return state
 
 
 @authority.command()
@@ -192,8 +221,6 @@ def _print_ca(state: "CaState") -> None:
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all, and its owner's alone."""
     import os
-
-    from outrider.errors import InputError
 
     partial = path.with_name(path.name + ".partial")
     try:

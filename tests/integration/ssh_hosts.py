@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -84,14 +84,21 @@ class SshHosts:
         """Where the host's `path` is for us."""
         return self.directory / address / path.lstrip("/")
 
-    def inventory(self, cluster: str, **more: object) -> Path:
-        """One controller, that is a node too; all others are nodes."""
+    def inventory(
+        self, cluster: str, *, each: Mapping[str, Mapping[str, object]] | None = None, **more: object
+    ) -> Path:
+        """One controller, that is a node too; all others are nodes. `each`: address -> more of that host."""
         document = {
             "cluster": cluster,
             "ssh": {"user": "root", "identity": str(self.key), "known_hosts": str(self.known_hosts)},
             "agent": {"host_image": True},
             "hosts": [
-                {"host": address, "name": f"h{at}", "roles": ["controller", "agent"] if at == 0 else ["agent"]}
+                {
+                    "host": address,
+                    "name": f"h{at}",
+                    "roles": ["controller", "agent"] if at == 0 else ["agent"],
+                    **(each or {}).get(address, {}),
+                }
                 for at, address in enumerate(self.addresses)
             ],
             **more,
@@ -127,13 +134,16 @@ class SshHosts:
         )  # fmt: skip
 
     def change_host_key(self, address: str) -> None:
-        """As of a host that was set up anew, or of somebody in between."""
-        process = self._processes.pop(address)
-        process.terminate()
-        process.wait()
+        """As of a host that was set up anew, or of somebody in between. Nothing of Outrider may run there."""
+        self._end(address)
         for path in (self.directory / address).glob("host_key*"):
             path.unlink()
-        self._start(address, known=False)
+        self._start(address)
+
+    def reconfigure(self, address: str, *lines: str) -> None:
+        """Its sshd has these lines before the usual ones, which they go before. Nothing of Outrider may run there."""
+        self._end(address)
+        self._start(address, *lines)
 
     def trust(self, address: str) -> None:
         """Its present key is the known one."""
@@ -142,18 +152,25 @@ class SshHosts:
         kept = [line for line in lines if not line.startswith(f"{address} ")]
         self.known_hosts.write_text("\n".join([*kept, f"{address} {public}"]) + "\n")
 
-    def _start(self, address: str, *, known: bool = True) -> None:
+    def _end(self, address: str) -> None:
+        process = self._processes.pop(address)
+        process.terminate()
+        process.wait()
+
+    def _start(self, address: str, *lines: str) -> None:
         own = self.directory / address
-        own.mkdir(exist_ok=True)
-        own.chmod(0o711)
-        _keygen(own / "host_key")
-        if known:
+        if not own.exists():
+            own.mkdir(mode=0o711)
+            _keygen(own / "host_key")
             self.trust(address)
-        (own / "sshd_config").write_text(
-            f"ListenAddress {address}\nHostKey {own}/host_key\nAuthorizedKeysFile {self.directory}/authorized_keys\n"
-            f"StrictModes no\nUsePAM no\nPasswordAuthentication no\nPidFile {own}/sshd.pid\nPermitRootLogin yes\n"
-            "MaxSessions 20\n"
-        )
+        elif not (own / "host_key").exists():
+            _keygen(own / "host_key")
+        usual = (
+            f"ListenAddress {address}", f"HostKey {own}/host_key", f"PidFile {own}/sshd.pid", "StrictModes no",
+            f"AuthorizedKeysFile {self.directory}/authorized_keys", "UsePAM no", "PasswordAuthentication no",
+            "PermitRootLogin yes", "MaxSessions 20",
+        )  # fmt: skip
+        (own / "sshd_config").write_text("".join(f"{line}\n" for line in (*lines, *usual)))
         name = f"v{secrets.token_hex(4)}"
         with (own / "sshd.log").open("ab") as log:
             process = subprocess.Popen(
@@ -164,21 +181,10 @@ class SshHosts:
         self._processes[address] = process
         _until(lambda: _has_own_network(process.pid), "the host's namespace is there")
         switch = f"--net=/proc/{self.switch}/ns/net"
-        _run(
-            "nsenter",
-            switch,
-            "ip",
-            "link",
-            "add",
-            name,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            str(process.pid),
-        )
+        # The same card after a new start: what others remember of the address stays true.
+        card = f"02:00:{':'.join(f'{int(part):02x}' for part in address.split('.'))}"
+        peer = f"peer name eth0 address {card} netns {process.pid}"
+        _run("nsenter", switch, "sh", "-c", f"ip link add {name} type veth {peer}")
         _run("nsenter", switch, "ip", "link", "set", name, "master", "br0", "up")
         up = f"ip address add {address}/24 dev eth0; ip link set eth0 up; ip route add default via {NETWORK}.1"
         _run("nsenter", f"--net=/proc/{process.pid}/ns/net", "sh", "-c", f"ip link set lo up; {up}")
@@ -188,7 +194,8 @@ class SshHosts:
         _until(lambda: self._answers(address), f"sshd of {address} answers; see {own}/sshd.log")
 
     def _answers(self, address: str) -> bool:
-        words = ["nsenter", f"--net=/proc/{self.switch}/ns/net", "bash", "-c", f"exec 3<>/dev/tcp/{address}/22"]
+        knock = f"timeout 2 bash -c 'exec 3<>/dev/tcp/{address}/22'"
+        words = ["nsenter", f"--net=/proc/{self.switch}/ns/net", "sh", "-c", knock]
         return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
     def _stop(self, address: str) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -95,6 +96,13 @@ async def test_both_cas_open_the_doors_until_the_old_one_is_retired(controller: 
             with pytest.raises(grpc.aio.AioRpcError, match="1 nodes would be shut out: n1") as caught:
                 await access.RetireCa(access_pb2.RetireCaRequest())
             assert dict(caught.value.trailing_metadata() or ()).get("outrider-code") == "behind"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "outrider", "--address", f"unix:{controller.socket}",
+            "operator", "ca", "rotate", "--patience", "0.2s", stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        told = (await process.communicate())[1].decode()
+        assert process.returncode == 1, told
+        assert "behind are n1 (it is not connected): each changes over by itself once it is back" in told
         # Who knows the old root alone is served; who comes now, too; and both kinds of tokens work.
         assert await is_let_in(controller, kept)
         assert await is_let_in(controller, controller.operator_files)

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -63,13 +63,17 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
     first, second, third = hosts.addresses
     file = str(hosts.inventory("sshtest"))
 
-    looked = hosts.outrider("deploy", "-f", file, "--dry-run")
+    looked = hosts.outrider("deploy", "-f", file, "--dry-run", "--json")
     assert looked.returncode == 0, looked.stderr
+    version = json.loads(looked.stdout)["bundle"]
     assert looked.stderr.count("push the bundle, install, configure, switch to the version, join, start") == 3
     assert not list(hosts.path(first, "/opt/outrider").iterdir()), "a dry run changes nothing"
 
-    # An earlier run that broke off: half a bundle, half a version.
-    hosts.path(second, "/opt/outrider/versions/.0.1.0-x.partial").mkdir(parents=True)
+    # An earlier run that broke off: half a bundle, half a version, half a switch to it.
+    hosts.path(second, f"/var/tmp/outrider-{version}.tar.partial").write_bytes(b"half")  # noqa: S108 - the host's own
+    hosts.path(second, f"/opt/outrider/versions/.{version}.partial/bin").mkdir(parents=True)
+    hosts.path(second, f"/opt/outrider/versions/{version}").mkdir()
+    hosts.path(second, "/opt/outrider/.current.partial").symlink_to(f"/opt/outrider/versions/{version}")
     hosts.change_host_key(third)
     done = hosts.outrider("deploy", "-f", file)
     assert done.returncode == 1
@@ -77,6 +81,7 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
     assert "its host key is not the known one" in done.stderr
     assert not hosts.path(third, "/opt/outrider/versions").exists(), "nothing is half-joined"
     assert nodes(hosts) == {"h0": "ready", "h1": "ready"}
+    assert [path.name for path in hosts.path(second, "/opt/outrider/versions").iterdir()] == [version]
 
     hosts.trust(third)
     again = hosts.outrider("deploy", "-f", file, "--json")
@@ -101,8 +106,8 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
     run_copies(hosts, 3)
     gone = hosts.outrider("deploy", "-f", file, "--remove", "--data", "--only", third)
     assert gone.returncode == 0, gone.stderr
-    told = [line.split(maxsplit=1)[1] for line in gone.stderr.splitlines()]
-    assert told == ["is a node", "drain", "empty", "stop the agent", "end what runs there", "removed"]
+    steps = [line.split(maxsplit=1)[1] for line in gone.stderr.splitlines()]
+    assert steps == ["is a node", "drain", "empty", "stop the agent", "end what runs there", "removed"]
     assert sorted(copies(hosts)) == ["h0", "h0", "h1"] or sorted(copies(hosts)) == ["h0", "h1", "h1"]
     assert not list(hosts.path(third, "/opt/outrider").iterdir())
     assert "RevokeNode" in audited(hosts), "its key is worth nothing to whoever kept it"
@@ -125,17 +130,30 @@ def test_ten_hosts_become_a_fleet_at_once() -> None:
         assert nodes(ten) == {f"h{at}": "ready" for at in range(10)}
 
 
-def test_who_is_not_let_in_is_told_so(hosts: SshHosts, tmp_path: Path) -> None:
+def test_who_cannot_be_a_node_is_told_so_and_nothing_is_changed_there(hosts: SshHosts, tmp_path: Path) -> None:
+    first, second, third = hosts.addresses
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True)
-    ssh = {"user": "root", "identity": str(tmp_path / "other"), "known_hosts": str(hosts.known_hosts)}
-    done = hosts.outrider("deploy", "-f", str(hosts.inventory("sshtest", ssh=ssh)), "--only", hosts.addresses[1])
-    assert done.returncode == 1
-    assert "it does not let us in" in done.stderr
-    assert not list(hosts.path(hosts.addresses[1], "/opt/outrider").iterdir())
+    (tmp_path / "password").write_text("wrong\n")
+    known = {"user": "root", "known_hosts": str(hosts.known_hosts)}
+    key = {"ssh": {"identity": str(hosts.key)}}
 
+    def told(mistakes: Mapping[str, object], *only: str) -> str:
+        """`mistakes`: of the second host's `ssh`."""
+        file = hosts.inventory("sshtest", ssh=known, each={first: key, third: key, second: {"ssh": mistakes}})
+        options = [word for address in only or (second,) for word in ("--only", address)]
+        done = hosts.outrider("deploy", "-f", str(file), *options)
+        assert done.returncode == 1, done.stderr
+        for address in only or (second,):
+            for path in ("/opt/outrider", "/etc/outrider", "/var/lib/outrider"):
+                assert not list(hosts.path(address, path).iterdir())
+        return done.stderr
 
-def test_a_host_that_is_away_is_told_so(hosts: SshHosts) -> None:
-    ssh = {"user": "root", "identity": str(hosts.key), "known_hosts": str(hosts.known_hosts), "port": 2222}
-    done = hosts.outrider("deploy", "-f", str(hosts.inventory("sshtest", ssh=ssh)), "--only", hosts.addresses[1])
-    assert done.returncode == 1
-    assert "no SSH connection" in done.stderr
+    assert f"{second}  failed: no SSH connection" in told({**key["ssh"], "port": 2222})
+    assert f"{second}  failed: it does not let us in" in told({"identity": str(tmp_path / "other")})
+    hosts.reconfigure(second, "PasswordAuthentication yes")
+    assert f"{second}  failed: it does not let us in" in told({"password_file": str(tmp_path / "password")})
+    hosts.reconfigure(second, "SetEnv PATH=/nowhere")
+    hosts.reconfigure(third, 'ForceCommand setarch i686 sh -c "$SSH_ORIGINAL_COMMAND"')
+    both = told(key["ssh"], second, third)
+    assert f"{second}  failed: find python3: the host has none in its PATH (apt install python3 on it)" in both
+    assert f"{third}  failed: it is i686, the bundle is for x86_64" in both
