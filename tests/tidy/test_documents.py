@@ -40,12 +40,31 @@ def test_every_kind_of_event_is_in_its_reference() -> None:
     assert not {str(kind) for kind in Kind if str(kind) not in text}
 
 
+def named_tests(text: str) -> list[tuple[str, str]]:
+    """File, as far as it is named, and function, "" where the whole file is meant."""
+    return re.findall(r"`((?:[a-z/]+/)?test_[a-z_]+\.py)(?:::(test_[a-z_0-9]+))?`", text)
+
+
+def is_there(file: str, function: str) -> bool:
+    """In one of the files that the name may mean."""
+    found = [path for path in (ROOT / "tests").rglob("test_*.py") if path.as_posix().endswith(f"/{file}")]
+    return any(f"def {function or 'test_'}" in path.read_text() for path in found)
+
+
 def test_every_test_that_the_security_model_names_is_there() -> None:
-    text = (ROOT / "docs/SECURITY.md").read_text()
-    files = {path.name: path for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_access.py"}
-    named = re.findall(r"`(?:[a-z/]+/)?(test_[a-z_]+\.py)(?:::(test_[a-z_0-9]+))?`", text)
+    named = named_tests((ROOT / "docs/SECURITY.md").read_text())
     assert len(named) > 20
-    everything = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for file, function in named:
-        assert file == "test_access.py" or file in files, file
-        assert f"def {function or 'test_'}" in everything, function
+    assert not [name for name in named if not is_there(*name)]
+
+
+def test_every_benchmark_point_that_is_met_names_the_test_that_shows_it() -> None:
+    table = (ROOT / "docs/SECURITY.md").read_text().partition("| point | here | test |")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+    assert len(rows) > 20
+    for point, here, test in rows:
+        answer = re.match(r"yes|partly|no|not applicable", here)
+        assert answer, f"{point}: neither yes, partly, no nor not applicable"
+        if answer[0] in {"yes", "partly"}:
+            functions = [function for _, function in named_tests(test)]
+            assert functions, f"{point}: no test"
+            assert all(functions), f"{point}: a test is a file and a function in it"

@@ -251,6 +251,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
         (in_task("image: {oci: r.test/a, pul: never}"), "unknown key; did you mean 'pull'?"),
         (in_task("image: docker-archive:app.tar"), "is looked for on the node: give the whole path"),
         (in_task("image: dir:app"), "is looked for on the node: give the whole path"),
+        (in_task("privileged: true"), "7:9: groups.g.tasks.t.privileged: unknown key"),
         (in_task("driver: vmm"), "'vmm' is none of process, vm; did you mean 'vm'?"),
         (in_task("resources: {memory: 64MB}"), "7:29: groups.g.tasks.t.resources.memory: '64MB' is not a size"),
         (in_task("resources: {memory: 64mi}"), "did you mean 64Mi?"),
