@@ -46,6 +46,7 @@ from controller.rotation import Rotation
 from controller.stores import StoreService
 from controller.term import Term
 from outrider.config import host_port
+from outrider.errors import ConfigError
 from outrider.log import Log
 from outrider.tls import TlsFiles, server_credentials, ssl_context
 from outrider.v1 import (
@@ -101,7 +102,8 @@ class Controller:
         self._config = config
         self._ca = FleetCa(config.data / "ca", config.cluster, node_valid_s=config.node_certificate_valid_s)
         self._files = issue(self._ca, config)
-        self._keyring = Keyring(config.secrets.key_file or config.data / "secrets.key", os.environ)
+        self._keyring = Keyring(config.secrets_key_file, os.environ)
+        self._agree = term.agree or (lambda _: None)
         self._audit = AuditLog(config.data)
         self._events = EventLog()
         self._policy = Policy(placement=config.placement, preempts=config.preemption)
@@ -121,6 +123,10 @@ class Controller:
         """Journal, catalog, mesh, then the listeners. `stack` undoes it all in the reverse order."""
         await self._engine.open()
         stack.push_async_callback(self._engine.close)
+        try:
+            await asyncio.to_thread(self._agree, self._keyring)
+        except ConfigError as error:  # all else needs no secrets, and nobody else may be there
+            self.log.warning("another key of secrets", reason=str(error))
         consul, issuer = await self._start_catalog(stack)
         stack.push_async_callback(consul.close)
         mesh = Mesh(
@@ -137,6 +143,7 @@ class Controller:
             mesh=mesh,
             events=self._events,
             keyring=self._keyring,
+            agree=self._agree,
         )
         mesh.deliver = parts.sessions.deliver
         mesh.withdrawn = lambda allocs: self._engine.post(EndpointsWithdrawn(allocs=allocs))

@@ -23,6 +23,7 @@ from controller.follower import Follower
 from controller.journal import LeadershipLostError
 from controller.journal.consul import ConsulJournal
 from controller.journal.kv import ConsulKv
+from controller.keyring import Keyring
 from controller.listeners import socket_listener, tls_listener
 from controller.mesh.consul_adapter import ConsulAdapter
 from controller.progress import progress_listener
@@ -81,12 +82,16 @@ async def candidate(config: Config, stop: asyncio.Event, *, lead: Lead, issue: I
 
 
 async def _files(config: Config, shared: SharedFiles, issue: Issue, stop: asyncio.Event, log: Log) -> TlsFiles:
-    """The fleet's CA, from Consul or made for it, and this controller's certificate. Waits until Consul answers."""
+    """The fleet's CA, from Consul or made for it, and this controller's certificate. Waits until Consul answers.
+
+    Raises ConfigError where this controller could not open what the others sealed.
+    """
     while not stop.is_set():
         try:
             if not await asyncio.to_thread(shared.adopt_ca):
                 FleetCa(config.data / "ca", config.cluster)  # makes one, which is then everybody's or is replaced
                 await asyncio.to_thread(shared.adopt_ca, fresh=True)
+            await asyncio.to_thread(shared.check, Keyring(config.secrets_key_file, os.environ))
             break
         except PeerError as error:
             log.warning("consul away", reason=str(error))
@@ -174,6 +179,7 @@ def _term(config: Config, election: Election, shared: SharedFiles) -> Term:
         lock=HeldLock(cluster=config.cluster, session=session, confirmed=election.confirmed),
         confirm=election.confirm,
         share=lambda: shared.push(session),
+        agree=lambda keyring: shared.agree(keyring, session),
     )
 
 

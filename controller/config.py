@@ -133,6 +133,10 @@ class Config(Value, frozen=True, kw_only=True):
         _check_socket("operator_socket", self.operator_socket)
 
     @property
+    def secrets_key_file(self) -> Path:
+        return self.secrets.key_file or self.data / "secrets.key"
+
+    @property
     def consul_or_local(self) -> ConsulConfig:
         """With the journal in Consul: the one that is named, else this host's own agent."""
         return self.consul or ConsulConfig(url="http://127.0.0.1:8500")

@@ -41,6 +41,14 @@ class Keyring:
         """The id of the key that is sealed under."""
         return self._current.hex()
 
+    @property
+    def source(self) -> str:
+        """Where its keys come from, for whoever has to change them."""
+        return VARIABLE if self._from_environment else str(self._path)
+
+    def has(self, key_id: str) -> bool:
+        return key_id in {each.hex() for each in self._keys}
+
     def seal(self, namespace: Namespace, name: SecretName, value: bytes) -> bytes:
         nonce = secrets.token_bytes(_NONCE_BYTES)
         box = AESGCM(self._keys[self._current]).encrypt(nonce, value, _bound_to(namespace, name))
@@ -50,8 +58,7 @@ class Keyring:
         """Raises HostError where its key is not there, or the journal was tampered with."""
         key_id, rest = put.sealed[:_ID_BYTES], put.sealed[_ID_BYTES:]
         if key_id not in self._keys:
-            where = VARIABLE if self._from_environment else str(self._path)
-            step = f"version {put.version} is sealed under key {key_id.hex()}, which {where} does not have"
+            step = f"version {put.version} is sealed under key {key_id.hex()}, which {self.source} does not have"
             raise HostError(f"secret {put.name}", step=step, hint="bring the key back, or put the secret again")
         try:
             return AESGCM(self._keys[key_id]).decrypt(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 
 from controller.engine import Engine
 from controller.event_log import EventLog
@@ -19,6 +20,7 @@ class Parts:
     mesh: Mesh
     events: EventLog
     keyring: Keyring
+    agree: Callable[[Keyring], None]  # with the other controllers, on the key of secrets
     sessions: Sessions = dataclasses.field(default_factory=Sessions)
     tunnels: Tunnels = dataclasses.field(default_factory=Tunnels)
     refusals: Refusals = dataclasses.field(default_factory=Refusals)

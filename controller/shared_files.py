@@ -1,7 +1,8 @@
-"""The files that all controllers of a fleet must have alike, kept in Consul's KV: the fleet's CA.
+"""What all controllers of a fleet must have alike: the fleet's CA, whose files are kept in Consul's KV, and the key
+that secrets are sealed under, of which the KV has the id alone.
 
-Owns `outrider/CLUSTER/files/`. Every call blocks. Whoever may read that prefix can make certificates of this fleet: it
-takes a token of its own in Consul, as the journal does.
+Owns `outrider/CLUSTER/files/` and `outrider/CLUSTER/secrets-key`. Every call blocks. Whoever may read the former can
+make certificates of this fleet: it takes a token of its own in Consul, as the journal does.
 """
 
 import os
@@ -12,7 +13,8 @@ from typing import Final
 from controller.journal import LeadershipLostError
 from controller.journal.consul import lock_key, prefix
 from controller.journal.kv import ConsulKv, Operation
-from outrider.errors import HostError
+from controller.keyring import Keyring
+from outrider.errors import ConfigError, HostError
 
 _CA: Final = ("ca/ca.crt", "ca/ca.key")
 _ALL: Final = ("ca/previous.crt", "ca/cross.crt", *_CA)  # the first two while the CA changes
@@ -23,6 +25,7 @@ class SharedFiles:
         self._kv, self._data = kv, data
         self._lock_key = lock_key(cluster)
         self._prefix = f"{prefix(cluster)}/files/"
+        self._secrets_key = f"{prefix(cluster)}/secrets-key"
 
     def adopt_ca(self, *, fresh: bool = False) -> bool:
         """Take the fleet's CA over, or give it this controller's own where the fleet has none yet.
@@ -68,6 +71,27 @@ class SharedFiles:
             else:
                 operations.append(Operation(verb="delete", key=self._prefix + name))
         self._kv.transact(operations)
+
+    def check(self, keyring: Keyring) -> None:
+        """Raises ConfigError where what the other controllers seal would not open with it."""
+        found = self._kv.get(self._secrets_key)
+        told = found.value.decode(errors="replace") if found is not None else ""
+        if told and not keyring.has(told):
+            raise ConfigError(
+                f"secrets.key_file: {keyring.source} has key {keyring.current}, the fleet's secrets are sealed under "
+                f"key {told}: give all controllers the same (if it is lost, delete {self._secrets_key} from Consul's "
+                "KV, and put the secrets again)"
+            )
+
+    def agree(self, keyring: Keyring, session: str) -> None:
+        """From here on the others are asked for this key. Raises as `check` and `push` do."""
+        self.check(keyring)
+        self._kv.transact(
+            [
+                Operation(verb="check-session", key=self._lock_key, session=session),
+                Operation(verb="set", key=self._secrets_key, value=keyring.current.encode()),
+            ]
+        )
 
     def _found(self) -> dict[str, bytes]:
         pairs = {pair.key.removeprefix(self._prefix): pair.value for pair in self._kv.pairs(self._prefix)}

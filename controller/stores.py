@@ -3,6 +3,7 @@ Parses and checks what comes in; seals what must not be written in the clear; ha
 nothing.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ N = TypeVar("N")
 class StoreService(PeopleEdge, stores_pb2_grpc.StoreServiceServicer):
     def __init__(self, parts: Parts, *, callers: Callers, audit: AuditLog) -> None:
         super().__init__(parts, callers=callers, audit=audit, log=Log("stores"))
-        self._keyring = parts.keyring
+        self._keyring, self._agree = parts.keyring, parts.agree
         self._sessions = parts.sessions
         self._tunnels = parts.tunnels
 
@@ -88,6 +89,7 @@ class StoreService(PeopleEdge, stores_pb2_grpc.StoreServiceServicer):
     ) -> stores_pb2.RekeySecretsResponse:
         """Old keys go last: whatever ends this half-way, everything still opens."""
         self._keyring.turn()
+        await asyncio.to_thread(self._agree, self._keyring)
         versions = 0
         while anew := self._sealed_anew():  # again for what was sealed before and written meanwhile
             versions += await self._reseal(anew)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Coroutine
 
 from controller.journal import Journal
+from controller.keyring import Keyring
 from controller.mesh.leader import Lock
 from controller.standing import Alone, Standing
 
@@ -17,3 +18,4 @@ class Term:
     lock: Lock | None = None
     confirm: Callable[[], Coroutine[object, object, None]] | None = None  # runs beside the rest
     share: Callable[[], None] | None = None  # the fleet's CA, to the other controllers
+    agree: Callable[[Keyring], None] | None = None  # with them, on the key of secrets; blocks, raises ConfigError

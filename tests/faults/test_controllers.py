@@ -38,9 +38,11 @@ class Fleet:
 
     def __init__(self, directory: Path, consul: ConsulCluster) -> None:
         self.consul = consul
-        self.controllers = [self._controller(directory / f"c{n}", f"c{n}", n - 1) for n in (1, 2, 3)]
+        self._key_file = directory / "secrets.key"
+        self._key_file.write_text(f"{secrets.token_hex(32)}\n")
+        self.controllers = [self.controller(directory / f"c{n}", f"c{n}", n - 1) for n in (1, 2, 3)]
 
-    def _controller(self, directory: Path, name: str, at: int) -> Controller:
+    def controller(self, directory: Path, name: str, at: int) -> Controller:
         directory.mkdir(parents=True)
         return Controller(
             directory,
@@ -49,6 +51,7 @@ class Fleet:
             join_listen=f"127.0.0.1:{free_port()}",
             consul={"url": self.consul.servers[at].url},
             journal="consul",
+            secrets={"key_file": str(self._key_file)},
         )
 
     def leader(self) -> Controller | None:
@@ -276,6 +279,19 @@ async def lets_in(controller: Controller, files: TlsFiles) -> bool:
             await access_pb2_grpc.AccessServiceStub(connection).WhoAmI(access_pb2.WhoAmIRequest(), timeout=CALL_S)
             return True
     return False
+
+
+async def test_a_controller_with_another_key_of_secrets_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    await fleet.led()
+    (tmp_path / "secrets.key").write_text(f"{secrets.token_hex(32)}\n")
+    stranger = fleet.controller(tmp_path / "c4", "c4", 0)
+    stranger.configuration["secrets"] = {"key_file": str(tmp_path / "secrets.key")}
+    await stranger.launch()
+    assert stranger.process is not None
+    assert await asyncio.wait_for(stranger.process.wait(), WAIT_S) == 64
+    told = stranger.log.read_text()
+    assert f"secrets.key_file: {tmp_path}/secrets.key has key" in told
+    assert "give all controllers the same" in told
 
 
 async def test_what_a_dead_fleet_acknowledged_is_there_when_it_starts_again(fleet: Fleet) -> None:

@@ -52,7 +52,9 @@ async def events(tmp_path: Path) -> AsyncIterator[EventLog]:
     engine = Engine(journal=MemoryJournal(), events=log, log=Log("engine"))
     consul = ConsulAdapter(f"unix:{tmp_path}/nobody.sock")
     mesh = Mesh(consul=consul, issuer=ConsulIssuer(consul), cluster="c", adopt_intentions=False, log=Log("mesh"))
-    parts = Parts(cluster="c", engine=engine, mesh=mesh, events=log, keyring=Keyring(tmp_path / "key", {}))
+    parts = Parts(
+        cluster="c", engine=engine, mesh=mesh, events=log, keyring=Keyring(tmp_path / "key", {}), agree=lambda _: None
+    )
     callers = Callers(cluster="c", access=engine.state.access, per_s=100.0, burst=100.0)
     service = OperatorService(parts, consul="nobody", callers=callers, audit=AuditLog(tmp_path))
 

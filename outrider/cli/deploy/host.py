@@ -136,7 +136,7 @@ def unpack(tar: tarfile.TarFile, manifest: dict[str, Any], target: Path) -> None
         for name in partial.glob("bin/[aA]ctivate*"):
             name.unlink()  # they name the directory where it was made
         (partial / "complete").write_text(manifest["id"])
-        os.sync()
+        subprocess.run(["sync", "--file-system", str(partial)], check=False)  # what `complete` promises is on the disk
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

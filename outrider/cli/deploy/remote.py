@@ -28,13 +28,10 @@ class Remote:
         self.host = host
         self._ssh = ssh
         self._connection = connection
-        self._program = files("outrider.cli.deploy").joinpath("host.py").read_text()
 
     async def ask(self, task: str, timeout_s: float = 120.0, **asked: Any) -> dict[str, Any]:
         """What `host.py` answers there."""
-        document = json.dumps({**asked, "task": task})
-        text = self._program.replace(_ASKED, f"ASKED = {document!r}\n")
-        done = await self._run("python3 -", text, timeout_s, step=task)
+        done = await self._run("python3 -", program(task, **asked), timeout_s, step=task)
         try:
             answer = json.loads(_text(done.stdout).strip().splitlines()[-1])
         except (ValueError, IndexError) as error:
@@ -91,6 +88,13 @@ class Remote:
             hint = "let the user run sudo without a password, or deploy as root"
             raise HostError(self.host.host, step=f"sudo -n: {_last_line(done)}", hint=hint)
         return done
+
+
+def program(task: str, **asked: Any) -> str:
+    """`host.py`, with what it is asked."""
+    document = json.dumps({**asked, "task": task})
+    text = files("outrider.cli.deploy").joinpath("host.py").read_text()
+    return text.replace(_ASKED, f"ASKED = {document!r}\n")
 
 
 @contextlib.asynccontextmanager
