@@ -60,6 +60,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self.refuse_leaves = False
         self.silent = False  # answers no heartbeat
         self.away = False  # nor welcomes anybody
+        self.protocol = 1
         self.tunnels: dict[str, asyncio.Queue[fleet_pb2.TunnelFrame | None]] = {}
         self.tunnel_inputs: dict[str, asyncio.Queue[fleet_pb2.TunnelFrame]] = {}
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -85,7 +86,9 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         for message in self._unacknowledged.values():
             outgoing.put_nowait(message)
         yield fleet_pb2.ControllerMessage(
-            welcome=fleet_pb2.Welcome(cluster="test", heartbeat_interval_s=self._heartbeat_interval_s, protocol=1)
+            welcome=fleet_pb2.Welcome(
+                cluster="test", heartbeat_interval_s=self._heartbeat_interval_s, protocol=self.protocol
+            )
         )
         reading = asyncio.create_task(self._read(request_iterator, outgoing))
         try:

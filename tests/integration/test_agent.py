@@ -257,6 +257,9 @@ async def test_the_controller_away_changes_nothing_and_its_return_is_noticed(fle
     known = len(controller.hellos)
     controller.silent = True
     await until(lambda: len(controller.hellos) > known, "silence is noticed, and another session begun")
+    controller.protocol = 9
+    newer = "expected Welcome of protocol 1: controller and agent are of different versions"
+    await until(lambda: newer in fleet.log(), "a controller of another version is refused by name")
     assert controller.status(alloc) is AllocStatus.RUNNING
     assert await shell(fleet, alloc) == pids
 

@@ -1,6 +1,7 @@
 """`outrider deploy` on real sshd instances, each a host of its own: what it does, does again, and refuses."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from controller.ca import FleetCa
 from tests.integration.ssh_hosts import SshHosts
 
 pytestmark = pytest.mark.deep  # each host gets the whole bundle: minutes on a busy machine
@@ -59,7 +61,7 @@ def on_controller(hosts: SshHosts, *words: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.timeout(1800)
-def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts: SshHosts) -> None:
+def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts: SshHosts, tmp_path: Path) -> None:
     first, second, third = hosts.addresses
     file = str(hosts.inventory("sshtest"))
 
@@ -94,13 +96,15 @@ def test_hosts_become_a_fleet_once_and_what_is_wrong_is_told_host_by_host(hosts:
     secret = hosts.path(third, "/etc/outrider/join-token")
     assert not secret.exists() or secret.stat().st_mode & 0o077 == 0
 
-    # Somebody changed a configuration, and an agent died for good: it is mended, and nothing else is touched.
+    # Somebody changed a configuration, and a node knows an earlier fleet of this name: nothing else is touched.
     hosts.path(second, "/etc/outrider/agent.yaml").write_text("cluster: sshtest\n")
+    FleetCa(tmp_path / "ca", "sshtest")
+    shutil.copy(tmp_path / "ca/ca.crt", hosts.path(third, "/var/lib/outrider/agent/ca.crt"))
     mended = hosts.outrider("deploy", "-f", file, "--json")
     assert mended.returncode == 0, mended.stderr
     told = {each["host"]: each["done"] for each in json.loads(mended.stdout)["hosts"]}
     assert told == {
-        first: "healthy, nothing to do", second: "healthy, configure, restart", third: "healthy, nothing to do",
+        first: "healthy, nothing to do", second: "healthy, configure, restart", third: "healthy, join, restart",
     }  # fmt: skip
 
     run_copies(hosts, 3)

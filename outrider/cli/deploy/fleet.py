@@ -38,6 +38,11 @@ class FleetAccess(Protocol):
 
     async def answers(self) -> None: ...
     async def join_token(self, node: str) -> str: ...
+
+    async def authorities(self) -> frozenset[str]:
+        """The fingerprints of the CAs by which the fleet is known: two, while it changes."""
+        ...
+
     async def node(self, node: str) -> Seen: ...
 
     async def nodes(self) -> Mapping[str, str]:
@@ -71,6 +76,11 @@ class Direct:
         )
         answer = await asyncio.to_thread(lambda: self._open().call(self._open().access.CreateToken, request))
         return str(answer.secret)
+
+    async def authorities(self) -> frozenset[str]:
+        request = access_pb2.GetCaRequest()
+        answer = await asyncio.to_thread(lambda: self._open().call(self._open().access.GetCa, request))
+        return frozenset(filter(None, (answer.sha256, answer.previous_sha256)))
 
     async def node(self, node: str) -> Seen:
         request = operator_pb2.GetNodeRequest(node=node)
@@ -119,6 +129,10 @@ class ByCommand:
 
     async def join_token(self, node: str) -> str:
         return str((await self._ask("token", "create", "--node", node, "--valid", "1h"))["secret"])
+
+    async def authorities(self) -> frozenset[str]:
+        answer = await self._ask("operator", "ca", "status")
+        return frozenset(filter(None, (answer["sha256"], answer["previous_sha256"])))
 
     async def node(self, node: str) -> Seen:
         answer = await self._ask("node", "status", node)

@@ -30,6 +30,7 @@ ASKED: str  # set by whoever sends this file
 PREFIX = Path("/opt/outrider")
 ETC = Path("/etc/outrider")
 DATA = Path("/var/lib/outrider")
+NODE = DATA / "agent"
 LOGS = Path("/var/log/outrider")
 UNITS = Path("/etc/systemd/system")
 CURRENT = PREFIX / "current"
@@ -58,7 +59,9 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
         "versions": sorted(path.name for path in versions()),
         "current": CURRENT.resolve().name if CURRENT.is_symlink() and CURRENT.exists() else "",
         "bundle_there": Path(asked.get("bundle", "/nowhere")).exists(),
-        "joined": {"agent": certified(DATA / "agent" / "node.crt")},
+        "joined": {"agent": certified(NODE / "node.crt")},
+        "identity": identity(NODE / "node.crt"),
+        "trusts": fingerprints(NODE / "ca.crt"),
         "running": {role: running(role) for role in ("agent", "controller")},
         "configured": {role: digest(ETC / (f"{role}.yaml")) for role in ("agent", "controller")},
     }
@@ -217,6 +220,14 @@ def service(asked: dict[str, Any]) -> dict[str, Any]:
     return {"by": "keeper"}
 
 
+def forget(_: dict[str, Any]) -> dict[str, Any]:
+    """The node's certificate, and whom it trusts: it joins anew. Its key stays."""
+    for name in ("node.crt", "ca.crt"):
+        with contextlib.suppress(FileNotFoundError):
+            (NODE / name).unlink()
+    return {}
+
+
 def purge(_: dict[str, Any]) -> dict[str, Any]:
     """Ends what the agent runs here, and removes it."""
     config = ETC / "agent.yaml"
@@ -305,6 +316,21 @@ def certified(path: Path) -> bool:
     return ssl.cert_time_to_seconds(str(told["notAfter"])) > time.time()
 
 
+def identity(path: Path) -> str:
+    """Whom the certificate names, as outrider://CLUSTER/node/NODE."""
+    if not path.exists():
+        return ""
+    told = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined]  # as above
+    return next((value for kind, value in told.get("subjectAltName", ()) if kind == "URI"), "")
+
+
+def fingerprints(path: Path) -> list[str]:
+    """Of each certificate in the file."""
+    end = "-----END CERTIFICATE-----"
+    blocks = path.read_text().split(end)[:-1] if path.exists() else []
+    return [hashlib.sha256(ssl.PEM_cert_to_DER_cert(block.strip() + "\n" + end)).hexdigest() for block in blocks]
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
@@ -359,7 +385,7 @@ def stop_keeper(role: str) -> None:
 
 TASKS = {
     "probe": probe, "packages": packages, "install": install, "configure": configure, "activate": activate,
-    "service": service, "purge": purge, "remove": remove, "logs": logs, "run": run,
+    "service": service, "forget": forget, "purge": purge, "remove": remove, "logs": logs, "run": run,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 from outrider.cli.deploy.bundle import Bundle
 from outrider.cli.deploy.inventory import Host
@@ -31,6 +32,8 @@ class Facts(Value, frozen=True, kw_only=True):
     current: str = ""
     bundle_there: bool = False
     joined: Mapping[str, bool] = {}
+    identity: str = ""  # of the node's certificate: outrider://CLUSTER/node/NODE
+    trusts: tuple[str, ...] = ()  # the fingerprints of the CAs by which it knows its fleet
     running: Mapping[str, bool] = {}
     configured: Mapping[str, str] = {}  # role -> sha256 of its configuration
 
@@ -63,8 +66,13 @@ def packages_of(host: Host) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def make_plan(host: Host, facts: Facts, bundle: Bundle, wanted: Mapping[str, str]) -> Plan:
-    """`wanted`: role -> sha256 of the configuration that it shall have."""
+def make_plan(
+    host: Host, facts: Facts, bundle: Bundle, wanted: Mapping[str, str], *, authorities: frozenset[str] | None = None
+) -> Plan:
+    """`wanted`: role -> sha256 of the configuration that it shall have. `authorities`: the fleet's CAs, where known.
+
+    A node that trusts none of them has missed a change of the CA, or knows a fleet that was of the same name.
+    """
     steps: list[Step] = []
     if facts.missing:
         steps.append(Step.PACKAGES)
@@ -75,16 +83,18 @@ def make_plan(host: Host, facts: Facts, bundle: Bundle, wanted: Mapping[str, str
         steps.append(Step.CONFIGURE)
     if facts.current != bundle.id:
         steps.append(Step.ACTIVATE)
-    if "agent" in host.roles and not facts.joined.get("agent"):
+    known = authorities is None or not authorities.isdisjoint(facts.trusts)
+    joins = "agent" in host.roles and not (facts.joined.get("agent") and known)
+    if joins:
         steps.append(Step.JOIN)
     if not all(facts.running.get(role) for role in host.roles):
         steps.append(Step.START)
-    elif changed or facts.current != bundle.id:
+    elif changed or joins or facts.current != bundle.id:
         steps.append(Step.RESTART)
     return Plan(steps=tuple(steps), packages=facts.missing)
 
 
-def check(host: Host, facts: Facts, bundle: Bundle, *, now_s: float, took_s: float) -> None:
+def check(host: Host, facts: Facts, bundle: Bundle, *, cluster: str, now_s: float, took_s: float) -> None:
     """Raises HostError for a host on which Outrider cannot run: nothing was changed there.
 
     `took_s`: how long the question took; the host's clock was read somewhere within.
@@ -107,6 +117,9 @@ def check(host: Host, facts: Facts, bundle: Bundle, *, now_s: float, took_s: flo
     if bundle.id not in facts.versions and facts.free_bytes < ROOM_BYTES:
         hint = "make room below /opt"
         raise HostError(name, step=f"{facts.free_bytes >> 20} MiB are free, {ROOM_BYTES >> 20} are needed", hint=hint)
+    if facts.joined.get("agent") and urlsplit(facts.identity).netloc != cluster:
+        hint = "take it out of that one first: `outrider deploy --remove --data`, `--force` where that fleet is no more"
+        raise HostError(name, step=f"it is of another fleet: {facts.identity}", hint=hint)
     if facts.missing and not facts.apt:
         hint = "install them by its own means"
         raise HostError(name, step=f"it lacks {', '.join(facts.missing)} and has no apt-get", hint=hint)

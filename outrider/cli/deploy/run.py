@@ -220,13 +220,14 @@ class Deployment:
         remote_bundle = f"/var/tmp/outrider-{self._bundle.id}.tar"  # noqa: S108 - root's file, moved into place whole
         answer = await remote.ask("probe", packages=list(packages_of(host)), bundle=remote_bundle)
         facts = facts_from(answer)
-        check(host, facts, self._bundle, now_s=began_s, took_s=time.time() - began_s)
+        check(host, facts, self._bundle, cluster=self._inventory.cluster, now_s=began_s, took_s=time.time() - began_s)
+        if facts.running.get("controller") and "controller" in host.roles and not self._dry_run:
+            self._fleet = await on_controller(remote, self._sockets())
         wanted = self._files(host)
-        plan = make_plan(host, facts, self._bundle, _digests(wanted))
+        authorities = await self._authorities(facts)
+        plan = make_plan(host, facts, self._bundle, _digests(wanted), authorities=authorities)
         if self._dry_run:
             return plan.told
-        if facts.running.get("controller") and "controller" in host.roles:
-            self._fleet = await on_controller(remote, self._sockets())
         before = await self._running(host, facts)
         await self._prepare(host, remote, plan, wanted, remote_bundle)
         if "controller" in host.roles:
@@ -284,6 +285,7 @@ class Deployment:
             self._tell(host.host, "join")
             token = await (await self._reach()).join_token(host.node)
             await remote.ask("configure", files={JOIN_TOKEN: {"content": token, "mode": "600"}})
+            await remote.ask("forget")
         if Step.START in plan.steps or Step.RESTART in plan.steps:
             verb = "restart" if facts.running.get("agent") else "start"
             self._tell(host.host, verb)
@@ -292,6 +294,13 @@ class Deployment:
         if told:
             text = (await remote.ask("logs", role="agent"))["text"]
             raise HostError(host.host, step=f"node {host.node} is not healthy: {told}\n{_indented(text)}")
+
+    async def _authorities(self, facts: Facts) -> frozenset[str] | None:
+        """The fleet's CAs, where the host is a node already and they are to be had."""
+        if facts.joined.get("agent") and self._fleet is not None:
+            with contextlib.suppress(PeerError):  # a controller that is mended just now
+                return await self._fleet.authorities()
+        return None
 
     async def _running(self, host: Host, facts: Facts) -> frozenset[str]:
         """What runs on the node, where it is one already."""

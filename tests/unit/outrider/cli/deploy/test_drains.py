@@ -22,6 +22,9 @@ class Fleet:
     async def join_token(self, node: str) -> str:
         raise AssertionError(f"nothing joins: {node}")
 
+    async def authorities(self) -> frozenset[str]:
+        return frozenset()
+
     async def node(self, node: str) -> Seen:
         self._looks += 1
         draining = self._looks < 2 or not self.empties

@@ -16,7 +16,7 @@ BARE = Facts(python="3.11", machine="x86_64", apt=True, free_bytes=8 * ROOM_BYTE
 WANTED = {"agent": "sha"}
 WHOLE = msgspec.structs.replace(
     BARE, versions=("0.1.0-abc",), current="0.1.0-abc", joined={"agent": True}, running={"agent": True},
-    configured={"agent": "sha"},
+    configured={"agent": "sha"}, identity="outrider://prod/node/h1", trusts=("new",),
 )  # fmt: skip
 
 
@@ -51,6 +51,12 @@ def test_what_an_earlier_run_left_undone_is_done(changed: dict[str, object], exp
     assert steps(msgspec.structs.replace(WHOLE, **changed)) == expected
 
 
+def test_a_node_that_knows_none_of_the_fleets_cas_joins_anew() -> None:
+    for authorities, expected in ((None, ()), ({"old", "new"}, ()), ({"newest"}, (Step.JOIN, Step.RESTART))):
+        known = frozenset(authorities) if authorities is not None else None
+        assert make_plan(HOST, WHOLE, BUNDLE, WANTED, authorities=known).steps == expected
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -61,12 +67,17 @@ def test_what_an_earlier_run_left_undone_is_done(changed: dict[str, object], exp
         ({"clock_s": 1000.0 - 3600}, "its clock is 3600 s behind"),
         ({"free_bytes": 100 << 20}, "100 MiB are free, 1024 are needed"),
         ({"missing": ("crun",), "apt": False}, "it lacks crun and has no apt-get"),
+        (
+            {"joined": {"agent": True}, "identity": "outrider://other/node/h1"},
+            "it is of another fleet: outrider://other/node/h1",
+        ),
     ],
 )
 def test_a_host_that_cannot_be_a_node_is_refused_with_the_reason(changed: dict[str, object], told: str) -> None:
     with pytest.raises(HostError, match=told):
-        check(HOST, msgspec.structs.replace(BARE, **changed), BUNDLE, now_s=1000.0, took_s=1.0)
+        check(HOST, msgspec.structs.replace(BARE, **changed), BUNDLE, cluster="prod", now_s=1000.0, took_s=1.0)
 
 
 def test_a_good_host_passes() -> None:
-    check(HOST, BARE, BUNDLE, now_s=1000.0, took_s=1.0)
+    check(HOST, BARE, BUNDLE, cluster="prod", now_s=1000.0, took_s=1.0)
+    check(HOST, WHOLE, BUNDLE, cluster="prod", now_s=1000.0, took_s=1.0)
