@@ -3,8 +3,9 @@
 import hashlib
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import gmtime, strftime
+from typing import Any
 
 from outrider.clock import wall_s
 from outrider.config import host_port
@@ -29,7 +30,7 @@ def pinned_ca(address: str, sha256: str) -> str:
             context.wrap_socket(plain) as secure,
         ):
             # Public as `get_unverified_chain` from Python 3.13 on.
-            chain = secure._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]  # noqa: SLF001
+            chain: Sequence[Any] = secure._sslobj.get_unverified_chain() or ()  # type: ignore[attr-defined]  # noqa: SLF001
     except OSError as error:
         raise PeerError(f"{address}: {error}") from error
     pinned = sha256.replace(":", "").lower()

@@ -7,15 +7,21 @@ Owns the bundle's form, and the cache of bundles; never touches a host.
 import hashlib
 import io
 import json
+import marshal
 import os
 import platform
 import re
 import sys
 import tarfile
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from pathlib import Path
+from importlib.util import MAGIC_NUMBER, source_hash
+from pathlib import Path, PurePosixPath
 
 from outrider import __version__
 from outrider.errors import HostError, InputError
@@ -57,8 +63,10 @@ def make_bundle(cache: Path, *, source: Path | None = None) -> Bundle:
             machine=platform.machine(),
         )
         if not bundle.path.exists():
-            wheels = {f"{OWN}-{version}-py3-none-any.whl": _zip(own, {}, f"{OWN}-{version}.dist-info")}
-            wheels.update(make_wheel(found) for found in others)
+            compiled = {**own, **_compiled({name: root / name for name in own if name.endswith(".py")}, own)}
+            wheels = {f"{OWN}-{version}-py3-none-any.whl": _zip(compiled, {}, f"{OWN}-{version}.dist-info")}
+            with ThreadPoolExecutor(thread_name_prefix="wheel") as pool:  # it is the packing that takes long
+                wheels.update(pool.map(partial(make_wheel, compiled=True), others))
             _write(bundle, {name: hashlib.sha256(wheels[name]).hexdigest() for name in sorted(wheels)}, wheels)
     except OSError as error:
         raise HostError("bundle", step=f"read what is installed here: {error}") from error
@@ -76,18 +84,18 @@ def _recorded(dist: Distribution) -> str:
 
 def _write(bundle: Bundle, hashes: dict[str, str], wheels: dict[str, bytes]) -> None:
     manifest = {"id": bundle.id, "version": bundle.version, "python": bundle.python, "machine": bundle.machine}
-    partial = bundle.path.with_suffix(f".partial-{os.getpid()}")
+    unfinished = bundle.path.with_suffix(f".partial-{os.getpid()}")
     try:
         bundle.path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(partial, "w") as tar:
+        with tarfile.open(unfinished, "w") as tar:
             _add(tar, MANIFEST, json.dumps({**manifest, "wheels": hashes}).encode())
             for name in hashes:
                 _add(tar, name, wheels[name])
-        partial.replace(bundle.path)
+        unfinished.replace(bundle.path)
     except OSError as error:
         raise HostError(str(bundle.path), step=f"write the bundle: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -159,22 +167,42 @@ def _applies(marker: str) -> bool:
     return Marker(marker).evaluate()
 
 
-def make_wheel(dist: Distribution) -> tuple[str, bytes]:
-    """The distribution as a wheel again: its name and content."""
+def make_wheel(dist: Distribution, *, compiled: bool = False) -> tuple[str, bytes]:
+    """The distribution as a wheel again: its name and content. `compiled`: with the bytecode of its modules."""
     name, version = dist.metadata["Name"].replace("-", "_"), dist.version
     tags = [
         line.removeprefix("Tag:").strip() for line in (dist.read_text("WHEEL") or "").splitlines() if "Tag:" in line
     ]
     files: dict[str, bytes] = {}
     modes: dict[str, int] = {}
+    modules: dict[str, Path] = {}
     for entry in dist.files or ():
         if entry.parts[0] == ".." or "__pycache__" in entry.parts or entry.name in _SKIPPED:
             continue  # scripts beside the library, what the interpreter made, and what the installer did
         path = Path(str(entry.locate()))
         files[str(entry)] = path.read_bytes()
         modes[str(entry)] = path.stat().st_mode & 0o755
+        if path.suffix == ".py":
+            modules[str(entry)] = path
+    if compiled:
+        files |= _compiled(modules, files)
     info = next(part for part in (entry.split("/")[0] for entry in files) if part.endswith(".dist-info"))
     return f"{name}-{version}-{tags[0] if tags else 'py3-none-any'}.whl", _zip(files, modes, info)
+
+
+def _compiled(modules: Mapping[str, Path], sources: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Bytecode that is taken without a look at its source (PEP 552): else each host compiles the same at first."""
+    found: dict[str, bytes] = {}
+    for name, path in modules.items():
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                code = SourceFileLoader(name, str(path)).get_code(name)
+        except (SyntaxError, ValueError):
+            continue  # a template, or of another Python: what cannot be imported here cannot be there
+        header = MAGIC_NUMBER + (1).to_bytes(4, "little") + source_hash(sources[name])
+        file = f"__pycache__/{path.stem}.{sys.implementation.cache_tag}.pyc"
+        found[str(PurePosixPath(name).parent / file)] = header + marshal.dumps(code)
+    return found
 
 
 def _zip(files: dict[str, bytes], modes: dict[str, int], info: str) -> bytes:

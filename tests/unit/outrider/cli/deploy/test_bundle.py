@@ -1,0 +1,32 @@
+"""What is pushed to hosts: distributions made wheels again, and the bytecode of their modules."""
+
+import io
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+from outrider.cli.deploy.bundle import make_wheel
+from outrider.cli.deploy.host import extract
+
+
+def test_a_wheel_is_what_is_installed_here() -> None:
+    found = distribution("h11")
+    name, content = make_wheel(found)
+    assert name == f"h11-{found.version}-py3-none-any.whl"
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.testzip() is None
+        assert archive.read("h11/__init__.py") == Path(str(found.locate_file("h11/__init__.py"))).read_bytes()
+        listed = {line.split(",")[0] for line in archive.read(f"h11-{found.version}.dist-info/RECORD").decode().split()}
+        assert listed == set(archive.namelist())
+
+
+def test_bytecode_is_taken_as_it_came(tmp_path: Path) -> None:
+    extract(make_wheel(distribution("h11"), compiled=True)[1], tmp_path)
+    for source in tmp_path.rglob("*.py"):
+        source.write_text("raise SystemError('it was compiled anew')\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import h11; print(h11.__file__, h11.Connection)"
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/h11/__init__.py <class 'h11._connection.Connection'>\n"
