@@ -34,14 +34,14 @@ from agent.drivers import task_directory
 from agent.drivers.process import Place, identity, sandbox_id, sandbox_spec
 from agent.envoys import Envoys
 from agent.guests import Guests
-from agent.held import SIDECAR, Held, sandbox_directory, split, task_exit
+from agent.held import SIDECAR, Ahead, Held, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
 from agent.names import Names
 from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.network.plan import NetworkSpec, gateway_address, next_address
 from agent.pull.keeper import Keeper
-from agent.sandbox.runtime import SandboxRuntime
-from agent.sandbox.spec import INNER_USER, SandboxStatus, StartError
+from agent.sandbox.runtime import Created, SandboxRuntime
+from agent.sandbox.spec import INNER_USER, SandboxSpec, SandboxStatus, StartError
 from agent.spares import Spare
 from agent.store import Store
 from agent.uids import Uids, fits_reserved
@@ -119,6 +119,12 @@ class Executor:
                 self._images.begin(self._hold(command.assignment).assignment)
             case c.MoveGuest():
                 self._guests.move(command.assignment)
+            case c.CreateTask():
+                held = self._hold(command.assignment)
+                making = self._tasks.create_task(
+                    self._create_ahead(held, command.task), name=f"{command.assignment.alloc}.{command.task.name}-ahead"
+                )
+                held.ahead[command.task.name] = Ahead(assignment=command.assignment, making=making)
             case c.StartTask():
                 alloc = self._hold(command.assignment).assignment.alloc
                 self._watch(alloc, command.task.name, self._run_task(command))
@@ -278,27 +284,38 @@ class Executor:
         await self._tell(TaskStarted(alloc=alloc, task=task.name, started_at_s=status.started_at_s))
         await self._watch_task(alloc, task.name, packets=packets)
 
+    async def _create_ahead(self, held: Held, task: Task) -> Created | None:
+        try:
+            return await self._runtime.create(await self._sandbox(held, task))
+        except (InputError, StartError, RefusedError, HostError):
+            return None  # whoever starts it tries again, and tells
+
     async def _start(self, held: Held, task: Task) -> SandboxStatus:
-        """All that the task's sandbox needs is made before."""
+        ahead = held.ahead.pop(task.name, None)
+        if ahead is not None:
+            created = await ahead.making
+            if created is not None and ahead.assignment == held.assignment:
+                return await self._runtime.begin(created)
+        if is_guest(task):
+            return await self._start_guest(held, task)
+        return await self._runtime.start(await self._sandbox(held, task))
+
+    async def _start_guest(self, held: Held, task: Task) -> SandboxStatus:
         assignment = held.assignment
-        sandbox = self._sandbox_directory(assignment.alloc, task.name)
-        guest = is_guest(task)
-        directory = guest_directory(sandbox) if guest else self._tasks_directory / assignment.alloc / task.name
-        uid_first = held.uids.task(task.name)
-        place = Place(
-            node=self._node,
-            uid_first=uid_first,
-            network_namespace=held.namespace,
-            directory=str(sandbox),
-            task_directory=str(directory),
-            resolv_conf="" if guest else str(self._resolv_conf),
-        )
+        place = self._place(held, task, guest_directory(self._sandbox_directory(assignment.alloc, task.name)))
+        owner = place.uid_first + INNER_USER
+        disks = await self._belongings.disks(assignment, task, owner=owner)
         image = self._images.unpacked(assignment.alloc, task.image)
-        if guest:
-            disks = await self._belongings.disks(assignment, task, owner=uid_first + INNER_USER)
-            return await self._guests.start(assignment, task, msgspec.structs.replace(place, disks=disks), image)
+        return await self._guests.start(assignment, task, msgspec.structs.replace(place, disks=disks), image)
+
+    async def _sandbox(self, held: Held, task: Task) -> SandboxSpec:
+        """Its sandbox; all that it needs is made before."""
+        assignment = held.assignment
+        directory = self._tasks_directory / assignment.alloc / task.name
+        image = self._images.unpacked(assignment.alloc, task.image)
         user, group = identity(task, image)
-        brought = await self._belongings.prepare(assignment, task, uid_first=uid_first, user=user, group=group)
+        place = self._place(held, task, directory, resolv_conf=str(self._resolv_conf))
+        brought = await self._belongings.prepare(assignment, task, uid_first=place.uid_first, user=user, group=group)
         place = msgspec.structs.replace(
             place,
             mounts=(*place.mounts, *brought.mounts),
@@ -308,9 +325,19 @@ class Executor:
         )
         spec = sandbox_spec(assignment, task, place, image)
         task_directory.prepare(
-            directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=uid_first + spec.user
+            directory, files=task.files, size_bytes=task.resources.disk_bytes, owner=place.uid_first + spec.user
         )
-        return await self._runtime.start(spec)
+        return spec
+
+    def _place(self, held: Held, task: Task, directory: Path, *, resolv_conf: str = "") -> Place:
+        return Place(
+            node=self._node,
+            uid_first=held.uids.task(task.name),
+            network_namespace=held.namespace,
+            directory=str(self._sandbox_directory(held.assignment.alloc, task.name)),
+            task_directory=str(directory),
+            resolv_conf=resolv_conf,
+        )
 
     async def _watch_task(self, alloc: AllocId, task: TaskName, *, packets: int | None = None) -> None:
         """`packets`: what guests before this one sent; None where an earlier agent started it."""
@@ -368,11 +395,19 @@ class Executor:
             self._log.warning("sidecar not stopped", alloc=alloc, reason=str(error))  # cleaning tries again
         await self._tell(SidecarStopped(alloc=alloc))
 
+    async def _drop_ahead(self, held: Held | None) -> None:
+        while held is not None and held.ahead:
+            task, ahead = held.ahead.popitem()
+            ahead.making.cancel()
+            await asyncio.wait({ahead.making})
+            await self._runtime.delete(sandbox_id(held.assignment.alloc, task))
+
     async def _clean(self, alloc: AllocId) -> None:
         held = self._held.get(alloc)
         try:
             for task in tuple(held.watchers) if held else ():
                 await self._unwatch(alloc, task)
+            await self._drop_ahead(held)
             for status in await self._runtime.list():
                 if (owner := split(status.id)) is not None and owner[0] == alloc:
                     await self._runtime.delete(status.id)

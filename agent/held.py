@@ -9,7 +9,7 @@ from agent.core.events import TaskExit
 from agent.drivers.process import sandbox_id
 from agent.metrics import Workload
 from agent.sandbox import logs
-from agent.sandbox.runtime import SandboxRuntime
+from agent.sandbox.runtime import Created, SandboxRuntime
 from agent.uids import AllocUids
 from agent.vms import bad_end, guest_directory, told_end
 from outrider.ids import AllocId, TaskName
@@ -20,11 +20,19 @@ LOG_TAIL_LINES = 20
 GUEST_TAIL_LINES = 60  # a kernel's panic says why before some 40 lines of where
 
 
+class Ahead(msgspec.Struct, kw_only=True):
+    """A sandbox that is made before its task may start, of what the task was then."""
+
+    assignment: Assignment
+    making: asyncio.Task[Created | None]  # None: that did not work
+
+
 class Held(msgspec.Struct, kw_only=True):
     assignment: Assignment
     uids: AllocUids
     namespace: str = ""  # path of its network namespace
     local_address: str = ""
+    ahead: dict[TaskName, Ahead] = {}
     reserved: AllocId | None = None  # the namespace, not yet furnished, in which its sidecar runs already
     watchers: dict[TaskName, asyncio.Task[None]] = {}  # of each task's run, and of SIDECAR
     put_back: dict[TaskName, asyncio.Future[str]] = {}  # ended to go on from a snapshot: why it does not, or ""

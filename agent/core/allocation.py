@@ -9,6 +9,7 @@ from agent.core import health, images
 from agent.core.commands import (
     Clean,
     CreateNetwork,
+    CreateTask,
     DrainSidecar,
     MoveGuest,
     RunCheck,
@@ -44,7 +45,7 @@ from agent.core.report import duration, exit_message
 from agent.core.restart import PERSISTENT, next_try
 from agent.core.state import AllocState, TaskState, Turn
 from outrider.model.allocation import MoveStage, TaskStatus
-from outrider.model.job import RestartPolicy, TaskRole, main_task
+from outrider.model.job import RestartPolicy, TaskRole, is_guest, main_task
 
 _UP = frozenset({Phase.TASKS_STARTING, Phase.RUNNING})
 
@@ -149,6 +150,8 @@ def prepare(alloc: AllocState, turn: Turn) -> None:
     if alloc.phase is not Phase.PREPARING:
         alloc.become(Phase.PREPARING)
     alloc.retry_at_s = None
+    for task in alloc.tasks.values():
+        task.created = False
     turn.emit(CreateNetwork(assignment=alloc.assignment))
     images.want(alloc, turn)
 
@@ -195,6 +198,7 @@ def start_sidecar_phase(alloc: AllocState, turn: Turn) -> None:
     if alloc.has_sidecar:
         alloc.become(Phase.SIDECAR_STARTING)
         _start_sidecar(alloc, turn)
+        _start_tasks(alloc, turn)
     else:
         alloc.become(Phase.TASKS_STARTING)
         run(alloc, turn)
@@ -312,8 +316,12 @@ def _given_up(message: str, policy: RestartPolicy) -> str:
 
 
 def _start_tasks(alloc: AllocState, turn: Turn) -> None:
-    """Every task that is due, once record, images and sidecar are there: the init tasks first, one after the other."""
-    if alloc.phase not in _UP or not alloc.durable or (alloc.has_sidecar and not alloc.sidecar_ready):
+    """Every task that is due, once record, images and sidecar are there: the init tasks first, one after the other.
+
+    While the sidecar starts, what they will run in is made.
+    """
+    serves = alloc.phase in _UP and (alloc.sidecar_ready or not alloc.has_sidecar)
+    if not alloc.durable or not (serves or alloc.phase is Phase.SIDECAR_STARTING):
         return
     first = alloc.init_task
     for task in alloc.tasks.values() if first is None else (first,):
@@ -321,9 +329,12 @@ def _start_tasks(alloc: AllocState, turn: Turn) -> None:
         if task.status not in (TaskStatus.PENDING, TaskStatus.BACKOFF) or task.starting or waits:
             continue
         images.want(alloc, turn)
-        if alloc.images_ready:
+        if alloc.images_ready and serves:
             task.starting, task.retry_at_s = True, None
             turn.emit(StartTask(assignment=alloc.assignment, task=task.task, local_address=alloc.local_address))
+        elif alloc.images_ready and not task.created and not is_guest(task.task):
+            task.created = True
+            turn.emit(CreateTask(assignment=alloc.assignment, task=task.task))
 
 
 def _task_started(alloc: AllocState, event: TaskStarted, turn: Turn) -> None:

@@ -54,6 +54,13 @@ class AdoptSidecar(Value, frozen=True, kw_only=True):
     local_address: str
 
 
+class CreateTask(Value, frozen=True, kw_only=True):
+    """Make its sandbox while the sidecar starts, so that `StartTask` finds it. Nothing of it runs, nothing is told."""
+
+    assignment: Assignment
+    task: Task
+
+
 class StartTask(Value, frozen=True, kw_only=True):
     """`TaskStarted` then, later, `TaskExited`; or `TaskStartFailed`. What an earlier run left is removed first."""
 
@@ -139,6 +146,7 @@ Command = (
     | PullImages
     | StartSidecar
     | AdoptSidecar
+    | CreateTask
     | StartTask
     | AdoptTask
     | RenewBelongings

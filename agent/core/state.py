@@ -21,6 +21,7 @@ NEVER_S = float("inf")
 class TaskState(msgspec.Struct, kw_only=True):
     task: Task
     status: TaskStatus = TaskStatus.PENDING
+    created: bool = False  # CreateTask was asked for, in this try of the allocation
     starting: bool = False  # StartTask is under way
     stop_asked: bool = False  # StopTask is under way
     restart_reason: str = ""  # it was told to end only to start again

@@ -2,7 +2,8 @@
 
 Owns everything of a sandbox but its network namespace and the sources of its mounts: bundle, cgroup, container,
 monitor, logs' bounds. Keeps no state in memory that the run directory does not have: a restarted agent carries on with
-what runs. Starts no task of its own; a call for one sandbox must not overlap with another `start` or `delete` of it.
+what runs. Starts no task of its own; a call for one sandbox must not overlap with another `create`, `begin` or `delete`
+of it.
 """
 
 import hashlib
@@ -11,8 +12,8 @@ import shutil
 import signal
 import time
 from asyncio import timeout, to_thread
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -34,12 +35,20 @@ from agent.sandbox.spec import (
 )
 from outrider.errors import HostError
 from outrider.log import Log
+from outrider.model.job import Value
 
 _CRUN_S_MAX = 10.0
 _MONITOR_S_MAX = 2.0
 _READY_S_MAX = 1.0
 _CREATE_S_MAX = 30.0  # a host under load; a start takes some 15 ms
 _KILLED = 128 + signal.SIGKILL
+
+
+class Created(Value, frozen=True, kw_only=True):
+    """A sandbox that waits for `begin`. Its record on disk says that its start was not completed."""
+
+    record: SandboxRecord
+    command: str
 
 
 class SandboxRuntime:
@@ -66,10 +75,15 @@ class SandboxRuntime:
         self._crun = ("crun", f"--root={run_directory.absolute() / 'crun'}", "--cgroup-manager=cgroupfs")
 
     async def start(self, spec: SandboxSpec) -> SandboxStatus:
-        """Run a sandbox. What is left of an earlier one of the same id is removed first, its logs apart.
+        """Run a sandbox: `create` and `begin`."""
+        return await self.begin(await self.create(spec))
 
-        Raises StartError where the job or its image is at fault, HostError where this host is. A start that was
-        cancelled leaves what `delete` removes.
+    async def create(self, spec: SandboxSpec) -> Created:
+        """Make a sandbox whole, its command not yet running. What is left of an earlier one of the same id is removed
+        first, its logs apart.
+
+        Raises StartError where the job or its image is at fault, HostError where this host is. A call that was
+        cancelled leaves what `delete` removes, and so does an agent that ends before it calls `begin`.
         """
         await self.delete(spec.id)
         directory = conmon.Directory(spec.directory)
@@ -82,15 +96,30 @@ class SandboxRuntime:
             cwd=spec.cwd,
         )
         self._records.write(record)
-        try:
+        async with self._whole_or_not_at_all(spec.id):
             self._prepare(spec, directory)
-            record = await self._create(spec, directory, record)
-        except (StartError, HostError) as error:
-            await self.delete(spec.id)
-            self._log.warning("sandbox_not_started", sandbox=spec.id, reason=error)
-            raise
+            return await self._create(spec, directory, record)
+
+    async def begin(self, created: Created) -> SandboxStatus:
+        """Have a created sandbox run its command. Raises as `create` does."""
+        record = created.record
+        started_at_s = time.time()
+        async with self._whole_or_not_at_all(record.id):
+            done = await process.run([*self._crun, "start", record.id], timeout_s=_CRUN_S_MAX)
+            if done.code != 0:
+                raise StartError(f"{created.command}: {done.output.strip()}")
+        record = msgspec.structs.replace(record, started_at_s=started_at_s)
         self._records.write(record)
         return _status(record, running=True)
+
+    @asynccontextmanager
+    async def _whole_or_not_at_all(self, sandbox: str) -> AsyncIterator[None]:
+        try:
+            yield
+        except (StartError, HostError) as error:
+            await self.delete(sandbox)
+            self._log.warning("sandbox_not_started", sandbox=sandbox, reason=error)
+            raise
 
     def _prepare(self, spec: SandboxSpec, directory: conmon.Directory) -> None:
         directory.exits.mkdir(parents=True, exist_ok=True)
@@ -109,7 +138,7 @@ class SandboxRuntime:
         written.write_bytes(msgspec.json.encode(config))
         (directory.bundle / "config.json").symlink_to(written)
 
-    async def _create(self, spec: SandboxSpec, directory: conmon.Directory, record: SandboxRecord) -> SandboxRecord:
+    async def _create(self, spec: SandboxSpec, directory: conmon.Directory, record: SandboxRecord) -> Created:
         starting = await conmon.create(spec.id, directory, crun=self._crun, log_bytes=conmon_bytes(spec.log_bytes_max))
         ticks = process.started_ticks_of(starting.pid)
         record = msgspec.structs.replace(record, conmon_pid=starting.pid, conmon_started_ticks=ticks)
@@ -125,12 +154,8 @@ class SandboxRuntime:
             raise StartError("io_weight: this node's kernel has no I/O weights; leave it out, or use another node")
         if spec.limits.nice:
             os.setpriority(os.PRIO_PROCESS, pid, spec.limits.nice)  # what it starts has the same
-        started_ticks = process.started_ticks_of(pid)
-        started_at_s = time.time()
-        done = await process.run([*self._crun, "start", spec.id], timeout_s=_CRUN_S_MAX)
-        if done.code != 0:
-            raise StartError(f"{spec.argv[0]}: {done.output.strip()}")
-        return msgspec.structs.replace(record, pid=pid, started_ticks=started_ticks, started_at_s=started_at_s)
+        record = msgspec.structs.replace(record, pid=pid, started_ticks=process.started_ticks_of(pid))
+        return Created(record=record, command=spec.argv[0])
 
     async def wait(self, sandbox: str) -> Exit:
         """Wait until the sandbox has ended, and how. Also for one that an earlier agent started."""

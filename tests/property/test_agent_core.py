@@ -96,6 +96,12 @@ class Host:
                 assert self.tasks.get((alloc, command.task.name), 0) is not None, "it runs already"
                 self.may_start(alloc, command.task)
                 assert alloc in self.images or command.task.image.kind not in PULLED, "its image may be gone"
+            case commands.CreateTask():
+                alloc = command.assignment.alloc
+                assert alloc in self.networks
+                assert (alloc, command.task.name) not in self.tasks, "it has run already"
+                self.may_start(alloc, command.task)
+                assert alloc in self.images or command.task.image.kind not in PULLED, "its image may be gone"
             case commands.StartSidecar():
                 assert command.assignment.alloc in self.networks
                 assert command.assignment.alloc not in self.sidecars, "a second sidecar"
@@ -175,6 +181,8 @@ class Host:
                     self.tell(events.TaskStarted(alloc=alloc, task=name, started_at_s=1.0))
             case commands.AdoptTask():
                 pass  # `end` tells
+            case commands.CreateTask():
+                pass  # nothing of it runs
             case commands.StopTask(alloc=alloc, task=task):
                 self.end(alloc, task.name, events.TaskExit(code=143, signal=15))
             case commands.RunCheck():
@@ -193,6 +201,7 @@ class Host:
                 self.networks.discard(alloc)
                 self.images.discard(alloc)
                 self.drop_pending(alloc, commands.PullImages)
+                self.drop_pending(alloc, commands.CreateTask)
                 self.sidecars.pop(alloc, None)
                 for key in [key for key in self.tasks if key[0] == alloc]:
                     del self.tasks[key]

@@ -192,6 +192,8 @@ class AgentProcess(Process):
                 self.note(f"{command.event} {command.alloc} {command.message}")
             case c.AdoptTask():
                 self._watch((command.assignment.alloc, command.task))
+            case c.CreateTask():
+                pass  # nothing of it runs
             case _:
                 self._begin(command)
 
