@@ -5,7 +5,7 @@ Two rules hold throughout: no task starts before its sidecar serves, and the sid
 
 from typing import assert_never
 
-from agent.core import health, images
+from agent.core import exposed, health, images
 from agent.core.commands import (
     Clean,
     CreateNetwork,
@@ -59,9 +59,7 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
         case NetworkReady():
             _network_ready(alloc, event, turn)
         case ImagesOnTheirWay() | ImagesReady() | ImagesFailed():
-            if images.handle(alloc, event, turn):
-                stop(alloc, turn)
-            _start_tasks(alloc, turn)
+            _images_event(alloc, event, turn)
         case StepFailed():
             _step_failed(alloc, event, turn)
         case Cleaned():
@@ -79,6 +77,15 @@ def handle(alloc: AllocState, event: AllocEvent, turn: Turn) -> None:
                 health.outcome(probe, turn.now_s, passing=event.passing, output=event.output, running=running)
         case _:
             assert_never(event)
+
+
+def _images_event(alloc: AllocState, event: ImagesOnTheirWay | ImagesReady | ImagesFailed, turn: Turn) -> None:
+    waited = exposed.is_open(alloc.assignment)
+    if images.handle(alloc, event, turn):
+        stop(alloc, turn)
+    elif waited and not exposed.is_open(alloc.assignment):
+        turn.emit(CreateNetwork(assignment=alloc.assignment))
+    _start_tasks(alloc, turn)
 
 
 def _sidecar_event(
@@ -152,7 +159,8 @@ def prepare(alloc: AllocState, turn: Turn) -> None:
     alloc.retry_at_s = None
     for task in alloc.tasks.values():
         task.created = False
-    turn.emit(CreateNetwork(assignment=alloc.assignment))
+    if not exposed.is_open(alloc.assignment):  # else network and sidecar wait for what the image says
+        turn.emit(CreateNetwork(assignment=alloc.assignment))
     images.want(alloc, turn)
 
 
@@ -175,6 +183,8 @@ def stop(alloc: AllocState, turn: Turn) -> None:
         _stop_sidecar(alloc, turn)
     elif alloc.phase is Phase.BACKOFF:
         alloc.become(Phase.ENDED)
+    elif alloc.phase is Phase.PREPARING and exposed.is_open(alloc.assignment):
+        clean(alloc, turn)
     # Elsewhere a step is under way whose end looks at `stopping`.
 
 

@@ -42,7 +42,7 @@ def _renew_probes(alloc: AllocState, turn: Turn) -> None:
         probe = before.get(service.name)
         if probe is None or probe.check != service.check:
             passing, in_flight = probe is None or probe.passing, probe is not None and probe.in_flight
-            port = ports[service.port] if service.port else None
+            port = ports.get(service.port) if service.port else None
             probe = Probe(service=service.name, check=service.check, port=port, in_flight=in_flight)
             if alloc.phase is Phase.RUNNING:
                 # It ran well until now, and does so until the new check says otherwise.

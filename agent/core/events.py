@@ -106,6 +106,7 @@ class ImagesOnTheirWay(Value, frozen=True, kw_only=True):
 
 class ImagesReady(Value, frozen=True, kw_only=True):
     alloc: AllocId
+    exposed: Mapping[TaskName, tuple[int, ...]] = {}  # the ports that the image of each task speaks of
 
 
 class ImagesFailed(Value, frozen=True, kw_only=True):

@@ -5,12 +5,15 @@ Owns what of an allocation's state speaks of images. A pull is no try of a task:
 
 from typing import assert_never
 
+from agent.core import exposed
 from agent.core.commands import PullImages
 from agent.core.events import ImagesFailed, ImagesOnTheirWay, ImagesReady
 from agent.core.lifecycle import Phase
 from agent.core.report import duration
 from agent.core.restart import PULL, next_try
 from agent.core.state import AllocState, Turn, needs_images
+from outrider.errors import InputError
+from outrider.model.job import inner_ports
 
 
 def want(alloc: AllocState, turn: Turn) -> None:
@@ -36,6 +39,7 @@ def let_go(alloc: AllocState) -> None:
     abandon(alloc)
     alloc.images_asked = False
     alloc.images_ready = not needs_images(alloc.assignment)
+    alloc.assignment = exposed.opened(alloc.assignment)
 
 
 def handle(alloc: AllocState, event: ImagesOnTheirWay | ImagesReady | ImagesFailed, turn: Turn) -> bool:
@@ -48,11 +52,25 @@ def handle(alloc: AllocState, event: ImagesOnTheirWay | ImagesReady | ImagesFail
         case ImagesReady():
             abandon(alloc)
             alloc.images_ready, alloc.images_asked, alloc.images_tried_at_s = True, False, ()
+            return not _ports_known(alloc, event)
         case ImagesFailed():
             return _failed(alloc, event, turn)
         case _:
             assert_never(event)
     return False
+
+
+def _ports_known(alloc: AllocState, event: ImagesReady) -> bool:
+    try:
+        alloc.assignment = exposed.filled(alloc.assignment, event.exposed)
+    except InputError as error:
+        alloc.failure = str(error)
+        return False
+    ports = inner_ports(alloc.assignment.group.network)
+    for service in alloc.assignment.group.services:
+        if service.name in alloc.probes and service.port is not None:
+            alloc.probes[service.name].port = ports[service.port]
+    return True
 
 
 def _failed(alloc: AllocState, event: ImagesFailed, turn: Turn) -> bool:

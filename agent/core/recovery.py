@@ -3,7 +3,7 @@
 An allocation whose namespace is there is taken over as it is; one without (the host was restarted) begins anew.
 """
 
-from agent.core import allocation, amend, health
+from agent.core import allocation, amend, exposed, health
 from agent.core.commands import AdoptSidecar, AdoptTask, Note
 from agent.core.events import AllocRecord, Found, FoundTask, TaskExit, TaskRecord
 from agent.core.lifecycle import Phase
@@ -32,7 +32,8 @@ def adopt(assignment: Assignment, found: Found, turn: Turn) -> AllocState:
         _remember_ends(alloc, record)
     elif nothing_left:
         allocation.prepare(alloc, turn)
-    elif found.local_address is None or record.ended:
+    elif found.local_address is None or record.ended or exposed.is_open(assignment):
+        # The last: what was made for a port that was not written down any more is made anew.
         alloc.stopping = alloc.stopping or _work_is_done(alloc, record)
         _remember_ends(alloc, record)
         allocation.clean(alloc, turn)

@@ -146,7 +146,7 @@ def new_alloc(assignment: Assignment) -> AllocState:
         tasks={task.name: TaskState(task=task) for task in group.tasks},
         probes={
             service.name: Probe(
-                service=service.name, check=service.check, port=ports[service.port] if service.port else None
+                service=service.name, check=service.check, port=ports.get(service.port) if service.port else None
             )
             for service in group.services
             if service.check is not None

@@ -2,7 +2,7 @@
 
 import random
 
-from agent.core import allocation, amend
+from agent.core import allocation, amend, exposed
 from agent.core.commands import Acknowledge, Clean, Command, Forget, Note, RenewBelongings, Report, Save
 from agent.core.events import AllocEvent, Assigned, Cleaned, ControllerHeard, Event, Recovered, StepFailed, Tick
 from agent.core.lifecycle import Phase
@@ -82,6 +82,7 @@ def _assign(state: State, assignment: Assignment, turn: Turn) -> None:
             allocation.prepare(alloc, turn)
     else:
         renewed = alloc.assignment.secrets != assignment.secrets
+        assignment = exposed.carried(alloc.assignment, assignment)
         alloc.assignment, alloc.forget = assignment, False
         if assignment.desired is Desired.STOP and not alloc.stopping:
             allocation.stop(alloc, turn)

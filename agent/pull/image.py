@@ -4,6 +4,7 @@ Pure: reads bytes that somebody else wrote, and believes none of them further th
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ V = TypeVar("V")
 
 _OURS = {"x86_64": "amd64", "aarch64": "arm64"}
 _ROOT = frozenset({"", "0", "root"})
+_DIGITS = re.compile(r"^[0-9]{1,5}\Z")
+_PORT_MAX = 65_535
 
 
 class Descriptor(Value, frozen=True, kw_only=True):
@@ -45,6 +48,7 @@ class Settings(Value, frozen=True, kw_only=True, rename="pascal"):
     entrypoint: tuple[str, ...] | None = None
     cmd: tuple[str, ...] | None = None
     working_dir: str | None = None
+    exposed_ports: Mapping[str, object] | None = None
 
 
 class Configuration(Value, frozen=True, kw_only=True):
@@ -64,6 +68,7 @@ class UnpackedImage(Value, frozen=True, kw_only=True):
     workdir: str = ""
     user: int = INNER_USER
     group: int = INNER_USER
+    ports: tuple[int, ...] = ()  # that it exposes over TCP
 
 
 def digest_of(data: bytes) -> str:
@@ -119,7 +124,18 @@ def unpacked(configuration: Configuration, *, digest: str, root: str, passwd: st
         workdir=settings.working_dir or "",
         user=uid,
         group=gid,
+        ports=_tcp_ports(settings.exposed_ports or {}),
     )
+
+
+def _tcp_ports(exposed: Mapping[str, object]) -> tuple[int, ...]:
+    """Of keys like `80`, `80/tcp` and `53/udp`; what is none is nobody's port."""
+    found = set()
+    for key in exposed:
+        number, _, protocol = key.partition("/")
+        if protocol in ("", "tcp") and _DIGITS.match(number) and 1 <= int(number) <= _PORT_MAX:
+            found.add(int(number))
+    return tuple(sorted(found))
 
 
 def identity(user: str, passwd: str, group: str) -> tuple[int, int]:

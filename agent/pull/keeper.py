@@ -16,7 +16,7 @@ from agent.pull.complaints import PullError
 from agent.pull.image import UnpackedImage, name_of
 from agent.pull.puller import Puller, Told
 from outrider.errors import HostError
-from outrider.ids import AllocId
+from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
 from outrider.model.job import PULLED, Image
 
@@ -85,7 +85,11 @@ class Keeper:
                 message = f"artifact {artifact.path}, {artifact.source}: {error}"
                 await self._tell(ImagesFailed(alloc=alloc, message=message, retry=error.retry))
                 return
-        await self._tell(ImagesReady(alloc=alloc))
+        await self._tell(ImagesReady(alloc=alloc, exposed=self._exposed(assignment)))
+
+    def _exposed(self, assignment: Assignment) -> dict[TaskName, tuple[int, ...]]:
+        images = {task.name: self.unpacked(assignment.alloc, task.image) for task in assignment.group.tasks}
+        return {name: image.ports for name, image in images.items() if image is not None}
 
     async def _telling(self, alloc: AllocId, work: Callable[[Told], Awaitable[T]]) -> T:
         """What `work` brings; what it says meanwhile goes to the core."""

@@ -7,6 +7,7 @@ from outrider.jobspec.units import size_bytes
 from outrider.model.job import Network, Port
 
 _EVERYWHERE = ("0.0.0.0/0",)
+_DIGITS_MAX = 12
 
 
 def read_network(group: Fields, faults: Faults) -> Network:
@@ -29,12 +30,23 @@ def _port(name: str, node: Node, path: Path, faults: Faults) -> Port:
     if isinstance(node, Scalar) and node.empty:  # `http:` alone is `http: {}`
         return Port(name=PortName(name))
     fields = Fields(node, path, faults, ("static", "to", "dynamic"))
+    to = fields.quantity("to", _inner_number, None if "to" not in fields else 1)
     return Port(
         name=PortName(name),
         static=fields.integer("static", 1) if "static" in fields else None,
-        to=fields.integer("to", 1) if "to" in fields else None,
+        to=to,
         dynamic=fields.flag("dynamic", default=False),
+        from_image="to" in fields and to is None,
     )
+
+
+def _inner_number(text: str) -> int | None:
+    """None: the image's own."""
+    if text == "image":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX):
+        raise ValueError(f"{text[:80]!r} is neither a port's number nor `image`, which is the port that it exposes")
+    return int(text)
 
 
 def _egress(fields: Fields) -> tuple[str, ...]:

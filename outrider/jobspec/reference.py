@@ -69,7 +69,7 @@ groups:
 """
 _UNITS = {
     "duration_s": "duration", "size_bytes": "size", "cpu_millis": "CPU", "_percent": "percentage", "_number": "number",
-    "_overlap": "`forbid` or `allow`",
+    "_overlap": "`forbid` or `allow`", "_inner_number": "number or `image`",
 }  # fmt: skip
 _OPENS = {"http", "cpu", "oci"}  # without one of these the reader looks no further
 _OWN = {"NAME"}

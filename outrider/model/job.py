@@ -177,6 +177,7 @@ class Port(Value, frozen=True, kw_only=True):
     static: int | None = None  # published in the clear on the host's address at this number
     to: int | None = None  # the number inside; `inner_ports` gives one where the job does not
     dynamic: bool = False  # published in the clear too, at a number that the scheduler picks
+    from_image: bool = False  # `to` is what the group's image exposes: its agent fills it in, once it has the image
 
 
 class Network(Value, frozen=True, kw_only=True):
@@ -403,11 +404,13 @@ _FIRST_INNER_PORT = 8080
 def inner_ports(network: Network) -> dict[PortName, int]:
     """The number at which each port's workload listens inside its namespace.
 
-    The same on every node, so that a migrated guest keeps it: `to`, or `static`, or the next free from 8080 on.
+    The same on every node, so that a migrated guest keeps it: `to`, or `static`, or the next free from 8080 on. One
+    that its image has yet to say is left out.
     """
-    taken = {number for port in network.ports if (number := port.to or port.static)}
+    known = [port for port in network.ports if port.to is not None or not port.from_image]
+    taken = {number for port in known if (number := port.to or port.static)}
     free = (number for number in itertools.count(_FIRST_INNER_PORT) if number not in taken)
-    return {port.name: port.to or port.static or next(free) for port in network.ports}
+    return {port.name: port.to or port.static or next(free) for port in known}
 
 
 def published_ports(network: Network, dynamic: Mapping[PortName, int]) -> dict[PortName, int]:

@@ -488,10 +488,12 @@ class Port(_message.Message):
     STATIC_FIELD_NUMBER: _builtins.int
     TO_FIELD_NUMBER: _builtins.int
     DYNAMIC_FIELD_NUMBER: _builtins.int
+    FROM_IMAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     static: _builtins.int
     to: _builtins.int
     dynamic: _builtins.bool
+    from_image: _builtins.bool
     def __init__(
         self,
         *,
@@ -499,10 +501,11 @@ class Port(_message.Message):
         static: _builtins.int | None = ...,
         to: _builtins.int | None = ...,
         dynamic: _builtins.bool = ...,
+        from_image: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_static", b"_static", "_to", b"_to", "static", b"static", "to", b"to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_static", b"_static", "_to", b"_to", "dynamic", b"dynamic", "name", b"name", "static", b"static", "to", b"to"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_static", b"_static", "_to", b"_to", "dynamic", b"dynamic", "from_image", b"from_image", "name", b"name", "static", b"static", "to", b"to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__static: _TypeAlias = _typing.Literal["static"]  # noqa: Y015
     _WhichOneofArgType__static: _TypeAlias = _typing.Literal["_static", b"_static"]  # noqa: Y015

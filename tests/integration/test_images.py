@@ -3,20 +3,36 @@
 import asyncio
 import json
 import os
+import signal
 import ssl
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 
 from agent.sandbox.mounts import mount_tmpfs, resize_tmpfs, unmount
-from outrider.ids import AllocId, GroupName, JobName, TaskName
+from outrider.ids import AllocId, GroupName, JobName, PortName, ServiceName, TaskName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment
-from outrider.model.job import MIB, Group, Image, ImageKind, PullPolicy, Resources, RestartPolicy, Task
+from outrider.model.job import (
+    MIB,
+    Check,
+    CheckKind,
+    Group,
+    Image,
+    ImageKind,
+    Network,
+    Port,
+    PullPolicy,
+    Resources,
+    RestartPolicy,
+    Service,
+    Task,
+)
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import Lab, node
+from tests.integration.network_lab import NODE, Lab, node
 from tests.integration.processes import free_port, until
 from tests.integration.registry import Registry, digest_of, entry, layer, layout, shell_layer
 
@@ -69,6 +85,15 @@ def script(number: int, reference: str, text: str, *, pull: PullPolicy = PullPol
     """A batch job: it is over when its output is."""
     made = running(number, reference, pull=pull, command=("sh", "-c", text))
     return Assignment(alloc=made.alloc, job=made.job, job_version=1, group=made.group, index=0, batch=True)
+
+
+def exposing(number: int, reference: str, *, static: int | None = None) -> Assignment:
+    """Its service is where the image says; `static`: and published there."""
+    made = running(number, reference, command=())
+    port = Port(name=PortName("http"), static=static, from_image=True)
+    service = Service(name=ServiceName("web"), port=port.name, check=Check(kind=CheckKind.HTTP, path="/index.html"))
+    group = msgspec.structs.replace(made.group, network=Network(ports=(port,)), services=(service,))
+    return msgspec.structs.replace(made, group=group, mesh_ports={service.name: 21_000 + number})
 
 
 async def reached(fleet: AgentFleet, number: int, status: AllocStatus) -> AllocReport:
@@ -125,6 +150,35 @@ async def test_an_image_runs_as_it_says_and_as_the_job_says(fleet: AgentFleet, r
     assert output(fleet, 2) == ["55", "55", "/", "job /bin", "by-job", "33"]
     assert registry.fetched("app") == fetched
     assert not any(report.pulling for report in fleet.controller.history if report.alloc == alloc_id(2))
+
+
+async def test_the_port_that_the_image_exposes_serves(fleet: AgentFleet, registry: Registry) -> None:
+    serve = ["sh", "-c", "echo $PORT_HTTP >/tmp/index.html; exec busybox httpd -f -p 8090 -h /tmp"]
+    ports = {"8090/tcp": {}, "53/udp": {}}
+    made = layout(registry.directory / "a", shell_layer(), Entrypoint=serve, ExposedPorts=ports)
+    reference = await registry.push(made, "app:1")
+    fleet.controller.assign(exposing(1, reference, static=18_090), full=True)
+    await until(lambda: fleet.controller.passing(alloc_id(1)), "its check passes at the image's port")
+    assert fleet.shell(f"busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
+    # What it was told stays with it: over another agent, and over its assignment coming once more.
+    assert fleet.kill() == -signal.SIGKILL
+    await fleet.start()
+    fleet.controller.assign(exposing(1, reference, static=18_090), full=True)
+    await until(lambda: fleet.controller.passing(alloc_id(1)), "its check passes again")
+    assert fleet.shell(f"busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
+
+
+async def test_a_port_that_the_image_does_not_say_is_asked_for(fleet: AgentFleet, registry: Registry) -> None:
+    several = layout(registry.directory / "a", shell_layer(), ExposedPorts={"80/tcp": {}, "443/tcp": {}})
+    none = layout(registry.directory / "b", shell_layer(entry("b")), ExposedPorts={"53/udp": {}})
+    expected = {
+        await registry.push(several, "several:1"): "more than one (task app 80, 443): write which, `to: 80`",
+        await registry.push(none, "none:1"): "its image exposes none over TCP: write `to: NUMBER`",
+        f"{registry.host}/nowhere:1": "no such image there",
+    }
+    fleet.controller.assign(*(exposing(number, name) for number, name in enumerate(expected, 1)), full=True)
+    for number, words in enumerate(expected.values(), 1):
+        assert words in (await reached(fleet, number, AllocStatus.FAILED)).message
 
 
 async def test_twenty_at_once_pull_once(fleet: AgentFleet, registry: Registry) -> None:

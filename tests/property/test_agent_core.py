@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core import commands, events
+from agent.core import commands, events, exposed
 from agent.core.lifecycle import Phase
 from agent.core.state import State, next_deadline_s
 from agent.core.step import all_reports, step
@@ -32,7 +32,7 @@ ALLOCS = tuple(AllocId(f"{number:010x}") for number in (0, 1, 2, 3, 4, 7))
 def assignment(alloc: AllocId, desired: Desired = Desired.RUN) -> Assignment:
     """With and without a service, service and batch, two plain tasks or two init tasks, a main one and a helper.
 
-    One task of each has its image fetched.
+    One task of each has its image fetched, which may have to say where it listens.
     """
     number = int(alloc, 16)
     check = Check(kind=CheckKind.TCP, interval_s=1.0)
@@ -49,7 +49,7 @@ def assignment(alloc: AllocId, desired: Desired = Desired.RUN) -> Assignment:
         name=GroupName("web"),
         tasks=roles if number >= 4 else plain,
         restart=RestartPolicy(attempts=2, interval_s=20.0, delay_s=0.5),
-        network=Network(ports=(Port(name=PortName("http")),)),
+        network=Network(ports=(Port(name=PortName("http"), from_image=number % 4 == 3),)),
         services=(service,) if number % 2 else (),
     )
     return Assignment(
@@ -87,6 +87,8 @@ class Host:
             self.take(command)
 
     def take(self, command: commands.Command) -> None:
+        if isinstance(command, commands.CreateNetwork | commands.StartSidecar | commands.StartTask):
+            assert not exposed.is_open(command.assignment), "nobody knows where it listens"
         match command:
             case commands.StartTask():
                 alloc = command.assignment.alloc
@@ -159,7 +161,8 @@ class Host:
                     self.tell(events.ImagesFailed(alloc=assignment.alloc, message="no", retry=retry))
                 else:
                     self.images.add(assignment.alloc)
-                    self.tell(events.ImagesReady(alloc=assignment.alloc))
+                    number = self.rng.choice((80, 443))
+                    self.tell(events.ImagesReady(alloc=assignment.alloc, exposed={TaskName("a"): (number,)}))
             case commands.StartSidecar() | commands.AdoptSidecar():
                 alloc = command.assignment.alloc
                 if isinstance(command, commands.StartSidecar) and self.fails():

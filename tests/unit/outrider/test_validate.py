@@ -35,7 +35,9 @@ from outrider.validate import FILES_BYTES_MAX, problems
 TASK = Task(name=TaskName("server"), command=("sleep", "1"))
 OWN = msgspec.structs.replace(TASK, isolation=Isolation.VM, image=Image(kind=ImageKind.DIR, reference="/srv/root"))
 OWN_TOO = msgspec.structs.replace(OWN, name=TaskName("other"))
+PULLED = msgspec.structs.replace(TASK, image=Image(kind=ImageKind.OCI, reference="registry.test/app:1"))
 HTTP = Port(name=PortName("http"))
+OF_IMAGE = Port(name=PortName("http"), from_image=True)
 GROUP = Group(
     name=GroupName("web"),
     tasks=(TASK,),
@@ -131,6 +133,17 @@ def test_a_good_job_has_no_problem() -> None:
             "groups.web.network.ports.http",
         ),
         (_with(GROUP, network=Network(ports=(Port(name=PortName("http"), static=70000),))), "groups.web.network.ports"),
+        (_with(GROUP, network=Network(ports=(OF_IMAGE,))), "groups.web.network.ports.http.to"),
+        (
+            _with(
+                GROUP, network=Network(ports=(OF_IMAGE, msgspec.structs.replace(OF_IMAGE, name="b"))), tasks=(PULLED,)
+            ),
+            "groups.web.network.ports.b.to",
+        ),
+        (
+            _with(GROUP, network=Network(ports=(msgspec.structs.replace(OF_IMAGE, to=80),)), tasks=(PULLED,)),
+            "groups.web.network.ports.http.to",
+        ),
         (_with(TASK, name="sidecar"), "groups.web.tasks.sidecar"),
         (_with(TASK, command=()), "groups.web.tasks.server.command"),
         (_with(TASK, command=("a\0b",)), "groups.web.tasks.server.command[0]"),

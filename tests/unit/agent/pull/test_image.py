@@ -54,6 +54,12 @@ def test_what_is_absent_has_a_meaning() -> None:
         images.read(b"[]", Configuration, "configuration")
 
 
+def test_what_it_exposes_is_read_where_it_makes_sense() -> None:
+    ports = b'{"8080/tcp": {}, "80": {}, "53/udp": {}, "0/tcp": {}, "65536/tcp": {}, "\xd9\xa3/tcp": {}, "http/tcp": 1}'
+    read = images.read(b'{"config": {"ExposedPorts": ' + ports + b"}}", Configuration, "configuration")
+    assert images.unpacked(read, digest="d", root="/r", passwd="", group="").ports == (80, 8080)
+
+
 def test_a_digest_pins_and_a_tag_does_not() -> None:
     digest = "sha256:" + "0" * 64
     assert images.pinned(Image(kind=ImageKind.OCI, reference=f"registry.test:5000/a/b@{digest}")) == digest

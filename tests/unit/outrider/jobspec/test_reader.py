@@ -236,6 +236,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_the_file() -> None:
         (in_group("count: 1\n    count: 2"), "6:5: groups.g.count: stands here twice; first in line 5"),
         (in_group("network: {ports: {a: {}, a: {}}}"), "5:30: groups.g.network.ports.a: stands here twice"),
         (in_group("network: {ports: {a: {static: 80}, b: {static: 80}}}"), "static port '80' stands here 2 times"),
+        (in_group("network: {ports: {a: {to: img}}}"), "ports.a.to: 'img' is neither a port's number nor `image`"),
+        (in_group("network: {ports: {a: {to: image}}}"), "no task of the group has an image of the kind that exposes"),
         (in_group("network: {egress: some}"), "'some' is neither deny, allow nor a list of networks"),
         (in_group("update: {min_healthy: 5}"), "the unit is missing (ms, s, m, h or d); did you mean 5s?"),
         (in_group("disconnect: {replace_after: 5s, survivor: newest}"), "none of original, replacement, healthy"),
