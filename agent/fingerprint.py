@@ -13,6 +13,8 @@ from pathlib import Path
 
 from agent.config import Config
 from agent.microvms import kernel_version
+from agent.sandbox import hugepages
+from outrider.model.hugepages import page_bytes
 from outrider.model.node import GUEST_KERNEL, Fingerprint
 
 _VERSION = re.compile(r"\d+(?:\.\d+)+")
@@ -22,7 +24,9 @@ _PROGRAMS = ("crun", "conmon", "qemu-system-x86_64", "skopeo")
 
 async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
     """`kvm` as `agent.kvm` has it: "" until its test has ended."""
+    pools = hugepages.pools()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory -= sum(pool.total * (page_bytes(pool.page) or 0) for pool in pools)  # nobody else can have it
     return Fingerprint(
         cpu_millis=len(os.sched_getaffinity(0)) * 1000,
         memory_bytes=memory,
@@ -39,6 +43,7 @@ async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
         port_first=config.ports.first,
         port_last=config.ports.last,
         host_image=config.host_image,
+        hugepages=pools,
     )
 
 

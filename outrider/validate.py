@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 
 from outrider.belongings import ENV_NAME, wrong_belongings
 from outrider.ids import is_name
+from outrider.model.hugepages import page_bytes
 from outrider.model.job import (
     MIB,
     PULLED,
@@ -56,6 +57,7 @@ TASKS_MAX = 32
 SERVICES_MAX = 32
 FILES_BYTES_MAX = MIB
 DEVICES_MAX = 1000
+HUGEPAGES_MAX = 1_000_000  # of one size
 BANDWIDTH_MIN, BANDWIDTH_MAX = 10_000, 4_000_000_000  # bytes a second
 GUEST_MEMORY_MIN = 128 * MIB
 STOP_AFTER_S_MIN = 10.0  # a controller is replaced in some seconds, and answers seldom in a large fleet
@@ -149,8 +151,11 @@ def _guest(path: Path, group: Group) -> Iterator[Problem]:
             if getattr(task, key):
                 yield Problem(path=(*path, "tasks", task.name, key), message="a vm brings its own; leave it out")
         yield from _cloud_init((*path, "tasks", task.name), task)
+        if task.resources.hugepages:
+            at: Path = (*path, "tasks", task.name, "resources", "hugepages")
+            yield Problem(path=at, message="for processes on their node's kernel; a vm has none")
         if task.resources.memory_bytes < GUEST_MEMORY_MIN:
-            at: Path = (*path, "tasks", task.name, "resources", "memory")
+            at = (*path, "tasks", task.name, "resources", "memory")
             yield Problem(path=at, message="a vm needs at least 128Mi: a Linux kernel does not start in less")
     for index, service in enumerate(group.services):
         at = (*path, "services", index)
@@ -393,6 +398,12 @@ def _resources(path: Path, resources: Resources) -> Iterator[Problem]:
     for name, count in resources.devices.items():
         yield from _name((*path, "devices", name), name)
         yield from _range((*path, "devices", name), count, 1, 1 if name == KVM else DEVICES_MAX)
+    for page, amount in resources.hugepages.items():
+        at, size = (*path, "hugepages", page), page_bytes(page)
+        if size is None:
+            yield Problem(path=at, message="is no size that a page can have; for example 2Mi or 1Gi")
+        elif amount % size or not 1 <= amount // size <= HUGEPAGES_MAX:
+            yield Problem(path=at, message=f"expected 1 to {HUGEPAGES_MAX} pages of {page}, and no part of one")
     if resources.cpu_max_millis is not None:
         yield from _range((*path, "cpu_max"), resources.cpu_max_millis, 10, 1_000_000, "thousandths of a core")
         if resources.cpu_max_millis < resources.cpu_millis:

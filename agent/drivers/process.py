@@ -25,6 +25,7 @@ from agent.sandbox.spec import (
 from outrider.errors import InputError
 from outrider.ids import AllocId, NodeId, TaskName
 from outrider.model.allocation import Assignment
+from outrider.model.hugepages import page_bytes
 from outrider.model.job import ImageKind, Task, Value, inner_ports, published_ports
 
 TASK_DIRECTORY = "/task"  # inside; writable, of limited size, kept over restarts of the task
@@ -96,6 +97,7 @@ def sandbox_spec(assignment: Assignment, task: Task, place: Place, image: Unpack
             io_weight=resources.io_weight,
             nice=resources.nice,
             ulimits=resources.ulimits,
+            hugepages={size: amount for page, amount in resources.hugepages.items() if (size := page_bytes(page))},
         ),
         capabilities=task.capabilities,
         devices=place.devices,

@@ -6,10 +6,11 @@ hosts one tree for all. Never touches a mount, nor a group that is not below the
 
 import errno
 import os
+import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,8 @@ _REMOVE_S_MAX = 2.0
 _REMOVE_RETRY_S = 0.002
 _NS_PER_S = 1_000_000_000
 _US_PER_S = 1_000_000
+_PAGE = re.compile(r"^(\d+)([KMG]B)$")  # hugetlb.2MB.max
+_PAGE_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 
 
 class Version(StrEnum):
@@ -67,6 +70,14 @@ class Cgroups:
                 file.write_text(f"{weight}\n")
                 return True
         return False
+
+    def limit_hugepages(self, path: str, limits: Mapping[int, int]) -> None:
+        """Of each size of page so many bytes, and of the others none; nothing where no controller counts them."""
+        directory = self._root / ("" if self._v2 else "hugetlb") / path
+        for pattern in ("hugetlb.*.max", "hugetlb.*.limit_in_bytes"):
+            for file in directory.glob(pattern):
+                number, unit = _PAGE.match(file.name.split(".")[1]).groups()  # type: ignore[union-attr]  # the kernel's
+                file.write_text(f"{limits.get(int(number) * _PAGE_UNITS[unit], 0)}\n")
 
     def oom_kills(self, path: str) -> int:
         """How many processes of the sandbox the kernel killed for want of memory."""

@@ -25,6 +25,12 @@ def mount_tmpfs(target: Path, *, size_bytes: int, uid: int, mode: int, devices: 
     _mount("tmpfs", target, "tmpfs", _MS_NOSUID | (0 if devices else _MS_NODEV), options)
 
 
+def mount_hugetlbfs(target: Path, *, page_bytes: int, size_bytes: int, uid: int) -> None:
+    """Files of hugepages, at most `size_bytes` of them, for `uid` alone."""
+    options = f"pagesize={page_bytes},size={size_bytes},mode=700,uid={uid},gid={uid}"
+    _mount("hugetlbfs", target, "hugetlbfs", _MS_NOSUID | _MS_NODEV, options)
+
+
 def resize_tmpfs(target: Path, *, size_bytes: int) -> None:
     """At once; refused where more is in it."""
     _mount("tmpfs", target, "tmpfs", _MS_REMOUNT | _MS_NOSUID | _MS_NODEV, f"size={size_bytes}")

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from agent.sandbox import seccomp
 from agent.sandbox.json_values import Json
 from agent.sandbox.spec import UID_RANGE, Device, HostRoot, ImageRoot, Limits, Mount, SandboxSpec, Tmpfs
+from outrider.model.hugepages import counted_as, page_name
 
 # What of the host's /etc a picked root shows live; `rootfs` copies or writes the rest of its /etc.
 HOST_DIRECTORIES = ("/usr", "/etc/alternatives", "/etc/ssl/certs")
 # The first process of every sandbox, bound here in every root. Without one a program that sets no handler for SIGTERM
 # could not be stopped by it (the kernel shields a pid namespace's first process), and nobody would reap orphans.
 INIT = "/.init"
+DEVICES, HUGEPAGES = "devices", counted_as("")  # names in the bundle; the latter before a page's size
 
 _DEV_BYTES = 65_536
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the target inside, a private one
@@ -39,11 +41,11 @@ _READ_ONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sy
 
 
 def config(
-    spec: SandboxSpec, *, cgroup: str, init: str, seccomp_filter: bytes | None, devices: str = ""
+    spec: SandboxSpec, *, cgroup: str, init: str, seccomp_filter: bytes | None, bundle: str = ""
 ) -> dict[str, Json]:
     """`cgroup`: the sandbox's own group as a path from the hierarchy's root. `init`: the host's path of `INIT`.
 
-    `devices` is where `rootfs` made the nodes of `spec.devices`.
+    `bundle` is where `rootfs` made the nodes of `spec.devices`, and what has its hugepages.
     `seccomp_filter` is the profile as crun compiled it once: to compile it takes longer than all the rest of a start.
     """
     mapping: Json = [{"containerID": 0, "hostID": spec.uid_first, "size": UID_RANGE}]
@@ -55,7 +57,11 @@ def config(
         },
         "root": {"path": "rootfs", "readonly": not isinstance(spec.root, ImageRoot)},
         "hostname": spec.hostname,
-        "mounts": [*_mounts(spec, init), *(_device(device, devices) for device in spec.devices)],
+        "mounts": [
+            *_mounts(spec, init),
+            *(_device(device, f"{bundle}/{DEVICES}") for device in spec.devices),
+            *(_hugepages(f"{HUGEPAGES}{page_name(page)}", bundle) for page in spec.limits.hugepages),
+        ],
         "annotations": _compiled(seccomp_filter),
         "linux": {
             "uidMappings": mapping,
@@ -145,6 +151,11 @@ def _device(device: Device, directory: str) -> Json:
     source = f"{directory}/{device.name}"
     # Without "nodev", or the node would open nothing.
     return {"destination": f"/dev/{device.name}", "type": "bind", "source": source, "options": ["bind", "nosuid", "rw"]}
+
+
+def _hugepages(name: str, bundle: str) -> Json:
+    options = ["bind", "nosuid", "nodev", "rw"]
+    return {"destination": f"/dev/{name}", "type": "bind", "source": f"{bundle}/{name}", "options": options}
 
 
 def _tmpfs(tmpfs: Tmpfs) -> Json:

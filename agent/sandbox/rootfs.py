@@ -11,12 +11,12 @@ import stat
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from agent.sandbox import idmap, mounts
-from agent.sandbox.oci import HOST_DIRECTORIES, INIT
+from agent.sandbox import hugepages, idmap, mounts
+from agent.sandbox.oci import DEVICES, HOST_DIRECTORIES, HUGEPAGES, INIT
 from agent.sandbox.spec import UID_RANGE, DirectoryRoot, HostRoot, ImageRoot, SandboxSpec, StartError
 from outrider.errors import HostError
+from outrider.model.hugepages import page_name
 
-DEVICES = "devices"
 _DEVICES_BYTES = 65_536
 _MERGED_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # Small files a libc, a resolver or TLS reads; everything else of the host's /etc stays out of sight.
@@ -39,6 +39,8 @@ def prepare(spec: SandboxSpec, bundle: Path) -> None:
     bundle.chmod(0o755)  # the sandbox's own uid must be able to pass; its parents decide who else can
     if spec.devices:
         _make_devices(bundle / DEVICES, spec)
+    for page in spec.limits.hugepages:
+        _mount_hugepages(bundle, page, spec)
     match spec.root:
         case HostRoot():
             _make_mount_points(rootfs, spec)
@@ -59,6 +61,8 @@ def remove(bundle: Path) -> None:
     """Unmount and remove the bundle; gone already is fine."""
     for name in (DEVICES, "rootfs", _IMAGE, _WRITABLE):
         mounts.unmount(bundle / name)
+    for path in bundle.glob(f"{HUGEPAGES}*"):
+        mounts.unmount(path)
     with suppress(FileNotFoundError):
         shutil.rmtree(bundle)
 
@@ -118,6 +122,18 @@ def _make_devices(directory: Path, spec: SandboxSpec) -> None:
             os.chown(node, spec.uid_first + spec.user, spec.uid_first + spec.user)
         except OSError as error:
             raise HostError(f"/dev/{device.name}", step=f"make a node of it for {spec.id}: {error.strerror}") from error
+
+
+def _mount_hugepages(bundle: Path, page: int, spec: SandboxSpec) -> None:
+    """Promised to this task by the scheduler; somebody outside of the fleet may have taken them all the same."""
+    wanted, free = spec.limits.hugepages[page], hugepages.free_bytes(page)
+    name = f"{HUGEPAGES}{page_name(page)}"
+    if free < wanted:
+        step = f"{wanted // page} pages are wanted, {free // page} are free"
+        raise HostError(name, step=step, hint="does something outside of the fleet use them?")
+    directory = bundle / name
+    directory.mkdir(mode=0o700)
+    mounts.mount_hugetlbfs(directory, page_bytes=page, size_bytes=wanted, uid=spec.uid_first + spec.user)
 
 
 def _inside(tree: Path, target: str) -> Path:

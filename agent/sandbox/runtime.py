@@ -132,7 +132,7 @@ class SandboxRuntime:
             cgroup=f"{self._parent}/{spec.id}",
             init=process.program("catatonit"),
             seccomp_filter=self._seccomp_filter(),
-            devices=str((directory.bundle / rootfs.DEVICES).absolute()),
+            bundle=str(directory.bundle.absolute()),
         )
         written = self._config(spec.id)
         written.write_bytes(msgspec.json.encode(config))
@@ -152,6 +152,7 @@ class SandboxRuntime:
             f"{self._parent}/{spec.id}", spec.limits.io_weight
         ):
             raise StartError("io_weight: this node's kernel has no I/O weights; leave it out, or use another node")
+        self._cgroups.limit_hugepages(f"{self._parent}/{spec.id}", spec.limits.hugepages)
         if spec.limits.nice:
             os.setpriority(os.PRIO_PROCESS, pid, spec.limits.nice)  # what it starts has the same
         record = msgspec.structs.replace(record, pid=pid, started_ticks=process.started_ticks_of(pid))

@@ -69,6 +69,7 @@ class Limits(Value, frozen=True, kw_only=True):
     io_weight: int = 0  # 1 to 1000; 0: the kernel's default
     nice: int = 0
     ulimits: Mapping[str, int] = {}  # "nofile" -> how many
+    hugepages: Mapping[int, int] = {}  # size of a page -> bytes of such; others have none
 
 
 class SandboxSpec(Value, frozen=True, kw_only=True):

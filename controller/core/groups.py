@@ -26,10 +26,10 @@ from outrider.model.job import (
     Task,
     UpdatePolicy,
     Value,
-    group_resources,
     has_guest,
 )
 from outrider.model.node import ANY_POOL, KVM
+from outrider.model.reservation import group_resources
 
 FamilyKey = tuple[JobName, GroupName]
 VolumeKey = tuple[Namespace, VolumeName]

@@ -16,7 +16,7 @@ from controller.core.table import Bools, Ints, Shorts, Times
 from outrider.ids import NodeId
 from outrider.model.attributes import describe
 from outrider.model.job import Constraint
-from outrider.model.node import GUEST_KERNEL, Drain, Fingerprint, Node
+from outrider.model.node import GUEST_KERNEL, Drain, Fingerprint, Node, countable
 
 _GROWTH = 64
 _ENDED_SPARE = 32
@@ -71,11 +71,12 @@ class NodeTable:
             self.nodes[ref] = node
         found = node.fingerprint
         reserved = found.reserved
+        counted = countable(found)
         for total, free, offered in (
             (self.cpu_total, self.cpu_free, found.cpu_millis - reserved.cpu_millis),
             (self.memory_total, self.memory_free, found.memory_bytes - reserved.memory_bytes),
             (self.disk_total, self.disk_free, found.disk_bytes - reserved.disk_bytes),
-            *(self._device(name, found.devices.get(name, 0)) for name in self.devices_total.keys() | found.devices),
+            *(self._device(name, counted.get(name, 0)) for name in self.devices_total.keys() | counted),
         ):
             free[ref] += max(0, offered) - total[ref]
             total[ref] = max(0, offered)

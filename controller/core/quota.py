@@ -5,7 +5,8 @@ from controller.core.state import State
 from outrider.ids import JobName, Namespace
 from outrider.model.access import Quota
 from outrider.model.fleet import RolloutState
-from outrider.model.job import Job, JobType, group_resources
+from outrider.model.job import Job, JobType
+from outrider.model.reservation import group_resources
 
 
 def wanted(job: Job, nodes: int) -> Quota:

@@ -9,9 +9,11 @@ from controller.core.scores import Limit, Near
 from controller.core.snapshot import Snapshot
 from controller.core.table import Bools, Ints
 from outrider.model.attributes import HOST, describe
+from outrider.model.hugepages import counted_as
 from outrider.model.job import MIB
 
 _GIB = 1024 * MIB
+HUGEPAGES = counted_as("")
 
 Filter = tuple[str, Bools]  # why a node is out, and which are not
 
@@ -50,7 +52,8 @@ def shortages(snapshot: Snapshot, group: GroupEntry) -> Iterator[tuple[str, int,
     yield "disk", need.disk_bytes, snapshot.disk_free
     yield "ports", group.ports_width, snapshot.ports_free
     for name, count in group.devices:
-        yield f"device {name}", count, snapshot.device_free(name)
+        pages = name.startswith(HUGEPAGES)
+        yield name if pages else f"device {name}", count, snapshot.device_free(name)
 
 
 def counted_out(snapshot: Snapshot, group: GroupEntry, near: Near, left: Bools) -> list[tuple[str, int]]:

@@ -84,6 +84,7 @@ def status(node: str, json: Json = False) -> None:
             ("runtimes", ", ".join(f"{name} {version}" for name, version in sorted(host.runtimes.items()))),
             ("pool", host.pool),
             ("devices", ", ".join(f"{name}={count}" for name, count in sorted(host.devices.items()))),
+            ("hugepages", ", ".join(f"{pool.free} of {pool.total} of {pool.page} free" for pool in host.hugepages)),
             ("meta", ", ".join(f"{name}={value}" for name, value in sorted(host.meta.items()))),
             ("version", state.node.version),
         )

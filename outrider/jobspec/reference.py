@@ -59,7 +59,7 @@ groups:
         user: 1
         image: {disk: x, sha256: {disk: x}}
         cloud_init: {user: x}
-        resources: {cpu: 1, cpu_max: 1, devices: {NAME: 1}, ulimits: {NAME: 1}}
+        resources: {cpu: 1, cpu_max: 1, devices: {NAME: 1}, ulimits: {NAME: 1}, hugepages: {NAME: 2Mi}}
         secrets: {NAME: {env: x, version: 1}}
         volumes: {NAME: {volume: x}}
         artifacts: {NAME: {source: x}}

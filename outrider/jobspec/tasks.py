@@ -39,7 +39,19 @@ _IMAGE_EXAMPLES = (
     "host, oci:REGISTRY/NAME:TAG, {oci: REGISTRY/NAME:TAG, pull: always}, oci-layout:PATH, docker-archive:PATH, "
     "dir:PATH or {disk: PATH, sha256: ...}"
 )
-_RESOURCE_KEYS = ("cpu", "cpu_max", "memory", "disk", "pids", "devices", "shm", "io_weight", "nice", "ulimits")
+_RESOURCE_KEYS = (
+    "cpu",
+    "cpu_max",
+    "memory",
+    "disk",
+    "pids",
+    "devices",
+    "shm",
+    "io_weight",
+    "nice",
+    "ulimits",
+    "hugepages",
+)
 _GUEST_FILES = ("kernel", "initrd", "disk")
 _GUEST_KEYS = (*_GUEST_FILES, "sha256", "kernel_arguments", "boot_deadline", "start_from")
 _ON_THE_NODE = {ImageKind.OCI_LAYOUT, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR}
@@ -205,6 +217,7 @@ def _resources(task: Fields, faults: Faults) -> Resources:
         disk_bytes=fields.quantity("disk", size_bytes, default.disk_bytes),
         pids_max=fields.integer("pids", default.pids_max),
         devices=_devices(fields, faults),
+        hugepages=_hugepages(fields, faults),
         shm_bytes=fields.quantity("shm", size_bytes, default.shm_bytes),
         io_weight=fields.integer("io_weight", default.io_weight),
         nice=fields.integer("nice", default.nice),
@@ -219,3 +232,12 @@ def _devices(resources: Fields, faults: Faults) -> dict[str, int]:
     names = [key.text for key, _ in node.entries] if isinstance(node, Mapping) else []
     counts = Fields(node, (*resources.path, "devices"), faults, names)
     return {name: counts.integer(name, 1) for name in names}
+
+
+def _hugepages(resources: Fields, faults: Faults) -> dict[str, int]:
+    node = resources.node("hugepages")
+    if node is None:
+        return {}
+    pages = [key.text for key, _ in node.entries] if isinstance(node, Mapping) else []
+    amounts = Fields(node, (*resources.path, "hugepages"), faults, pages)
+    return {page: amounts.quantity(page, size_bytes, 0) for page in pages}

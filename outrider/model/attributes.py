@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from outrider.model.job import Constraint, Operator
-from outrider.model.node import Node
+from outrider.model.node import Node, countable
 from outrider.model.patterns import found as pattern_found
 
 HOST = "node.id"  # distinct in this one: one copy on a node
@@ -61,7 +61,7 @@ def attributes(node: Node) -> dict[str, str]:
     every = {name: read(node) for name, read in _FIXED.items()}
     every |= {f"meta.{name}": value for name, value in found.meta.items()}
     every |= {f"runtime.{name}": version for name, version in found.runtimes.items()}
-    every |= {f"device.{name}": str(count) for name, count in found.devices.items()}
+    every |= {f"device.{name}": str(count) for name, count in countable(found).items()}
     return {name: value for name, value in every.items() if value}
 
 

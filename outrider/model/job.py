@@ -170,6 +170,7 @@ class Resources(Value, frozen=True, kw_only=True):
     nice: int = 0  # 0 to 19: the higher, the more it yields
     ulimits: Mapping[str, int] = {}  # "nofile" -> how many; soft and hard
     devices: Mapping[str, int] = {}  # name -> how many; "kvm" is there or not, and is never used up
+    hugepages: Mapping[str, int] = {}  # size of a page, "2Mi" -> bytes, which are none of `memory`
 
 
 class Port(Value, frozen=True, kw_only=True):
@@ -453,42 +454,3 @@ def has_guest(group: Group) -> bool:
 def has_own_guest(group: Group) -> bool:
     """Whether its state can be kept and moved: that of a vm can."""
     return any(task.driver is Driver.VM for task in group.tasks)
-
-
-def group_resources(group: Group) -> Resources:
-    """What one allocation of `group` takes from its node, sidecar and emulator included."""
-    parts = [_at_once(group.tasks)]
-    if group.services:
-        parts.append(SIDECAR)
-    if has_guest(group):
-        parts.append(EMULATOR)
-    return Resources(
-        cpu_millis=sum(part.cpu_millis for part in parts),
-        memory_bytes=sum(part.memory_bytes for part in parts),
-        # A process has a directory and a /tmp; a guest has a disk.
-        disk_bytes=sum((1 if is_guest(task) else 2) * task.resources.disk_bytes for task in group.tasks)
-        + sum(disk.size_bytes for task in group.tasks for disk in task.sticky),
-        pids_max=sum(part.pids_max for part in parts),
-        devices=_devices(parts),
-    )
-
-
-def _at_once(tasks: tuple[Task, ...]) -> Resources:
-    """The most that `tasks` have of each at a time: init tasks are over when the others begin."""
-    first = [task.resources for task in tasks if task.role is TaskRole.INIT]
-    then = [task.resources for task in tasks if task.role is not TaskRole.INIT]
-
-    return Resources(
-        cpu_millis=max(sum(part.cpu_millis for part in then), *(part.cpu_millis for part in first), 0),
-        memory_bytes=max(sum(part.memory_bytes for part in then), *(part.memory_bytes for part in first), 0),
-        pids_max=max(sum(part.pids_max for part in then), *(part.pids_max for part in first), 0),
-        devices=_devices([*first, *then]),
-    )
-
-
-def _devices(parts: list[Resources]) -> Mapping[str, int]:
-    counts: dict[str, int] = {}
-    for part in parts:
-        for name, count in part.devices.items():
-            counts[name] = counts.get(name, 0) + count
-    return counts

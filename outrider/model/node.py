@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from outrider.ids import NodeId
+from outrider.model.hugepages import counted_as
 from outrider.model.job import Value
 
 KVM = "kvm"  # the device that is there or not
@@ -31,6 +32,14 @@ class Reserved(Value, frozen=True, kw_only=True):
 GUEST_KERNEL = "guest-kernel"  # of `runtimes`: what processes with `isolation: vm` get
 
 
+class Hugepages(Value, frozen=True, kw_only=True):
+    """The kernel's pool of one size, in pages."""
+
+    page: str  # "2Mi"
+    total: int
+    free: int  # when the agent looked
+
+
 class Fingerprint(Value, frozen=True, kw_only=True):
     """What the agent found on its host."""
 
@@ -50,6 +59,12 @@ class Fingerprint(Value, frozen=True, kw_only=True):
     pool: str = "default"
     devices: Mapping[str, int] = {}  # counted ones, as its operator says; `kvm` has a field of its own
     reserved: Reserved = Reserved()
+    hugepages: tuple[Hugepages, ...] = ()
+
+
+def countable(found: Fingerprint) -> dict[str, int]:
+    """What is counted by name: devices, and pages of each size."""
+    return {**found.devices, **{counted_as(pool.page): pool.total for pool in found.hugepages}}
 
 
 class Drain(Value, frozen=True, kw_only=True):

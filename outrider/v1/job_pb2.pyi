@@ -434,6 +434,26 @@ class Resources(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class HugepagesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CPU_MILLIS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_MAX_MILLIS_FIELD_NUMBER: _builtins.int
@@ -444,6 +464,7 @@ class Resources(_message.Message):
     IO_WEIGHT_FIELD_NUMBER: _builtins.int
     NICE_FIELD_NUMBER: _builtins.int
     ULIMITS_FIELD_NUMBER: _builtins.int
+    HUGEPAGES_FIELD_NUMBER: _builtins.int
     cpu_millis: _builtins.int
     memory_bytes: _builtins.int
     cpu_max_millis: _builtins.int
@@ -456,6 +477,8 @@ class Resources(_message.Message):
     def devices(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def ulimits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def hugepages(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -469,10 +492,11 @@ class Resources(_message.Message):
         io_weight: _builtins.int = ...,
         nice: _builtins.int = ...,
         ulimits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        hugepages: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "io_weight", b"io_weight", "memory_bytes", b"memory_bytes", "nice", b"nice", "pids_max", b"pids_max", "shm_bytes", b"shm_bytes", "ulimits", b"ulimits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis", "cpu_max_millis", b"cpu_max_millis", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "hugepages", b"hugepages", "io_weight", b"io_weight", "memory_bytes", b"memory_bytes", "nice", b"nice", "pids_max", b"pids_max", "shm_bytes", b"shm_bytes", "ulimits", b"ulimits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_max_millis: _TypeAlias = _typing.Literal["cpu_max_millis"]  # noqa: Y015
     _WhichOneofArgType__cpu_max_millis: _TypeAlias = _typing.Literal["_cpu_max_millis", b"_cpu_max_millis"]  # noqa: Y015

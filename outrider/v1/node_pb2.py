@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16outrider/v1/node.proto\x12\x0boutrider.v1\"W\n\x08Reserved\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\r\n\x05ports\x18\x04 \x03(\x05\"\xc5\x04\n\x0b\x46ingerprint\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x0e\n\x06\x63group\x18\x06 \x01(\t\x12\x38\n\x08runtimes\x18\x07 \x03(\x0b\x32&.outrider.v1.Fingerprint.RuntimesEntry\x12\x0b\n\x03kvm\x18\x08 \x01(\t\x12\x30\n\x04meta\x18\t \x03(\x0b\x32\".outrider.v1.Fingerprint.MetaEntry\x12\x12\n\nport_first\x18\n \x01(\x05\x12\x11\n\tport_last\x18\x0b \x01(\x05\x12\x12\n\nhost_image\x18\x0c \x01(\x08\x12\x11\n\tsnapshots\x18( \x03(\t\x12\x0c\n\x04pool\x18\x1e \x01(\t\x12\x36\n\x07\x64\x65vices\x18\x1f \x03(\x0b\x32%.outrider.v1.Fingerprint.DevicesEntry\x12\'\n\x08reserved\x18  \x01(\x0b\x32\x15.outrider.v1.Reserved\x1a/\n\rRuntimesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tMetaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x44\x65vicesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"`\n\x05\x44rain\x12\x14\n\x0cstarted_at_s\x18\x01 \x01(\x01\x12\x1a\n\rdeadline_at_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bkeep_system\x18\x03 \x01(\x08\x42\x10\n\x0e_deadline_at_s\"\x92\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12-\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x14\n\x0cpeer_address\x18( \x01(\t*\x85\x01\n\nNodeStatus\x12\x1b\n\x17NODE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11NODE_STATUS_READY\x10\x01\x12\x14\n\x10NODE_STATUS_GONE\x10\x02\x12\x17\n\x13NODE_STATUS_SUSPECT\x10\x03\x12\x14\n\x10NODE_STATUS_DOWN\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16outrider/v1/node.proto\x12\x0boutrider.v1\"W\n\x08Reserved\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\r\n\x05ports\x18\x04 \x03(\x05\"\xf1\x04\n\x0b\x46ingerprint\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x0e\n\x06\x63group\x18\x06 \x01(\t\x12\x38\n\x08runtimes\x18\x07 \x03(\x0b\x32&.outrider.v1.Fingerprint.RuntimesEntry\x12\x0b\n\x03kvm\x18\x08 \x01(\t\x12\x30\n\x04meta\x18\t \x03(\x0b\x32\".outrider.v1.Fingerprint.MetaEntry\x12\x12\n\nport_first\x18\n \x01(\x05\x12\x11\n\tport_last\x18\x0b \x01(\x05\x12\x12\n\nhost_image\x18\x0c \x01(\x08\x12\x11\n\tsnapshots\x18( \x03(\t\x12\x0c\n\x04pool\x18\x1e \x01(\t\x12\x36\n\x07\x64\x65vices\x18\x1f \x03(\x0b\x32%.outrider.v1.Fingerprint.DevicesEntry\x12\'\n\x08reserved\x18  \x01(\x0b\x32\x15.outrider.v1.Reserved\x12*\n\thugepages\x18\xcc\x03 \x03(\x0b\x32\x16.outrider.v1.Hugepages\x1a/\n\rRuntimesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tMetaEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0c\x44\x65vicesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"6\n\tHugepages\x12\x0c\n\x04page\x18\x01 \x01(\t\x12\r\n\x05total\x18\x02 \x01(\x03\x12\x0c\n\x04\x66ree\x18\x03 \x01(\x03\"`\n\x05\x44rain\x12\x14\n\x0cstarted_at_s\x18\x01 \x01(\x01\x12\x1a\n\rdeadline_at_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0bkeep_system\x18\x03 \x01(\x08\x42\x10\n\x0e_deadline_at_s\"\x92\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12-\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x14\n\x0cpeer_address\x18( \x01(\t*\x85\x01\n\nNodeStatus\x12\x1b\n\x17NODE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11NODE_STATUS_READY\x10\x01\x12\x14\n\x10NODE_STATUS_GONE\x10\x02\x12\x17\n\x13NODE_STATUS_SUSPECT\x10\x03\x12\x14\n\x10NODE_STATUS_DOWN\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,20 +37,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINGERPRINT_METAENTRY']._serialized_options = b'8\001'
   _globals['_FINGERPRINT_DEVICESENTRY']._loaded_options = None
   _globals['_FINGERPRINT_DEVICESENTRY']._serialized_options = b'8\001'
-  _globals['_NODESTATUS']._serialized_start=960
-  _globals['_NODESTATUS']._serialized_end=1093
+  _globals['_NODESTATUS']._serialized_start=1060
+  _globals['_NODESTATUS']._serialized_end=1193
   _globals['_RESERVED']._serialized_start=39
   _globals['_RESERVED']._serialized_end=126
   _globals['_FINGERPRINT']._serialized_start=129
-  _globals['_FINGERPRINT']._serialized_end=710
-  _globals['_FINGERPRINT_RUNTIMESENTRY']._serialized_start=570
-  _globals['_FINGERPRINT_RUNTIMESENTRY']._serialized_end=617
-  _globals['_FINGERPRINT_METAENTRY']._serialized_start=619
-  _globals['_FINGERPRINT_METAENTRY']._serialized_end=662
-  _globals['_FINGERPRINT_DEVICESENTRY']._serialized_start=664
-  _globals['_FINGERPRINT_DEVICESENTRY']._serialized_end=710
-  _globals['_DRAIN']._serialized_start=712
-  _globals['_DRAIN']._serialized_end=808
-  _globals['_NODE']._serialized_start=811
-  _globals['_NODE']._serialized_end=957
+  _globals['_FINGERPRINT']._serialized_end=754
+  _globals['_FINGERPRINT_RUNTIMESENTRY']._serialized_start=614
+  _globals['_FINGERPRINT_RUNTIMESENTRY']._serialized_end=661
+  _globals['_FINGERPRINT_METAENTRY']._serialized_start=663
+  _globals['_FINGERPRINT_METAENTRY']._serialized_end=706
+  _globals['_FINGERPRINT_DEVICESENTRY']._serialized_start=708
+  _globals['_FINGERPRINT_DEVICESENTRY']._serialized_end=754
+  _globals['_HUGEPAGES']._serialized_start=756
+  _globals['_HUGEPAGES']._serialized_end=810
+  _globals['_DRAIN']._serialized_start=812
+  _globals['_DRAIN']._serialized_end=908
+  _globals['_NODE']._serialized_start=911
+  _globals['_NODE']._serialized_end=1057
 # @@protoc_insertion_point(module_scope)

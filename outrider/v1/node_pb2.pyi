@@ -150,6 +150,7 @@ class Fingerprint(_message.Message):
     POOL_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     RESERVED_FIELD_NUMBER: _builtins.int
+    HUGEPAGES_FIELD_NUMBER: _builtins.int
     cpu_millis: _builtins.int
     memory_bytes: _builtins.int
     disk_bytes: _builtins.int
@@ -171,6 +172,8 @@ class Fingerprint(_message.Message):
     def devices(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def reserved(self) -> Global___Reserved: ...
+    @_builtins.property
+    def hugepages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hugepages]: ...
     def __init__(
         self,
         *,
@@ -190,14 +193,40 @@ class Fingerprint(_message.Message):
         pool: _builtins.str = ...,
         devices: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         reserved: Global___Reserved | None = ...,
+        hugepages: _abc.Iterable[Global___Hugepages] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reserved", b"reserved"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup", b"cgroup", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "host_image", b"host_image", "kernel", b"kernel", "kvm", b"kvm", "memory_bytes", b"memory_bytes", "meta", b"meta", "pool", b"pool", "port_first", b"port_first", "port_last", b"port_last", "reserved", b"reserved", "runtimes", b"runtimes", "snapshots", b"snapshots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup", b"cgroup", "cpu_millis", b"cpu_millis", "devices", b"devices", "disk_bytes", b"disk_bytes", "host_image", b"host_image", "hugepages", b"hugepages", "kernel", b"kernel", "kvm", b"kvm", "memory_bytes", b"memory_bytes", "meta", b"meta", "pool", b"pool", "port_first", b"port_first", "port_last", b"port_last", "reserved", b"reserved", "runtimes", b"runtimes", "snapshots", b"snapshots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fingerprint: _TypeAlias = Fingerprint  # noqa: Y015
+
+@_typing.final
+class Hugepages(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    FREE_FIELD_NUMBER: _builtins.int
+    page: _builtins.str
+    total: _builtins.int
+    free: _builtins.int
+    def __init__(
+        self,
+        *,
+        page: _builtins.str = ...,
+        total: _builtins.int = ...,
+        free: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free", b"free", "page", b"page", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hugepages: _TypeAlias = Hugepages  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):

@@ -173,6 +173,14 @@ def test_a_good_job_has_no_problem() -> None:
         (_with(TASK, env={"A=B": ""}), "groups.web.tasks.server.env.A=B"),
         (_with(TASK, resources=Resources(cpu_millis=0)), "groups.web.tasks.server.resources.cpu"),
         (_with(TASK, resources=Resources(cpu_max_millis=50)), "groups.web.tasks.server.resources.cpu_max"),
+        *(
+            (_with(TASK, resources=Resources(hugepages=wrong)), "groups.web.tasks.server.resources.hugepages")
+            for wrong in ({"2M": 2 * MIB}, {"3Mi": 3 * MIB}, {"2048Ki": 2 * MIB}, {"2Mi": MIB}, {"2Mi": 0}, {"": MIB})
+        ),
+        (
+            _with(OWN, resources=Resources(memory_bytes=256 * MIB, hugepages={"2Mi": 2 * MIB})),
+            "groups.web.tasks.server.resources.hugepages",
+        ),
         (_with(TASK, kill_signal="SIGNOPE"), "groups.web.tasks.server.kill_signal"),
         (_with(GROUP.services[0], port="grpc"), "groups.web.services[0].port"),
         (_with(GROUP.services[0], port=None), "groups.web.services[0].allow"),

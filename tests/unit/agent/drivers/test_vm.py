@@ -23,8 +23,8 @@ from outrider.model.job import (
     ImageKind,
     Resources,
     Task,
-    group_resources,
 )
+from outrider.model.reservation import group_resources
 
 PLACE = Place(
     node=NodeId("n1"), uid_first=65_536, network_namespace="/run/ns", directory="/d/box", task_directory="/d/box.vm"

@@ -55,6 +55,22 @@ def test_hybrid_is_told_by_the_tree_mounted_beside(v1: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_hugepages_are_limited_size_by_size_where_they_are_counted(kind: str, request: pytest.FixtureRequest) -> None:
+    root: Path = request.getfixturevalue(kind)
+    Cgroups(root).limit_hugepages("outrider/f/n/a.t", {2 << 20: 4 << 20})  # nothing counts them: nothing happens
+    group = root / ("" if kind == "v2" else "hugetlb") / "outrider/f/n/a.t"
+    group.mkdir(parents=True, exist_ok=True)
+    ending = "max" if kind == "v2" else "limit_in_bytes"
+    for name in ("2MB", "2MB.rsvd", "1GB", "64KB"):
+        (group / f"hugetlb.{name}.{ending}").write_text("max\n")
+    (group / "hugetlb.2MB.events").write_text("max 0\n")
+    Cgroups(root).limit_hugepages("outrider/f/n/a.t", {2 << 20: 4 << 20, 64 << 10: 64 << 10})
+    said = {path.name.removesuffix(f".{ending}"): path.read_text() for path in group.glob(f"hugetlb.*.{ending}")}
+    few, none = f"{4 << 20}\n", "0\n"
+    assert said == {"hugetlb.2MB": few, "hugetlb.2MB.rsvd": few, "hugetlb.1GB": none, "hugetlb.64KB": f"{64 << 10}\n"}
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_a_group_that_is_gone_used_nothing(kind: str, request: pytest.FixtureRequest) -> None:
     groups = Cgroups(request.getfixturevalue(kind))
     assert groups.usage("outrider/f/n/gone") == Usage(cpu_s=0, memory_bytes=0, oom_kills=0)

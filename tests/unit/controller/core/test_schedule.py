@@ -24,7 +24,7 @@ from outrider.model.job import (
     Resources,
     Task,
 )
-from outrider.model.node import Node
+from outrider.model.node import Hugepages, Node
 from tests.scenarios.world import group, job, node, service
 
 
@@ -219,3 +219,15 @@ def test_a_guest_starts_only_where_its_snapshot_is() -> None:
     assert place(free, entry(warm), 1, Near(none(free)), seed=0).nodes == [1]
     free.ready[1] = False
     assert "1 of 2 nodes: snapshot warm is not there" in place(free, entry(warm), 1, Near(none(free)), seed=0).reason
+
+
+def test_hugepages_are_given_out_page_by_page_and_missed_by_name() -> None:
+    pools = (Hugepages(page="2Mi", total=8, free=8),)
+    free = snapshot(node("n1"), node("n2", hugepages=pools))
+    task = msgspec.structs.replace(group().tasks[0], resources=Resources(hugepages={"2Mi": 6 * MIB}))
+    wanted = entry(msgspec.structs.replace(group(), tasks=(task,)))
+    found = place(free, wanted, 3, Near(none(free)), seed=5)
+    assert found.nodes == [1, 1]
+    assert found.reason == "2 of 2 nodes: hugepages-2Mi 3 wanted, at most 2 free"
+    bare = place(snapshot(node("n1")), wanted, 1, Near(none(snapshot(node("n1")))), seed=5)
+    assert (bare.nodes, bare.reason) == ([], "1 of 1 nodes: hugepages-2Mi 3 wanted, at most 0 free")

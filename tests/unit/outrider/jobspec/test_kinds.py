@@ -15,9 +15,9 @@ from outrider.model.job import (
     ScalingPolicy,
     Schedule,
     TaskRole,
-    group_resources,
     main_task,
 )
+from outrider.model.reservation import group_resources
 
 
 def read(text: str) -> Job:
