@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
+import zstandard  # before this process has another root, where it is not
+
 from outrider.errors import InputError
 
 _HOSTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM})  # not the image's fault
@@ -32,6 +34,7 @@ _TRAILER = bytes(4 * _RECORD_BYTES)  # some tools leave off what ends an archive
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _GZIP, _ZSTD, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
+_ZSTD_WINDOW_MAX = 128 * 1024 * 1024  # the format's own advice to whoever reads it
 
 
 def main() -> NoReturn:
@@ -51,7 +54,7 @@ def main() -> NoReturn:
                 stream = Stream(file, bytes_max=int(bytes_max), used=used)
                 Layer(stream).unpack()
                 used = stream.used
-        except (InputError, tarfile.TarError, zlib.error, ValueError, ArithmeticError) as error:
+        except (InputError, tarfile.TarError, zlib.error, zstandard.ZstdError, ValueError, ArithmeticError) as error:
             print(f"layer {number}, {name[:12]}: {error}", file=sys.stderr)
             sys.exit(os.EX_DATAERR)
         except (MemoryError, RecursionError):
@@ -75,12 +78,17 @@ class Stream:
         self._ready, self._taken = b"", 0
         self._ended = False
         self._inflate: zlib._Decompress | None = None
+        self._zstd: zstandard.ZstdDecompressionReader | None = None
         start = file.read(_RECORD_BYTES)
-        for magic, name in ((_ZSTD, "zstd"), (_BZIP2, "bzip2"), (_XZ, "xz")):
+        for magic, name in ((_BZIP2, "bzip2"), (_XZ, "xz")):
             if start.startswith(magic):
-                raise InputError(f"it is compressed by {name}; this node takes gzip, or none")
+                raise InputError(f"it is compressed by {name}; this node takes gzip, zstd, or none")
         if start.startswith(_GZIP):
             self._inflate = zlib.decompressobj(_GZIP_WINDOW)
+        elif start.startswith(_ZSTD):
+            file.seek(0)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
+            self._zstd = decompressor.stream_reader(file, read_across_frames=True, closefd=False)
         self._compressed = start
 
     def tell(self) -> int:
@@ -125,6 +133,11 @@ class Stream:
         return piece
 
     def _piece(self) -> bytes:
+        if self._zstd is not None:
+            piece = self._zstd.read(_BLOCK_BYTES)
+            if not piece:  # whether a frame was whole it does not tell: what ends an archive must be there
+                raise InputError("its compressed data ends in the middle")
+            return piece
         if self._inflate is None:
             piece, self._compressed = self._compressed or self._file.read(_BLOCK_BYTES), b""
             return piece

@@ -7,11 +7,14 @@ import gzip
 import hashlib
 import io
 import json
+import ssl
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import yaml
+import zstandard
+from aiohttp import web
 
 from controller.ca import FleetCa
 from tests.integration.processes import free_port, listening, program
@@ -45,10 +48,15 @@ def shell_layer(*more: tuple[tarfile.TarInfo, bytes]) -> bytes:
     return layer(entry("bin/busybox", BUSYBOX.read_bytes(), mode=0o755), link, *more)
 
 
-def layout(directory: Path, *layers: bytes, architecture: str = "amd64", **settings: object) -> Path:
+def layout(
+    directory: Path, *layers: bytes, architecture: str = "amd64", packed: str = "gzip", **settings: object
+) -> Path:
     """An OCI image layout with one image, tagged `image`."""
     blobs = directory / "blobs/sha256"
     blobs.mkdir(parents=True)
+
+    def pack(data: bytes) -> bytes:
+        return zstandard.compress(data, 1) if packed == "zstd" else gzip.compress(data, 1, mtime=0)
 
     def blob(data: bytes, kind: str) -> dict[str, object]:
         name = hashlib.sha256(data).hexdigest()
@@ -65,7 +73,7 @@ def layout(directory: Path, *layers: bytes, architecture: str = "amd64", **setti
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": blob(json.dumps(config).encode(), "config.v1+json"),
-        "layers": [blob(gzip.compress(each, 1, mtime=0), "layer.v1.tar+gzip") for each in layers],
+        "layers": [blob(pack(each), f"layer.v1.tar+{packed}") for each in layers],
     }
     tagged = blob(json.dumps(manifest).encode(), "manifest.v1+json")
     tagged["annotations"] = {"org.opencontainers.image.ref.name": "image"}
@@ -110,6 +118,22 @@ class Registry:
         async with program("docker-registry", "serve", path, log=self.log):
             await listening(self.port)
             yield
+
+    @contextlib.asynccontextmanager
+    async def odd(self, answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+        """Another one under the same certificate, which answers as the test says. Its host and port."""
+        application, host = web.Application(), f"127.0.0.1:{(port := free_port())}"
+        application.router.add_route("*", "/{path:.*}", answer)
+        (self.certificates / host).symlink_to(self.certificates / self.host)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.files.certificate, self.files.key)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+            yield host
+        finally:
+            await runner.cleanup()
 
     async def push(self, made: Path, name: str) -> str:
         """Its reference, for a job."""

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from outrider.model.job import MIB
 from tests.integration.registry import entry, layer
@@ -141,26 +142,33 @@ async def test_links_lead_to_places_in_the_image_alone(made: Made, tmp_path: Pat
 async def test_archives_as_they_come(made: Made) -> None:
     content = os.urandom(3 * MIB)
     whole = layer(entry("one", content), entry("two", b"2"))
-    cut = whole[: whole.index(b"two") + 512 + 1]  # neither the last file's padding nor the end of the archive
+    cut = whole[: whole.rindex(b"two") + 512 + 1]  # neither the last file's padding nor the end of the archive
     pieces = b"".join(gzip.compress(whole[at : at + MIB]) for at in range(0, len(whole), MIB))
-    for number, archive in enumerate((whole, gzip.compress(whole), pieces, gzip.compress(cut), gzip.compress(b""))):
+    packed = zstandard.ZstdCompressor(level=1)
+    frames = b"".join(packed.compress(whole[at : at + MIB]) for at in range(0, len(whole), MIB))
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"toc "  # as zstd:chunked ends
+    archives = (whole, gzip.compress(whole), pieces, gzip.compress(cut), packed.compress(whole), frames + skipped)
+    for number, archive in enumerate((*archives, gzip.compress(b""))):
         directory = made.root.parent / str(number)
         directory.mkdir()
         assert Made(directory).unpack(archive) == (0, "")
-        if number < 4:
+        if number < len(archives):
             assert (directory / "root/one").read_bytes() == content
             assert (directory / "root/two").read_bytes() == b"2"
 
 
-@pytest.mark.parametrize("broken", ["compressed", "file", "header", "zstd", "bzip2"])
+@pytest.mark.parametrize("broken", ["compressed", "file", "header", "zstd", "frame", "window", "bzip2"])
 async def test_a_broken_archive_is_no_short_one(made: Made, broken: str) -> None:
     whole = layer(entry("one", os.urandom(2000)), entry("two", b"2"), entry("three", b"3"))
-    at = whole.index(b"two")
+    at = whole.rindex(b"two")
+    wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
     archive, words = {
         "compressed": (gzip.compress(whole)[:-200], "its compressed data ends in the middle"),
         "file": (gzip.compress(whole[:1800]), "it ends in the middle of 'one'"),
         "header": (whole[: at + 100] + b"9" + whole[at + 101 :], f"it cannot be read from its byte {at} on"),
-        "zstd": (b"\x28\xb5\x2f\xfd" + whole, "it is compressed by zstd; this node takes gzip, or none"),
+        "zstd": (b"\x28\xb5\x2f\xfd" + whole, "zstd decompress error"),
+        "frame": (zstandard.compress(whole[:3072], 1), "its compressed data ends in the middle"),
+        "window": (wide.compress(whole) + wide.flush(), "zstd decompress error"),
         "bzip2": (bz2.compress(whole), "it is compressed by bzip2"),
     }[broken]
     code, said = made.unpack(archive)
