@@ -1,16 +1,17 @@
 """Images as a node has them: from a registry with TLS and a password, pulled once, run, kept while needed."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
-import ssl
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
+import pytest_asyncio
 from aiohttp import web
 
 from agent.sandbox.mounts import mount_tmpfs, resize_tmpfs, unmount
@@ -32,25 +33,26 @@ from outrider.model.job import (
     Task,
 )
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import NODE, Lab, node
-from tests.integration.processes import free_port, until
+from tests.integration.network_lab import NODE, lab
+from tests.integration.processes import until
 from tests.integration.registry import Registry, digest_of, entry, layer, layout, shell_layer
 
-__all__ = ["node"]
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.asyncio(loop_scope="module")]
 
 CACHE_BYTES = 96 * MIB
 
 
-@pytest.fixture
-async def registry(node: Lab, tmp_path: Path) -> AsyncIterator[Registry]:  # noqa: ARG001 - where this thread lives
-    made = Registry(tmp_path)
-    async with made.serving():
-        yield made
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def registry(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Registry]:
+    """In a network of its own, where this thread then lives. Each test has names of its own in it."""
+    with lab():
+        made = Registry(tmp_path_factory.mktemp("registry"))
+        async with made.serving():
+            yield made
 
 
-@pytest.fixture
-async def fleet(registry: Registry) -> AsyncIterator[AgentFleet]:
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def node(registry: Registry) -> AsyncIterator[AgentFleet]:
     images = {
         "auth_file": str(registry.auth_file),
         "certificates": str(registry.certificates),
@@ -61,8 +63,23 @@ async def fleet(registry: Registry) -> AsyncIterator[AgentFleet]:
         yield made
 
 
+_tests = itertools.count(1)
+_test = [0]  # which it is: none finds another's allocations, nor their logs
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(node: AgentFleet) -> AsyncIterator[AgentFleet]:
+    """The module's node, on which nothing runs. What earlier tests pulled is there, until the cache needs the room."""
+    _test[0] = next(_tests)
+    yield node
+    if node.process is None:
+        await node.start()
+    node.controller.assign(full=True)
+    await until(lambda: not list((node.data / "roots/holds").iterdir()), "nothing is kept for anybody")
+
+
 def alloc_id(number: int) -> AllocId:
-    return AllocId(f"{number:010x}")
+    return AllocId(f"{_test[0]:05x}{number:05x}")
 
 
 def running(
@@ -110,6 +127,16 @@ async def tried_again(fleet: AgentFleet, number: int) -> None:
     await until(waits, "it waits to try again")
 
 
+def app(tag: str = "") -> str:
+    """What this test calls its image in the registry."""
+    return f"test{_test[0]}:{tag}".rstrip(":")
+
+
+def own_layer(*more: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    """A shell, in a layer that no other test has."""
+    return shell_layer(entry(f"test{_test[0]}"), *more)
+
+
 def output(fleet: AgentFleet, number: int) -> list[str]:
     log = fleet.data / "allocations" / alloc_id(number) / "app" / "log"
     return [line.split(" ", 3)[3] for line in log.read_text().splitlines()]
@@ -123,40 +150,43 @@ def unfinished(fleet: AgentFleet) -> list[Path]:
     return list((fleet.data / "roots/unfinished").iterdir())
 
 
-async def test_an_image_runs_as_it_says_and_as_the_job_says(fleet: AgentFleet, registry: Registry) -> None:
+async def test_an_image_runs_as_it_says_and_as_the_job_says(
+    fleet: AgentFleet, registry: Registry, tmp_path: Path
+) -> None:
     text = "busybox id -u; busybox id -g; busybox pwd; echo $WHO $PATH; echo $0; busybox stat -c %u /srv/app/data"
     passwd = b"root:x:0:0::/:/bin/sh\napp:x:33:44::/srv:/bin/sh\n"
     data = entry("srv/app/data", b"x", uid=33, gid=44)
     made = layout(
-        registry.directory / "a",
-        shell_layer(entry("etc/passwd", passwd), data),
+        tmp_path / "a",
+        own_layer(entry("etc/passwd", passwd), data),
         User="app",
         Env=["WHO=image", "PATH=/bin"],
         Entrypoint=["sh", "-c", text],
         Cmd=["by-image"],
         WorkingDir="/srv/app",
+        packed="zstd",
     )
-    reference = await registry.push(made, "app:1")
+    reference = await registry.push(made, app("1"))
     fleet.controller.assign(running(1, reference, command=()), full=True)
     await reached(fleet, 1, AllocStatus.FAILED)  # no service ends by itself
     assert output(fleet, 1) == ["33", "44", "/srv/app", "image /bin", "by-image", "33"]
     history = [report for report in fleet.controller.history if report.alloc == alloc_id(1)]
     assert any(report.pulling and report.message == f"pulling oci:{reference}" for report in history)
-    fetched = registry.fetched("app")
+    fetched = registry.fetched(app())
     assert fetched == 2  # its configuration and its layer
     changed = running(2, reference, command=(), args=("by-job",), env={"WHO": "job"}, user=55, workdir="/")
     fleet.controller.assign(changed)
     await reached(fleet, 2, AllocStatus.FAILED)
     assert output(fleet, 2) == ["55", "55", "/", "job /bin", "by-job", "33"]
-    assert registry.fetched("app") == fetched
+    assert registry.fetched(app()) == fetched
     assert not any(report.pulling for report in fleet.controller.history if report.alloc == alloc_id(2))
 
 
-async def test_the_port_that_the_image_exposes_serves(fleet: AgentFleet, registry: Registry) -> None:
+async def test_the_port_that_the_image_exposes_serves(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
     serve = ["sh", "-c", "echo $PORT_HTTP >/tmp/index.html; exec busybox httpd -f -p 8090 -h /tmp"]
     ports = {"8090/tcp": {}, "53/udp": {}}
-    made = layout(registry.directory / "a", shell_layer(), Entrypoint=serve, ExposedPorts=ports)
-    reference = await registry.push(made, "app:1")
+    made = layout(tmp_path / "a", own_layer(), Entrypoint=serve, ExposedPorts=ports)
+    reference = await registry.push(made, app("1"))
     fleet.controller.assign(exposing(1, reference, static=18_090), full=True)
     await until(lambda: fleet.controller.passing(alloc_id(1)), "its check passes at the image's port")
     assert fleet.shell(f"busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
@@ -168,9 +198,11 @@ async def test_the_port_that_the_image_exposes_serves(fleet: AgentFleet, registr
     assert fleet.shell(f"busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
 
 
-async def test_a_port_that_the_image_does_not_say_is_asked_for(fleet: AgentFleet, registry: Registry) -> None:
-    several = layout(registry.directory / "a", shell_layer(), ExposedPorts={"80/tcp": {}, "443/tcp": {}})
-    none = layout(registry.directory / "b", shell_layer(entry("b")), ExposedPorts={"53/udp": {}})
+async def test_a_port_that_the_image_does_not_say_is_asked_for(
+    fleet: AgentFleet, registry: Registry, tmp_path: Path
+) -> None:
+    several = layout(tmp_path / "a", own_layer(), ExposedPorts={"80/tcp": {}, "443/tcp": {}})
+    none = layout(tmp_path / "b", own_layer(entry("b")), ExposedPorts={"53/udp": {}})
     expected = {
         await registry.push(several, "several:1"): "more than one (task app 80, 443): write which, `to: 80`",
         await registry.push(none, "none:1"): "its image exposes none over TCP: write `to: NUMBER`",
@@ -181,23 +213,26 @@ async def test_a_port_that_the_image_does_not_say_is_asked_for(fleet: AgentFleet
         assert words in (await reached(fleet, number, AllocStatus.FAILED)).message
 
 
-async def test_twenty_at_once_pull_once(fleet: AgentFleet, registry: Registry) -> None:
-    reference = await registry.push(layout(registry.directory / "a", shell_layer()), "app:1")
+async def test_twenty_at_once_pull_once(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
+    reference = await registry.push(layout(tmp_path / "a", own_layer()), app("1"))
+    before = unpacked(fleet)
     fleet.controller.assign(*(running(number, reference) for number in range(1, 21)), full=True)
     for number in range(1, 21):
         await reached(fleet, number, AllocStatus.RUNNING)
-    assert registry.fetched("app") == 2
-    assert unpacked(fleet) == {digest_of(registry.directory / "a").removeprefix("sha256:")}
+    assert registry.fetched(app()) == 2
+    assert unpacked(fleet) - before == {digest_of(tmp_path / "a").removeprefix("sha256:")}
     assert unfinished(fleet) == []
 
 
 @pytest.mark.parametrize("step", ["pull", "unpack"])
 async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_done(
-    fleet: AgentFleet, registry: Registry, step: str
+    fleet: AgentFleet, registry: Registry, tmp_path: Path, step: str
 ) -> None:
     # Either takes long enough to be met: what cannot be packed, and many files.
-    filler = (entry("filler", os.urandom(24 * MIB)), *(entry(f"many/{number}") for number in range(10_000)))
-    reference = await registry.push(layout(registry.directory / "a", shell_layer(*filler)), "app:1")
+    large, many = entry("filler", os.urandom(24 * MIB)), (entry(f"many/{number}") for number in range(10_000))
+    filler = (large,) if step == "pull" else tuple(many)
+    before = unpacked(fleet)
+    reference = await registry.push(layout(tmp_path / "a", own_layer(*filler)), app("1"))
     fleet.controller.assign(running(1, reference), full=True)
     begun = {
         "pull": lambda: any("skopeo" in line for line in fleet.processes()),
@@ -205,7 +240,7 @@ async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_don
     }
     await until(begun[step], f"the {step} has begun")
     fleet.kill()
-    assert unpacked(fleet) == set()
+    assert unpacked(fleet) == before
     assert unfinished(fleet) != []
     pulling = ("skopeo", "agent.pull.layers")
     await until(lambda: not [line for line in fleet.processes() if any(map(line.count, pulling))], "they end too")
@@ -213,26 +248,27 @@ async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_don
     fleet.controller.assign(running(1, reference), full=True)  # as a controller does: its record may not be on disk yet
     await reached(fleet, 1, AllocStatus.RUNNING)
     await until(lambda: unfinished(fleet) == [], "nothing is left over")
-    fetched = registry.fetched("app")
+    fetched = registry.fetched(app())
     fleet.kill()
     await fleet.start()
     await reached(fleet, 1, AllocStatus.RUNNING)
     assert len(fleet.workload_pids("sleep 1000")) > 0
-    assert registry.fetched("app") == fetched
+    assert registry.fetched(app()) == fetched
 
 
-async def test_what_cannot_run_is_refused_by_name(fleet: AgentFleet, registry: Registry) -> None:
-    made = layout(registry.directory / "a", shell_layer())
-    await registry.push(made, "app:1")
-    await registry.push(layout(registry.directory / "other", shell_layer(), architecture="s390x"), "app:other")
-    await registry.push(layout(registry.directory / "who", shell_layer(), User="nobody-here"), "app:who")
+async def test_what_cannot_run_is_refused_by_name(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
+    made = layout(tmp_path / "a", own_layer())
+    await registry.push(made, app("1"))
+    await registry.push(layout(tmp_path / "other", own_layer(), architecture="s390x"), app("other"))
+    await registry.push(layout(tmp_path / "who", own_layer(), User="nobody-here"), app("who"))
     expected = {
-        f"{registry.host}/app:2": "no such image there",
-        f"{registry.host}/app@sha256:{'0' * 64}": "no such image there",
-        f"{registry.host}/app:other": "built for linux/s390x, this node is linux/",
-        f"{registry.host}/app:who": "its user 'nobody-here' is neither in its /etc/passwd",
+        f"{registry.host}/{app('2')}": "no such image there",
+        f"{registry.host}/{app()}@sha256:{'0' * 64}": "no such image there",
+        f"{registry.host}/{app('other')}": "built for linux/s390x, this node is linux/",
+        f"{registry.host}/{app('who')}": "its user 'nobody-here' is neither in its /etc/passwd",
         f"127.0.0.1:1{registry.port % 10}/app:1": "the registry does not answer as it should",
     }
+    before = unpacked(fleet)
     for number, reference in enumerate(expected, 1):
         fleet.controller.assign(running(number, reference))
     for number, (reference, words) in enumerate(list(expected.items())[:-1], 1):
@@ -243,20 +279,21 @@ async def test_what_cannot_run_is_refused_by_name(fleet: AgentFleet, registry: R
     await tried_again(fleet, len(expected))
     assert list(expected.values())[-1] in fleet.controller.reports[away].message
     assert fleet.controller.status(away) is AllocStatus.STARTING
-    assert unpacked(fleet) == set()
+    assert unpacked(fleet) == before
 
 
-async def test_a_pinned_image_is_the_one_that_was_pinned(fleet: AgentFleet, registry: Registry) -> None:
-    first = await registry.push(layout(registry.directory / "a", shell_layer()), "app:1")
-    pinned = f"{first}@{digest_of(registry.directory / 'a')}"
-    await registry.push(layout(registry.directory / "b", shell_layer(entry("newer"))), "app:1")
+async def test_a_pinned_image_is_the_one_that_was_pinned(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
+    before = unpacked(fleet)
+    first = await registry.push(layout(tmp_path / "a", own_layer()), app("1"))
+    pinned = f"{first}@{digest_of(tmp_path / 'a')}"
+    await registry.push(layout(tmp_path / "b", own_layer(entry("newer"))), app("1"))
     fleet.controller.assign(
         script(1, pinned, "busybox ls /newer 2>/dev/null || echo older"), script(2, first, "busybox ls /newer")
     )
     await reached(fleet, 1, AllocStatus.COMPLETE)
     await reached(fleet, 2, AllocStatus.COMPLETE)
     assert (output(fleet, 1)[-1], output(fleet, 2)) == ("older", ["/newer"])
-    altered = layout(registry.directory / "c", shell_layer(entry("altered")))
+    altered = layout(tmp_path / "c", own_layer(entry("altered")))
     reference = await registry.push(altered, "altered:1")
     manifest = json.loads((altered / "blobs/sha256" / digest_of(altered).removeprefix("sha256:")).read_bytes())
     name = manifest["layers"][0]["digest"].removeprefix("sha256:")
@@ -265,16 +302,16 @@ async def test_a_pinned_image_is_the_one_that_was_pinned(fleet: AgentFleet, regi
     fleet.controller.assign(running(3, reference))
     report = await reached(fleet, 3, AllocStatus.FAILED)
     assert "the content is not what its digest promises" in report.message
-    assert len(unpacked(fleet)) == 2
+    assert len(unpacked(fleet) - before) == 2
 
 
 async def test_a_tag_that_moved_is_asked_for_again_only_where_the_job_says_so(
-    fleet: AgentFleet, registry: Registry
+    fleet: AgentFleet, registry: Registry, tmp_path: Path
 ) -> None:
-    reference = await registry.push(layout(registry.directory / "a", shell_layer()), "app:1")
+    reference = await registry.push(layout(tmp_path / "a", own_layer()), app("1"))
     fleet.controller.assign(running(1, reference), full=True)
     await reached(fleet, 1, AllocStatus.RUNNING)
-    await registry.push(layout(registry.directory / "b", shell_layer(entry("newer"))), "app:1")
+    await registry.push(layout(tmp_path / "b", own_layer(entry("newer"))), app("1"))
     look = "busybox test -e /newer && echo newer || echo older"
     fleet.controller.assign(script(2, reference, look), script(3, reference, look, pull=PullPolicy.ALWAYS))
     await reached(fleet, 2, AllocStatus.COMPLETE)
@@ -286,7 +323,7 @@ async def test_a_tag_that_moved_is_asked_for_again_only_where_the_job_says_so(
 
 
 async def test_layouts_and_archives_on_the_node_need_no_registry(fleet: AgentFleet, tmp_path: Path) -> None:
-    made, archive = layout(tmp_path / "made", shell_layer(), Cmd=["sh", "-c", "echo hello"]), tmp_path / "made.tar"
+    made, archive = layout(tmp_path / "made", own_layer(), Cmd=["sh", "-c", "echo hello"]), tmp_path / "made.tar"
     done = await asyncio.create_subprocess_exec(
         "skopeo", "copy", "-q", f"oci:{made}:image", f"docker-archive:{archive}"
     )
@@ -307,24 +344,47 @@ async def test_a_registry_that_has_had_enough_is_left_alone_for_longer(fleet: Ag
         asked += 1
         return web.Response(status=429, headers={"retry-after": "0"})  # else skopeo is patient for a minute
 
-    application = web.Application()
-    application.router.add_route("*", "/{path:.*}", refuse)
-    port = free_port()
-    (registry.certificates / f"127.0.0.1:{port}").symlink_to(registry.certificates / registry.host)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(registry.files.certificate, registry.files.key)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
-        fleet.controller.assign(running(1, f"127.0.0.1:{port}/app:1"), full=True)
+    async with registry.odd(refuse) as host:
+        fleet.controller.assign(running(1, f"{host}/app:1"))
         await tried_again(fleet, 1)
-    finally:
-        await runner.cleanup()
     report = fleet.controller.reports[alloc_id(1)]
     assert "the registry has had enough of requests for now" in report.message
     assert report.status is AllocStatus.STARTING
     assert asked > 0
+
+
+async def test_a_registry_that_drops_the_connection_half_way_is_asked_again(
+    fleet: AgentFleet, registry: Registry, tmp_path: Path
+) -> None:
+    made = layout(tmp_path / "a", own_layer(entry("filler", os.urandom(4 * MIB))))
+    blobs, digest, mended = made / "blobs/sha256", digest_of(made), False
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        path = request.match_info["path"]
+        if "/manifests/" in path:
+            headers = {"content-type": "application/vnd.oci.image.manifest.v1+json", "docker-content-digest": digest}
+            return web.Response(body=(blobs / digest.removeprefix("sha256:")).read_bytes(), headers=headers)
+        if "/blobs/" not in path:
+            return web.Response()
+        content = (blobs / path.rpartition(":")[2]).read_bytes()
+        if mended or len(content) < MIB:
+            return web.Response(body=content)
+        response = web.StreamResponse(headers={"content-length": str(len(content))})
+        await response.prepare(request)
+        await response.write(content[: len(content) // 2])
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    before = unpacked(fleet)
+    async with registry.odd(answer) as host:
+        fleet.controller.assign(running(1, f"{host}/app:1"))
+        await tried_again(fleet, 1)
+        report = fleet.controller.reports[alloc_id(1)]
+        assert "the registry does not answer as it should" in report.message
+        assert (report.status, unpacked(fleet), unfinished(fleet)) == (AllocStatus.STARTING, before, [])
+        mended = True
+        await reached(fleet, 1, AllocStatus.RUNNING)
 
 
 async def test_layers_that_reach_out_stay_inside(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
@@ -342,10 +402,8 @@ async def test_layers_that_reach_out_stay_inside(fleet: AgentFleet, registry: Re
         entry("etc/passwd", type=tarfile.SYMTYPE, linkname="/../../../../../../../../../etc/passwd"),
         entry("here", type=tarfile.SYMTYPE, linkname=str(outside)),
     )
-    await registry.push(layout(registry.directory / "evil", shell_layer(), evil), "evil:1")
-    reference = await registry.push(
-        layout(registry.directory / "devices", shell_layer(), devices, User="daemon"), "d:1"
-    )
+    await registry.push(layout(tmp_path / "evil", own_layer(), evil), "evil:1")
+    reference = await registry.push(layout(tmp_path / "devices", own_layer(), devices, User="daemon"), "d:1")
     text = "busybox ls /here; busybox head -c1 /disk && echo read; true"
     fleet.controller.assign(running(1, f"{registry.host}/evil:1"), script(2, reference, text), full=True)
     report = await reached(fleet, 2, AllocStatus.FAILED)
@@ -354,16 +412,16 @@ async def test_layers_that_reach_out_stay_inside(fleet: AgentFleet, registry: Re
     assert "it cannot be unpacked" in report.message
     assert sorted(path.name for path in outside.iterdir()) == ["secret"]
     assert (outside / "secret").stat().st_nlink == 1
-    await registry.push(layout(registry.directory / "plain", shell_layer(), devices), "d:2")
+    await registry.push(layout(tmp_path / "plain", own_layer(), devices), "d:2")
     fleet.controller.assign(script(3, f"{registry.host}/d:2", text))
     await reached(fleet, 3, AllocStatus.COMPLETE)
     assert "read" not in output(fleet, 3)
 
 
-async def test_a_disk_that_fills_up_while_it_unpacks_is_waited_for(registry: Registry) -> None:
+async def test_a_disk_that_fills_up_while_it_unpacks_is_waited_for(registry: Registry, tmp_path: Path) -> None:
     images = {"auth_file": str(registry.auth_file), "certificates": str(registry.certificates)}
-    small = await registry.push(layout(registry.directory / "small", shell_layer()), "small:1")
-    large = layout(registry.directory / "large", shell_layer(entry("filler", bytes(40 * MIB))))  # packed it is small
+    small = await registry.push(layout(tmp_path / "small", own_layer()), "small:1")
+    large = layout(tmp_path / "large", own_layer(entry("filler", bytes(40 * MIB))))  # packed it is small
     reference = await registry.push(large, "large:1")
     async with agent_fleet(images=images) as fleet:
         roots = fleet.data / "roots"
@@ -388,10 +446,12 @@ async def test_a_disk_that_fills_up_while_it_unpacks_is_waited_for(registry: Reg
             unmount(roots)
 
 
-async def test_what_was_used_least_goes_and_what_runs_stays(fleet: AgentFleet, registry: Registry) -> None:
+async def test_what_was_used_least_goes_and_what_runs_stays(
+    fleet: AgentFleet, registry: Registry, tmp_path: Path
+) -> None:
     names, digests = ("one", "two", "three"), {}
     for name in names:
-        made = layout(registry.directory / name, shell_layer(entry(name, bytes([len(name)]) * 30 * MIB)))
+        made = layout(tmp_path / name, own_layer(entry(name, bytes([len(name)]) * 30 * MIB)))
         await registry.push(made, f"{name}:1")
         digests[name] = digest_of(made).removeprefix("sha256:")
     fleet.controller.assign(running(1, f"{registry.host}/one:1"), full=True)
@@ -399,12 +459,12 @@ async def test_what_was_used_least_goes_and_what_runs_stays(fleet: AgentFleet, r
     for number, name in ((2, "two"), (3, "three")):
         fleet.controller.assign(script(number, f"{registry.host}/{name}:1", f"busybox ls {name}"))
         await reached(fleet, number, AllocStatus.COMPLETE)
-    await registry.push(layout(registry.directory / "four", shell_layer(entry("f", b"4" * 30 * MIB))), "four:1")
+    await registry.push(layout(tmp_path / "four", own_layer(entry("f", b"4" * 30 * MIB))), "four:1")
     fleet.controller.assign(script(4, f"{registry.host}/four:1", "echo"))
     await reached(fleet, 4, AllocStatus.COMPLETE)
     assert digests["two"] not in unpacked(fleet)
     assert {digests["one"], digests["three"]} <= unpacked(fleet)
-    huge = layout(registry.directory / "huge", shell_layer(entry("h", bytes(CACHE_BYTES))))
+    huge = layout(tmp_path / "huge", own_layer(entry("h", bytes(CACHE_BYTES))))
     fleet.controller.assign(running(5, f"{huge}:image", kind=ImageKind.OCI_LAYOUT))
     report = await reached(fleet, 5, AllocStatus.FAILED)
     assert "it is larger than the 96 MiB that this node has for images" in report.message
