@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import hashlib
+import itertools
 import secrets
 import shutil
 import signal
@@ -303,6 +304,26 @@ class AgentFleet:
                 if self.run.name in command or str(self.directory) in command:
                     found.append(command)
         return found
+
+
+_tests = itertools.count(1)
+_test = [0]
+
+
+def alloc_id(number: int) -> AllocId:
+    """The test's own: of several that share a node none finds another's allocations, nor their logs."""
+    return AllocId(f"{_test[0]:05x}{number:05x}")
+
+
+@contextlib.asynccontextmanager
+async def one_test(fleet: AgentFleet) -> AsyncIterator[AgentFleet]:
+    """A running node for it, with nothing on it, afterwards too. Caches keep what they have."""
+    _test[0] = next(_tests)
+    yield fleet
+    if fleet.process is None:
+        await fleet.start()
+    fleet.controller.assign(full=True)
+    await until(lambda: not list((fleet.data / "allocations").iterdir()), "all is gone")
 
 
 def admit_once(token: str) -> Admit:

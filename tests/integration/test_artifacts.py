@@ -10,22 +10,22 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from aiohttp import web
 
-from outrider.ids import AllocId, GroupName, JobName, TaskName
+from outrider.ids import GroupName, JobName, TaskName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment
 from outrider.model.belongings import Artifact
 from outrider.model.job import MIB, Group, RestartPolicy, Task
-from tests.integration.agent_fleet import AgentFleet, agent_fleet
-from tests.integration.network_lab import Lab, node
+from tests.integration.agent_fleet import AgentFleet, agent_fleet, alloc_id, one_test
+from tests.integration.network_lab import lab
 from tests.integration.processes import free_port, until
 from tests.integration.registry import Registry, layout
 
-__all__ = ["node"]
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.asyncio(loop_scope="module")]
 
 CACHE_BYTES = 32 * MIB
-LARGE = os.urandom(6 * MIB)
+LARGE_BYTES = 6 * MIB
 
 
 def archive(*members: tuple[str, bytes]) -> bytes:
@@ -79,8 +79,25 @@ class Server:
         )
 
 
-@pytest.fixture
-async def server(node: Lab) -> AsyncIterator[Server]:  # noqa: ARG001 - where this thread lives
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def registry(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Registry]:
+    """In a network of its own, where this thread then lives."""
+    with lab():
+        made = Registry(tmp_path_factory.mktemp("registry"))
+        async with made.serving():
+            yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def node(registry: Registry) -> AsyncIterator[AgentFleet]:
+    images = {"auth_file": str(registry.auth_file), "certificates": str(registry.certificates)}
+    async with agent_fleet(images=images, artifact_cache_bytes=CACHE_BYTES) as made:
+        await made.start()
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def server(node: AgentFleet) -> AsyncIterator[Server]:  # noqa: ARG001 - where this thread lives
     made = Server()
     app = web.Application()
     app.router.add_get("/{name}", made.handle)
@@ -92,40 +109,33 @@ async def server(node: Lab) -> AsyncIterator[Server]:  # noqa: ARG001 - where th
     await runner.cleanup()
 
 
-@pytest.fixture
-async def registry(node: Lab, tmp_path: Path) -> AsyncIterator[Registry]:  # noqa: ARG001 - as above
-    made = Registry(tmp_path)
-    async with made.serving():
-        yield made
-
-
-@pytest.fixture
-async def fleet(server: Server, tmp_path: Path) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it comes first
-    # As `Registry` puts them there.
-    images = {"auth_file": str(tmp_path / "auth.json"), "certificates": str(tmp_path / "certificates")}
-    async with agent_fleet(images=images, artifact_cache_bytes=CACHE_BYTES) as made:
-        await made.start()
-        yield made
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(node: AgentFleet, server: Server) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - it ends later
+    async with one_test(node):
+        yield node
 
 
 def assignment(number: int, *artifacts: Artifact, script: str = "sleep 1000") -> Assignment:
     task = Task(name=TaskName("app"), command=("sh", "-c", script), artifacts=artifacts, kill_timeout_s=0.1)
     group = Group(name=GroupName("web"), tasks=(task,), restart=RestartPolicy(attempts=0))
-    alloc = AllocId(f"{number:010x}")
     return Assignment(
-        alloc=alloc, job=JobName("job"), job_version=1, group=group, index=0, batch=script != "sleep 1000"
+        alloc=alloc_id(number), job=JobName("job"), job_version=1, group=group, index=0, batch=script != "sleep 1000"
     )
 
 
 async def reached(fleet: AgentFleet, number: int, status: AllocStatus) -> AllocReport:
-    alloc = AllocId(f"{number:010x}")
+    alloc = alloc_id(number)
     await until(lambda: fleet.controller.status(alloc) is status, f"{status}: {fleet.controller.reports}")
     return fleet.controller.reports[alloc]
 
 
 def output(fleet: AgentFleet, number: int) -> list[str]:
-    log = fleet.data / "allocations" / f"{number:010x}" / "app" / "log"
+    log = fleet.data / "allocations" / alloc_id(number) / "app" / "log"
     return [line.split(" ", 3)[3] for line in log.read_text().splitlines()]
+
+
+def kept(fleet: AgentFleet) -> set[str]:
+    return {path.name for path in (fleet.data / "artifacts").iterdir() if len(path.name) == 64}
 
 
 async def test_files_and_trees_are_there_read_only_and_fetched_once(fleet: AgentFleet, server: Server) -> None:
@@ -147,7 +157,7 @@ async def test_files_and_trees_are_there_read_only_and_fetched_once(fleet: Agent
 
 
 async def test_a_download_goes_on_where_it_broke_off(fleet: AgentFleet, server: Server) -> None:
-    large = server.serve("large", LARGE)
+    large = server.serve("large", os.urandom(LARGE_BYTES))
     server.break_off_at = 2 * MIB
     fleet.controller.assign(assignment(1, large))
     await reached(fleet, 1, AllocStatus.RUNNING)
@@ -156,7 +166,7 @@ async def test_a_download_goes_on_where_it_broke_off(fleet: AgentFleet, server: 
 
 
 async def test_and_after_the_agent_was_killed_meanwhile(fleet: AgentFleet, server: Server) -> None:
-    large = server.serve("large", LARGE)
+    large = server.serve("large", os.urandom(LARGE_BYTES))
     server.break_off_at = 3 * MIB
     server.hold.clear()
     fleet.controller.assign(assignment(1, large))
@@ -195,6 +205,7 @@ async def test_a_server_that_has_had_enough_is_asked_again(fleet: AgentFleet, se
 async def test_what_cannot_be_used_fails_with_the_culprit_and_leaves_nothing(
     fleet: AgentFleet, server: Server, content: bytes | None, told: str, *, unpack: bool
 ) -> None:
+    before = kept(fleet)
     served = server.serve("thing", content or b"")
     if content is None:
         del server.content["thing"]
@@ -203,8 +214,7 @@ async def test_what_cannot_be_used_fails_with_the_culprit_and_leaves_nothing(
     report = await reached(fleet, 1, AllocStatus.FAILED)
     assert report.message.startswith(f"artifact thing, {served.source}: ")
     assert told in report.message
-    kept = [path.name for path in (fleet.data / "artifacts").iterdir() if len(path.name) == 64]
-    assert kept == []
+    assert kept(fleet) == before
     assert list((fleet.data / "artifacts" / "unfinished").iterdir()) == []
 
 

@@ -6,18 +6,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from agent.sandbox.hugepages import free_bytes
 from outrider import codec
-from outrider.ids import AllocId, GroupName, JobName, TaskName
+from outrider.ids import GroupName, JobName, TaskName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment
 from outrider.model.job import MIB, File, Group, Resources, RestartPolicy, Task
 from outrider.model.node import Fingerprint, Hugepages
-from tests.integration.agent_fleet import AgentFleet, agent_fleet
+from tests.integration.agent_fleet import AgentFleet, agent_fleet, alloc_id, one_test
 from tests.integration.network_lab import lab
 from tests.integration.processes import until
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.asyncio(loop_scope="module")]
 
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 _MORE = 8
@@ -43,7 +44,7 @@ with open(name, "w+b") as file:
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool() -> Iterator[int]:
     """How many pages there are; some of them are the test's. The kernel's pool is afterwards what it was."""
     if not _POOL.exists():
@@ -60,12 +61,18 @@ def pool() -> Iterator[int]:
             _POOL.write_text(f"{before}\n")
 
 
-@pytest.fixture
-async def fleet(pool: int) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - read when the agent starts
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def node(pool: int) -> AsyncIterator[AgentFleet]:  # noqa: ARG001 - read when the agent starts
     with lab():
         async with agent_fleet() as made:
             await made.start()
             yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(node: AgentFleet) -> AsyncIterator[AgentFleet]:
+    async with one_test(node):
+        yield node
 
 
 def taking(number: int, pages: int, asked: int) -> Assignment:
@@ -77,11 +84,11 @@ def taking(number: int, pages: int, asked: int) -> Assignment:
         kill_timeout_s=0.1,
     )
     group = Group(name=GroupName("web"), tasks=(task,), restart=RestartPolicy(attempts=0))
-    return Assignment(alloc=AllocId(f"{number:010x}"), job=JobName("job"), job_version=1, group=group, index=0)
+    return Assignment(alloc=alloc_id(number), job=JobName("job"), job_version=1, group=group, index=0)
 
 
 async def ended(fleet: AgentFleet, number: int) -> AllocReport:
-    alloc = AllocId(f"{number:010x}")
+    alloc = alloc_id(number)
     await until(lambda: fleet.controller.status(alloc) is AllocStatus.FAILED, "its end")
     return fleet.controller.reports[alloc]
 
@@ -90,7 +97,7 @@ async def test_a_task_has_the_pages_that_it_asked_for_and_gives_them_back(fleet:
     found = codec.from_wire(fleet.controller.hellos[-1].fingerprint, Fingerprint)
     assert [one for one in found.hugepages if one.page == "2Mi"] == [Hugepages(page="2Mi", total=pool, free=pool)]
     fleet.controller.assign(taking(1, 3, asked=3), full=True)
-    log = fleet.data / "allocations" / f"{1:010x}" / "app/log"
+    log = fleet.data / "allocations" / alloc_id(1) / "app/log"
     await until(lambda: log.exists() and "no more" in log.read_text(), "it has all that it may have")
     said = [line.split(" ", 3)[3] for line in log.read_text().splitlines()]
     assert said == ["took 3", f"no more: {errno.ENOMEM}"]

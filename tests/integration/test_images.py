@@ -1,7 +1,6 @@
 """Images as a node has them: from a registry with TLS and a password, pulled once, run, kept while needed."""
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from agent.sandbox.mounts import mount_tmpfs, resize_tmpfs, unmount
-from outrider.ids import AllocId, GroupName, JobName, PortName, ServiceName, TaskName
+from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
 from outrider.model.allocation import AllocReport, AllocStatus, Assignment
 from outrider.model.job import (
     MIB,
@@ -32,7 +31,7 @@ from outrider.model.job import (
     Service,
     Task,
 )
-from tests.integration.agent_fleet import AgentFleet, agent_fleet
+from tests.integration.agent_fleet import AgentFleet, agent_fleet, alloc_id, one_test
 from tests.integration.network_lab import NODE, lab
 from tests.integration.processes import until
 from tests.integration.registry import Registry, digest_of, entry, layer, layout, shell_layer
@@ -63,23 +62,10 @@ async def node(registry: Registry) -> AsyncIterator[AgentFleet]:
         yield made
 
 
-_tests = itertools.count(1)
-_test = [0]  # which it is: none finds another's allocations, nor their logs
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def fleet(node: AgentFleet) -> AsyncIterator[AgentFleet]:
-    """The module's node, on which nothing runs. What earlier tests pulled is there, until the cache needs the room."""
-    _test[0] = next(_tests)
-    yield node
-    if node.process is None:
-        await node.start()
-    node.controller.assign(full=True)
-    await until(lambda: not list((node.data / "roots/holds").iterdir()), "nothing is kept for anybody")
-
-
-def alloc_id(number: int) -> AllocId:
-    return AllocId(f"{_test[0]:05x}{number:05x}")
+    async with one_test(node):
+        yield node
 
 
 def running(
@@ -129,12 +115,12 @@ async def tried_again(fleet: AgentFleet, number: int) -> None:
 
 def app(tag: str = "") -> str:
     """What this test calls its image in the registry."""
-    return f"test{_test[0]}:{tag}".rstrip(":")
+    return f"test{alloc_id(0)}:{tag}".rstrip(":")
 
 
 def own_layer(*more: tuple[tarfile.TarInfo, bytes]) -> bytes:
     """A shell, in a layer that no other test has."""
-    return shell_layer(entry(f"test{_test[0]}"), *more)
+    return shell_layer(entry(f"test{alloc_id(0)}"), *more)
 
 
 def output(fleet: AgentFleet, number: int) -> list[str]:
