@@ -94,7 +94,7 @@ async def ended(fleet: AgentFleet, number: int) -> AllocReport:
 
 
 async def test_a_task_has_the_pages_that_it_asked_for_and_gives_them_back(fleet: AgentFleet, pool: int) -> None:
-    found = codec.from_wire(fleet.controller.hellos[-1].fingerprint, Fingerprint)
+    found = codec.from_wire(fleet.controller.hellos[-1].node.fingerprint, Fingerprint)
     assert [one for one in found.hugepages if one.page == "2Mi"] == [Hugepages(page="2Mi", total=pool, free=pool)]
     fleet.controller.assign(taking(1, 3, asked=3), full=True)
     log = fleet.data / "allocations" / alloc_id(1) / "app/log"

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -32,22 +32,28 @@ from outrider.model.job import (
     Task,
 )
 from tests.integration.agent_fleet import AgentFleet, agent_fleet, alloc_id, one_test
-from tests.integration.network_lab import NODE, lab
+from tests.integration.network_lab import NODE, Lab, lab
 from tests.integration.processes import until
 from tests.integration.registry import Registry, digest_of, entry, layer, layout, shell_layer
 
 pytestmark = [pytest.mark.host, pytest.mark.asyncio(loop_scope="module")]
 
-CACHE_BYTES = 96 * MIB
+CACHE_BYTES = 48 * MIB
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Lab]:
+    """The network in which this thread then lives."""
+    with lab() as made:
+        yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def registry(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Registry]:
-    """In a network of its own, where this thread then lives. Each test has names of its own in it."""
-    with lab():
-        made = Registry(tmp_path_factory.mktemp("registry"))
-        async with made.serving():
-            yield made
+async def registry(place: Lab, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Registry]:  # noqa: ARG001
+    """Each test has names of its own in it."""
+    made = Registry(tmp_path_factory.mktemp("registry"))
+    async with made.serving():
+        yield made
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -168,20 +174,24 @@ async def test_an_image_runs_as_it_says_and_as_the_job_says(
     assert not any(report.pulling for report in fleet.controller.history if report.alloc == alloc_id(2))
 
 
-async def test_the_port_that_the_image_exposes_serves(fleet: AgentFleet, registry: Registry, tmp_path: Path) -> None:
+async def test_the_port_that_the_image_exposes_serves(
+    fleet: AgentFleet, registry: Registry, place: Lab, tmp_path: Path
+) -> None:
     serve = ["sh", "-c", "echo $PORT_HTTP >/tmp/index.html; exec busybox httpd -f -p 8090 -h /tmp"]
     ports = {"8090/tcp": {}, "53/udp": {}}
     made = layout(tmp_path / "a", own_layer(), Entrypoint=serve, ExposedPorts=ports)
     reference = await registry.push(made, app("1"))
+    fleet.controller.mesh()
     fleet.controller.assign(exposing(1, reference, static=18_090), full=True)
     await until(lambda: fleet.controller.passing(alloc_id(1)), "its check passes at the image's port")
-    assert fleet.shell(f"busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
+    assert place.run(f"{' '.join(place.other_host)} busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
     # What it was told stays with it: over another agent, and over its assignment coming once more.
     assert fleet.kill() == -signal.SIGKILL
     await fleet.start()
+    fleet.controller.mesh()
     fleet.controller.assign(exposing(1, reference, static=18_090), full=True)
     await until(lambda: fleet.controller.passing(alloc_id(1)), "its check passes again")
-    assert fleet.shell(f"busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
+    assert place.run(f"{' '.join(place.other_host)} busybox wget -q -O - http://{NODE}:18090/index.html") == "8090\n"
 
 
 async def test_a_port_that_the_image_does_not_say_is_asked_for(
@@ -215,7 +225,7 @@ async def test_an_agent_killed_while_it_pulls_or_unpacks_leaves_nothing_half_don
     fleet: AgentFleet, registry: Registry, tmp_path: Path, step: str
 ) -> None:
     # Either takes long enough to be met: what cannot be packed, and many files.
-    large, many = entry("filler", os.urandom(24 * MIB)), (entry(f"many/{number}") for number in range(10_000))
+    large, many = entry("filler", os.urandom(8 * MIB)), (entry(f"many/{number}") for number in range(3_000))
     filler = (large,) if step == "pull" else tuple(many)
     before = unpacked(fleet)
     reference = await registry.push(layout(tmp_path / "a", own_layer(*filler)), app("1"))
@@ -407,12 +417,12 @@ async def test_layers_that_reach_out_stay_inside(fleet: AgentFleet, registry: Re
 async def test_a_disk_that_fills_up_while_it_unpacks_is_waited_for(registry: Registry, tmp_path: Path) -> None:
     images = {"auth_file": str(registry.auth_file), "certificates": str(registry.certificates)}
     small = await registry.push(layout(tmp_path / "small", own_layer()), "small:1")
-    large = layout(tmp_path / "large", own_layer(entry("filler", bytes(40 * MIB))))  # packed it is small
+    large = layout(tmp_path / "large", own_layer(entry("filler", bytes(20 * MIB))))  # packed it is small
     reference = await registry.push(large, "large:1")
     async with agent_fleet(images=images) as fleet:
         roots = fleet.data / "roots"
         roots.mkdir(parents=True)
-        mount_tmpfs(roots, size_bytes=16 * MIB, uid=0, mode=0o700)
+        mount_tmpfs(roots, size_bytes=8 * MIB, uid=0, mode=0o700)
         try:
             await fleet.start()
             fleet.controller.assign(running(1, small), full=True)
@@ -437,7 +447,7 @@ async def test_what_was_used_least_goes_and_what_runs_stays(
 ) -> None:
     names, digests = ("one", "two", "three"), {}
     for name in names:
-        made = layout(tmp_path / name, own_layer(entry(name, bytes([len(name)]) * 30 * MIB)))
+        made = layout(tmp_path / name, own_layer(entry(name, bytes([len(name)]) * 14 * MIB)))
         await registry.push(made, f"{name}:1")
         digests[name] = digest_of(made).removeprefix("sha256:")
     fleet.controller.assign(running(1, f"{registry.host}/one:1"), full=True)
@@ -445,7 +455,7 @@ async def test_what_was_used_least_goes_and_what_runs_stays(
     for number, name in ((2, "two"), (3, "three")):
         fleet.controller.assign(script(number, f"{registry.host}/{name}:1", f"busybox ls {name}"))
         await reached(fleet, number, AllocStatus.COMPLETE)
-    await registry.push(layout(tmp_path / "four", own_layer(entry("f", b"4" * 30 * MIB))), "four:1")
+    await registry.push(layout(tmp_path / "four", own_layer(entry("f", b"4" * 14 * MIB))), "four:1")
     fleet.controller.assign(script(4, f"{registry.host}/four:1", "echo"))
     await reached(fleet, 4, AllocStatus.COMPLETE)
     assert digests["two"] not in unpacked(fleet)
@@ -453,5 +463,5 @@ async def test_what_was_used_least_goes_and_what_runs_stays(
     huge = layout(tmp_path / "huge", own_layer(entry("h", bytes(CACHE_BYTES))))
     fleet.controller.assign(running(5, f"{huge}:image", kind=ImageKind.OCI_LAYOUT))
     report = await reached(fleet, 5, AllocStatus.FAILED)
-    assert "it is larger than the 96 MiB that this node has for images" in report.message
+    assert "it is larger than the 48 MiB that this node has for images" in report.message
     assert len(fleet.workload_pids("sleep 1000")) > 0
