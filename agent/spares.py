@@ -26,7 +26,7 @@ from outrider.model.allocation import Assignment
 from outrider.model.job import Value
 
 _QUIET_S = 0.3  # without another sidecar getting ready: workloads that start now have the processors first
-_KEPT_S = 10.0  # after the node's last sidecar
+_KEPT_S = 10.0  # at least, for a node without any sidecar now
 _PREFIX = "spare"
 
 
@@ -128,8 +128,6 @@ class Spares:
         while True:
             await self._wanted.wait()
             await self._quiet()
-            if not self._in_use():
-                continue
             try:
                 self._spare = spare = await self._make()
             except (HostError, StartError, OSError) as error:
@@ -156,8 +154,10 @@ class Spares:
         gone = asyncio.create_task(self._gone.wait(), name=f"{spare.name}-gone")
         done: set[asyncio.Task[object]] = set()
         try:
-            while not done and self._in_use():
+            while not done:
                 done, _ = await asyncio.wait({ended, gone}, timeout=_KEPT_S, return_when=asyncio.FIRST_COMPLETED)
+                if not self._in_use():
+                    return
         finally:
             ended.cancel()
             gone.cancel()
