@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 import signal
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,13 @@ from agent.drivers.process import sandbox_id
 from agent.engine import Engine
 from agent.envoys import Envoys
 from agent.executor import Executor
+from agent.externals import Externals, resolved
 from agent.fingerprint import fingerprint
 from agent.fleet import FleetSession, Greeting, Wish
 from agent.gateways import Gateways
 from agent.guest_states import GuestStates
 from agent.guests import Guests
-from agent.held import SIDECAR, workloads
+from agent.held import SIDECAR, refused, workloads
 from agent.host import Host, open_host
 from agent.images import Images
 from agent.insight import Insight
@@ -144,7 +146,13 @@ class Agent:
         )
         self._broker = self._make_broker()
         self._gateways = Gateways(ask=self._fleet.secrets, give=sidecars.set_gateway_certificate, tasks=tasks, log=log)
-        self._library = SidecarLibrary(sidecars, node=config.node_id, gateways=self._gateways, traces=config.traces)
+        self._library = SidecarLibrary(
+            sidecars,
+            node=config.node_id,
+            gateways=self._gateways,
+            externals=Externals(give=sidecars.set_external, resolve=resolved, tasks=tasks, log=log),
+            traces=config.traces,
+        )
         self._leaves = Leaves(issue=self._fleet.issue_leaf, give=sidecars.set_leaf, log=log, rng=rng)
         self._engine = Engine(rng=rng)
         self._writer = RecordWriter(
@@ -344,6 +352,9 @@ class Agent:
 
     async def guests(self) -> tuple[Inside, ...]:
         return await self._operations().inside()
+
+    async def refused(self) -> Mapping[AllocId, int]:
+        return await refused(self._executor.held(), self._host.networks)
 
     def sidecars(self) -> tuple[AllocId, ...]:
         return tuple(held.assignment.alloc for held in self._executor.held() if SIDECAR in held.watchers)

@@ -1,6 +1,7 @@
 """What the executor holds of each allocation while this agent lives: uids, namespace, and the tasks that watch it."""
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -8,10 +9,12 @@ import msgspec
 from agent.core.events import TaskExit
 from agent.drivers.process import sandbox_id
 from agent.metrics import Workload
+from agent.network.namespaces import AllocationNetworks
 from agent.sandbox import logs
 from agent.sandbox.runtime import Created, SandboxRuntime
 from agent.uids import AllocUids
 from agent.vms import bad_end, guest_directory, told_end
+from outrider.errors import HostError
 from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
 
@@ -50,6 +53,15 @@ def workloads(all_held: tuple[Held, ...], runtime: SandboxRuntime) -> tuple[Work
         for held in all_held
         for task in held.watchers
     )
+
+
+async def refused(all_held: tuple[Held, ...], networks: AllocationNetworks) -> dict[AllocId, int]:
+    """Packets that workloads sent where nothing lets them."""
+    found = {}
+    for held in all_held:
+        with contextlib.suppress(HostError):  # its network is not made yet, or goes just now
+            found[held.assignment.alloc] = await networks.refused(held.assignment.alloc)
+    return found
 
 
 def sandbox_directory(allocation: Path, task: TaskName) -> Path:

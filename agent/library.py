@@ -3,6 +3,7 @@
 import msgspec
 
 from agent.config import TracesConfig
+from agent.externals import Externals
 from agent.gateways import Gateways
 from agent.spares import Files
 from outrider.config import host_port
@@ -17,8 +18,16 @@ from sidecar.sidecars import Sidecars
 class SidecarLibrary:
     """As `agent.envoys` wants it."""
 
-    def __init__(self, sidecars: Sidecars, *, node: NodeId, gateways: Gateways, traces: TracesConfig | None) -> None:
-        self._sidecars, self._node, self._gateways = sidecars, node, gateways
+    def __init__(
+        self,
+        sidecars: Sidecars,
+        *,
+        node: NodeId,
+        gateways: Gateways,
+        externals: Externals,
+        traces: TracesConfig | None,
+    ) -> None:
+        self._sidecars, self._node, self._gateways, self._externals = sidecars, node, gateways, externals
         self._traces: Traces | None = None
         if traces is not None:
             address, port = host_port(traces.otlp)
@@ -28,6 +37,7 @@ class SidecarLibrary:
         spec = sidecar_spec(assignment, node=self._node, uid=uid, local_address=local_address)
         files = await self._sidecars.add(msgspec.structs.replace(spec, traces=self._traces))
         self._gateways.acquire(assignment)
+        self._externals.acquire(assignment)
         return files
 
     async def add_spare(self, name: AllocId, *, uid: int) -> Files:
@@ -39,6 +49,7 @@ class SidecarLibrary:
         self._sidecars.give(name, to)
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
+        await self._externals.tried(alloc)
         await self._sidecars.ready(alloc, deadline_s)
 
     async def drain(self, alloc: AllocId) -> None:
@@ -49,6 +60,7 @@ class SidecarLibrary:
 
     async def remove(self, alloc: AllocId) -> None:
         self._gateways.release(alloc)
+        self._externals.release(alloc)
         await self._sidecars.remove(alloc)
 
 
@@ -80,4 +92,5 @@ def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_addres
             )
             for index, service in enumerate(assignment.group.services)
         ),
+        external=assignment.group.network.external,
     )

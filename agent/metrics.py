@@ -111,6 +111,7 @@ class Figures(Protocol):
     def reports(self) -> tuple[AllocReport, ...]: ...
     def workloads(self) -> tuple[Workload, ...]: ...
     async def guests(self) -> tuple[Inside, ...]: ...
+    async def refused(self) -> Mapping[AllocId, int]: ...
     def sidecars(self) -> tuple[AllocId, ...]: ...
     async def sidecar(self, alloc: AllocId) -> SidecarFigures: ...
 
@@ -126,8 +127,10 @@ class _Live(Collector):
         yield from asyncio.run_coroutine_threadsafe(self._all(), self._loop).result(_SCRAPE_S)
 
     async def _all(self) -> list[Metric]:
-        guests, sidecars = await asyncio.gather(self._figures.guests(), _sidecars(self._figures))
-        return [*_node(self._figures), *_workloads(self._figures), *_guests(guests), *sidecars]
+        guests, refused, sidecars = await asyncio.gather(
+            self._figures.guests(), self._figures.refused(), _sidecars(self._figures)
+        )
+        return [*_node(self._figures), *_workloads(self._figures, refused), *_guests(guests), *sidecars]
 
 
 @asynccontextmanager
@@ -179,7 +182,7 @@ def _node(figures: Figures) -> Iterator[Metric]:
     yield expiry
 
 
-def _workloads(figures: Figures) -> Iterator[Metric]:
+def _workloads(figures: Figures, refused: Mapping[AllocId, int]) -> Iterator[Metric]:
     prefix = "outrider_workload_"
     cpu = CounterMetricFamily(f"{prefix}cpu_seconds", "CPU time used", labels=_WORKLOAD_LABELS)
     memory = GaugeMetricFamily(f"{prefix}memory_bytes", "Memory in use", labels=_WORKLOAD_LABELS)
@@ -197,7 +200,13 @@ def _workloads(figures: Figures) -> Iterator[Metric]:
         for task in report.tasks:
             if report.alloc in names:
                 restarts.add_metric((*names[report.alloc], report.alloc, task.name), task.restarts)
-    yield from (cpu, memory, oom, restarts)
+    packets = CounterMetricFamily(
+        f"{prefix}refused_packets", "Packets sent where nothing lets it", labels=_WORKLOAD_LABELS[:-1]
+    )
+    for alloc, count in refused.items():
+        if alloc in names:
+            packets.add_metric((*names[alloc], alloc), count)
+    yield from (cpu, memory, oom, restarts, packets)
 
 
 def _guests(guests: Iterable[Inside]) -> Iterator[Metric]:

@@ -18,7 +18,8 @@ from outrider.errors import HostError, InputError, PeerError
 from outrider.ids import AllocId, ServiceName
 from outrider.log import Log
 from outrider.model.job import Group, has_guest
-from outrider.model.mesh import MeshView
+from outrider.model.mesh import MESH_DOMAIN, MeshView, external_address
+from outrider.validate_external import is_address
 
 _RETRY_S = 0.5
 _STARTED_S = 5.0
@@ -48,6 +49,7 @@ class Names:
         self._reach: Mapping[ServiceName, tuple[ServiceName, ...]] = {}  # of transparent services
         self._services: dict[AllocId, frozenset[ServiceName]] = {}
         self._upstreams: dict[AllocId, frozenset[ServiceName]] = {}
+        self._outside: dict[AllocId, Mapping[str, str]] = {}  # full names of external services and their hosts
         self._guests: set[AllocId] = set()  # those that get their address from the responder
         self._told: dict[AllocId, Mapping[str, str]] = {}
         self._changed = asyncio.Event()
@@ -76,6 +78,7 @@ class Names:
         """Its sockets would keep the namespace alive. A responder that is away holds none."""
         self._upstreams.pop(alloc, None)
         self._services.pop(alloc, None)
+        self._outside.pop(alloc, None)
         self._guests.discard(alloc)
         self._told.pop(alloc, None)
         try:
@@ -161,9 +164,22 @@ class Names:
     def _remember(self, alloc: AllocId, group: Group) -> None:
         self._services[alloc] = frozenset(service.name for service in group.services)
         self._upstreams[alloc] = frozenset(one.service for service in group.services for one in service.upstreams)
+        self._outside[alloc] = outside_names(group)
         if has_guest(group):
             self._guests.add(alloc)
 
     def _names(self, alloc: AllocId, view: Mapping[ServiceName, str]) -> Mapping[str, str]:
+        """Full ones. What the job itself calls external goes before what a transparent service may call."""
         reached = (name for service in self._services.get(alloc, ()) for name in self._reach.get(service, ()))
-        return {name: view[name] for name in {*self._upstreams.get(alloc, ()), *reached} if name in view}
+        called = {*self._upstreams.get(alloc, ()), *reached}
+        inside = {f"{name}.{MESH_DOMAIN}": view[name] for name in called if name in view}
+        return {**inside, **self._outside.get(alloc, {})}
+
+
+def outside_names(group: Group) -> Mapping[str, str]:
+    """Of a group's external services: each by its name in the mesh, and by its hosts' own."""
+    found: dict[str, str] = {}
+    for index, one in enumerate(group.network.external):
+        names = (host for host in one.hosts if not is_address(host))
+        found |= dict.fromkeys((f"{one.name}.{MESH_DOMAIN}", *names), external_address(index))
+    return found

@@ -4,6 +4,7 @@ Owns limits and references within one job. Never judges whether the fleet can ru
 """
 
 import ipaddress
+import itertools
 import math
 import re
 import signal
@@ -47,6 +48,7 @@ from outrider.model.mesh import PUBLIC_PORT, VIRTUAL_PORT
 from outrider.model.node import KVM
 from outrider.placement import wrong_wishes
 from outrider.validate_exposed import exposed_findings
+from outrider.validate_external import external_findings
 from outrider.validate_gateway import gateway_findings
 from outrider.validate_kinds import group_findings, job_findings
 from outrider.validate_traffic import traffic_findings
@@ -116,7 +118,8 @@ def _job(job: Job) -> Iterator[Problem]:
             yield Problem(path=(*path, "count"), message="a system job runs one copy on each node; leave count out")
         yield from _rollout_kind(job, path, group)
         yield from _group(path, group)
-        for at, message in (*group_findings(job, group), *gateway_findings(group), *exposed_findings(group)):
+        findings = (group_findings(job, group), gateway_findings(group), exposed_findings(group), external_findings(group))
+        for at, message in itertools.chain(*findings):
             yield Problem(path=(*path, *at), message=message)
     for at, message in job_findings(job):
         yield Problem(path=at, message=message)

@@ -45,6 +45,12 @@ def outbound_log(source: str, destination: str, *, http: bool) -> list[Config]:
     return [_stdout({**names, **_OUTBOUND, **(_HTTP if http else _TCP), **_COMMON})]
 
 
+def external_log(source: str, service: str) -> list[Config]:
+    """`asked`: the port that the workload named; `peer` is the other side's certificate, where we made the TLS."""
+    names = {"side": "external", "service": source, "upstream": service, "asked": "%DOWNSTREAM_LOCAL_PORT%"}
+    return [_stdout({**names, "peer": "%UPSTREAM_PEER_DNS_SAN%", **_TCP, **_COMMON})]
+
+
 def gateway_log(service: str, *, http: bool) -> list[Config]:
     """Whoever calls from outside has an address and no name."""
     names = {"side": "gateway", "service": service, "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"}

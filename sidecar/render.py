@@ -23,6 +23,7 @@ from envoy.extensions.filters.http.local_ratelimit.v3 import local_rate_limit_pb
 from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
 from envoy.extensions.filters.http.tap.v3 import tap_pb2
+from envoy.extensions.filters.listener.original_dst.v3 import original_dst_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
 from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as tcp_rbac_pb2
 from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
@@ -42,6 +43,7 @@ from google.protobuf.message import Message
 from outrider.model.job import Protocol
 from outrider.model.traffic import Balancing, Limits, Outliers
 from sidecar.access_log import Config
+from sidecar.core.external import ExternalCluster, ExternalListener
 from sidecar.core.gateway import GatewayCertificate, GatewayCluster, GatewayListener, GatewayRoutes
 from sidecar.core.resources import (
     AccessRules,
@@ -60,6 +62,7 @@ from sidecar.core.resources import (
     is_http,
     leaf_name,
 )
+from sidecar.render_external import external_cluster, external_listener
 from sidecar.render_gateway import gateway_listener, gateway_routes, gateway_way
 from sidecar.render_listener import (
     ADS,
@@ -83,6 +86,7 @@ _BY_TYPE_URL = (
     http_rbac_pb2,
     router_pb2,
     tap_pb2,
+    original_dst_pb2,
     http_connection_manager_pb2,
     tcp_rbac_pb2,
     tcp_proxy_pb2,
@@ -135,9 +139,9 @@ def _message(resource: Resource) -> Message:
             message = _endpoints(resource)
         case LeafSecret() | RootsSecret() | GatewayCertificate():
             message = _secret(resource)
-        case LocalCluster() | TraceCluster() | UpstreamCluster() | GatewayCluster():
+        case LocalCluster() | TraceCluster() | UpstreamCluster() | GatewayCluster() | ExternalCluster():
             config, message = _cluster(resource), cluster_pb2.Cluster()
-        case InboundListener() | OutboundListener() | GatewayListener():
+        case InboundListener() | OutboundListener() | GatewayListener() | ExternalListener():
             config, message = _listener(resource), listener_pb2.Listener()
         case UpstreamRoutes() | InboundRoutes() | GatewayRoutes():
             config, message = _routes(resource), route_pb2.RouteConfiguration()
@@ -149,7 +153,7 @@ def _message(resource: Resource) -> Message:
     return json_format.ParseDict(config, message)  # into what it has already
 
 
-def _cluster(cluster: LocalCluster | TraceCluster | UpstreamCluster | GatewayCluster) -> Config:
+def _cluster(cluster: LocalCluster | TraceCluster | UpstreamCluster | GatewayCluster | ExternalCluster) -> Config:
     match cluster:
         case LocalCluster():
             return _local_cluster(cluster)
@@ -159,11 +163,13 @@ def _cluster(cluster: LocalCluster | TraceCluster | UpstreamCluster | GatewayClu
             return _upstream_cluster(cluster)
         case GatewayCluster():
             return gateway_way(cluster)
+        case ExternalCluster():
+            return external_cluster(cluster)
         case _:
             assert_never(cluster)
 
 
-def _listener(listener: InboundListener | OutboundListener | GatewayListener) -> Config:
+def _listener(listener: InboundListener | OutboundListener | GatewayListener | ExternalListener) -> Config:
     match listener:
         case InboundListener():
             return inbound_listener(listener)
@@ -171,6 +177,8 @@ def _listener(listener: InboundListener | OutboundListener | GatewayListener) ->
             return outbound_listener(listener)
         case GatewayListener():
             return gateway_listener(listener)
+        case ExternalListener():
+            return external_listener(listener)
         case _:
             assert_never(listener)
 

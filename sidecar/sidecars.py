@@ -25,6 +25,7 @@ from sidecar.admin import Admin
 from sidecar.ads import AdsServer, Stream
 from sidecar.bootstrap import BINARY_INSIDE, DIRECTORY_INSIDE, argv, envoy_binary
 from sidecar.core.access import access_rules, refused_by, remember
+from sidecar.core.external import Addresses
 from sidecar.core.intent import SidecarSpec, SidecarStats
 from sidecar.core.resources import Kind, Pair, ResourceSet, is_http, resources
 from sidecar.core.subscription import Rejection, Versions
@@ -137,6 +138,13 @@ class Sidecars:
         sidecar = self._sidecars.get(alloc)
         if sidecar is not None:
             sidecar.pems = {**sidecar.pems, secret: pem}
+            self._update(sidecar)
+
+    def set_external(self, alloc: AllocId, addresses: Addresses) -> None:
+        """Where hosts outside of the mesh are. Nothing for one that has gone."""
+        sidecar = self._sidecars.get(alloc)
+        if sidecar is not None:
+            sidecar.addresses = addresses
             self._update(sidecar)
 
     async def ready(self, alloc: AllocId, deadline_s: float) -> None:
@@ -279,6 +287,7 @@ class _Sidecar:
         self.versions: Versions = {}
         self.tapped: Pair | None = None
         self.pems: Mapping[SecretName, str] = {}
+        self.addresses: Addresses = {}
         self.stream: Stream | None = None
         self._missing: tuple[str, ...] = ()
         self._rejection: tuple[Rejection, Mapping[str, str]] | None = None
@@ -297,7 +306,7 @@ class _Sidecar:
         view = self._own(view)
         own = tuple(service.service for service in self.spec.services)
         leaves = {name: leaves[name] for name in own if name in leaves}
-        seen = (view, leaves, self.tapped, self.pems)
+        seen = (view, leaves, self.tapped, self.pems, self.addresses)
         if seen == self._seen:
             return False
         self._seen = seen
@@ -306,7 +315,10 @@ class _Sidecar:
             # A controller that just started may not know yet what runs here: no key is not the same as no intention.
             rules = {name: access_rules(name, found, view.roots) for name, found in view.intentions.items()}
             history = remember(history, rules)
-        self._install(resources(self.spec, view, leaves, history, tapped=self.tapped, pems=self.pems))
+        wanted = resources(
+            self.spec, view, leaves, history, tapped=self.tapped, pems=self.pems, addresses=self.addresses
+        )
+        self._install(wanted)
         changed = history != self.state.history
         self.state = SidecarState(token=self.state.token, history=history)
         return changed

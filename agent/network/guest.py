@@ -8,7 +8,7 @@ import fcntl
 import os
 import struct
 
-from agent.network.plan import INNER_LINK, NAMESPACE_TABLE, NetworkSpec, block_of
+from agent.network.plan import INNER_LINK, NAMESPACE_TABLE, NetworkSpec, block_of, refusals
 from outrider.errors import HostError
 from outrider.model.mesh import DNS_ADDRESS, GUEST_ADDRESS, VIRTUAL_NETWORK, VIRTUAL_PORT
 
@@ -53,7 +53,7 @@ def guest_rules(spec: NetworkSpec) -> list[str]:
         f"add rule inet {table} input iifname {TAP} ip daddr {DNS_ADDRESS} tcp dport 53 accept",
         f"add rule inet {table} input iifname {TAP} udp dport {DHCP_PORT} accept",
         f"add rule inet {table} input iifname {TAP} {virtual} {VIRTUAL_PORT} accept",
-        *_refuse("input"),
+        *refusals(f"add rule inet {table} input iifname {TAP}"),
         # The agent's own sockets: checks, and those that it handed to the responder.
         f"add rule inet {table} output oifname {TAP} meta skuid 0 accept",
         *(
@@ -62,7 +62,7 @@ def guest_rules(spec: NetworkSpec) -> list[str]:
             else []
         ),
         *_beyond(spec),
-        *_refuse("forward"),
+        *refusals(f"add rule inet {table} forward iifname {TAP}"),
     ]
 
 
@@ -85,8 +85,3 @@ def _beyond(spec: NetworkSpec) -> list[str]:
         source = f"oifname {INNER_LINK} ip saddr {GUEST_ADDRESS}"
         rules.append(f"add rule inet {table} leaving {source} snat ip to {spec.local_address}")
     return rules
-
-
-def _refuse(chain: str) -> list[str]:
-    rule = f"add rule inet {NAMESPACE_TABLE} {chain} iifname {TAP}"
-    return [f"{rule} meta l4proto tcp reject with tcp reset", f"{rule} reject with icmpx admin-prohibited"]

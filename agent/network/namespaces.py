@@ -8,6 +8,7 @@ opens sockets, so that a check never waits for a network being made. Never decid
 import asyncio
 import ctypes
 import os
+import re
 import socket
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,16 @@ import msgspec
 
 from agent.network.guest import GUEST_MAC, TAP, TAP_MAC, guest_rules, make_tap
 from agent.network.nftables import Nftables
-from agent.network.plan import INNER_LINK, NetworkSpec, namespace_rules, node_elements, node_rules, node_table
+from agent.network.plan import (
+    INNER_LINK,
+    NAMESPACE_TABLE,
+    REFUSED,
+    NetworkSpec,
+    namespace_rules,
+    node_elements,
+    node_rules,
+    node_table,
+)
 from agent.network.rtnetlink import RouteSocket
 from outrider.errors import HostError
 from outrider.ids import AllocId
@@ -37,6 +47,7 @@ _OUTER_PREFIX = "or"
 _SPEC_SUFFIX = ".json"
 _UNFINISHED_SUFFIX = ".making"
 _ISOLATED = "isolated"
+_PACKETS = re.compile(r"packets ([0-9]+)")
 # Inside an allocation. IPv6 is off whole; a workload without capabilities may still serve on port 80.
 _INNER_SETTINGS = {
     "ipv6/conf/all/disable_ipv6": "1",
@@ -97,6 +108,10 @@ class AllocationNetworks:
     def open_socket(self, alloc: AllocId, kind: socket.SocketKind) -> socket.socket:
         """An unbound IPv4 socket inside the allocation's namespace, in about 0.1 ms. Raises HostError."""
         return self._opener.submit(self._open_socket, alloc, kind).result()
+
+    async def refused(self, alloc: AllocId) -> int:
+        """How many packets its workload sent where nothing lets it. Raises HostError."""
+        return await asyncio.get_running_loop().run_in_executor(self._opener, self._refused, alloc)
 
     async def close(self) -> None:
         """Let go of threads and descriptors. The networks stay, to be found again."""
@@ -279,13 +294,25 @@ class AllocationNetworks:
             os.close(inside)
 
     def _open_socket(self, alloc: AllocId, kind: socket.SocketKind) -> socket.socket:
+        with self._inside(alloc):
+            return socket.socket(socket.AF_INET, kind)
+
+    def _refused(self, alloc: AllocId) -> int:
+        with self._inside(alloc), Nftables() as inside:
+            counter = inside.asked(f"list counter inet {NAMESPACE_TABLE} {REFUSED}", subject=f"allocation {alloc}")
+        packets = _PACKETS.search(counter)
+        return int(packets[1]) if packets else 0
+
+    @contextmanager
+    def _inside(self, alloc: AllocId) -> Iterator[None]:
+        """This thread joins the allocation's namespace, and returns."""
         try:
             inside = os.open(self._path(alloc), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise HostError(f"allocation {alloc}", step="open its network namespace", hint=str(error)) from error
         try:
             _call("join a network namespace", _libc.setns(inside, _CLONE_NEWNET))
-            return socket.socket(socket.AF_INET, kind)
+            yield
         finally:
             _call("return to the node's namespace", _libc.setns(self._home, _CLONE_NEWNET))
             os.close(inside)

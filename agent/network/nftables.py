@@ -35,6 +35,12 @@ class Nftables:
         message = self._library.nft_ctx_get_error_buffer(self._context).decode(errors="replace")
         raise HostError(subject, step="load nftables rules", hint=message.strip()[:_MESSAGE_CHARS_MAX])
 
+    def asked(self, command: str, *, subject: str) -> str:
+        """What nft answers. Raises HostError."""
+        self.run(command, subject=subject)
+        answer: bytes = self._library.nft_ctx_get_output_buffer(self._context)
+        return answer.decode(errors="replace")
+
     def close(self) -> None:
         if self._context:
             self._library.nft_ctx_free(self._context)
@@ -49,8 +55,10 @@ def _library() -> ctypes.CDLL:
         raise HostError(_LIBRARY, step="load the library", hint="install the package nftables") from error
     library.nft_ctx_new.restype = ctypes.c_void_p
     library.nft_ctx_new.argtypes = [ctypes.c_uint32]
-    library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
-    for name in ("nft_ctx_buffer_error", "nft_ctx_buffer_output", "nft_ctx_get_error_buffer", "nft_ctx_free"):
+    for name in ("nft_ctx_get_error_buffer", "nft_ctx_get_output_buffer"):
+        getattr(library, name).restype = ctypes.c_char_p
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+    for name in ("nft_ctx_buffer_error", "nft_ctx_buffer_output", "nft_ctx_free"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     return library

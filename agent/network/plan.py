@@ -16,6 +16,7 @@ _POOL = IPv4Network("100.64.0.0/10")
 _BLOCK_PREFIX = 22
 BLOCKS = 1 << (_BLOCK_PREFIX - _POOL.prefixlen)
 NAMESPACE_TABLE = "outrider"
+REFUSED = "refused"  # names the counter of packets that a workload sent where nothing lets it
 INNER_LINK = "eth0"  # the namespace's end of the veth
 
 
@@ -116,7 +117,6 @@ def namespace_rules(spec: NetworkSpec, guest: Sequence[str] = ()) -> str:
     public = ", ".join(str(inner) for _, inner in spec.mesh_ports)
     static = ", ".join(str(inner) for _, inner in spec.static_ports)
     entrances = ", ".join(part for part in (public, static) if part)
-    refuse = ("meta l4proto tcp reject with tcp reset", "reject with icmpx admin-prohibited")
     rules = [
         *_virtual(),
         *_loopback(spec, workload, public),
@@ -129,7 +129,7 @@ def namespace_rules(spec: NetworkSpec, guest: Sequence[str] = ()) -> str:
         # The node's other allocations are never egress, even where it covers their addresses.
         networks = ", ".join(spec.egress)
         rules.append(f"{output} {workload} ip daddr != {block_of(spec.local_address)} ip daddr {{ {networks} }} accept")
-    rules += [f"{output} {workload} {verdict}" for verdict in refuse]
+    rules += refusals(f"{output} {workload}")
     rules += guest
     rules.append(f"{output} meta skuid != {{ 0 }} drop")
     rules.append(f"{output} ct state established,related accept")
@@ -140,10 +140,20 @@ def namespace_rules(spec: NetworkSpec, guest: Sequence[str] = ()) -> str:
     return "\n".join([_namespace_chains(), *rules])
 
 
+def refusals(rule: str) -> list[str]:
+    """`rule` with the verdicts for what a workload may not: told to it at once, and counted."""
+    counted = f"counter name {REFUSED}"
+    return [
+        f"{rule} meta l4proto tcp {counted} reject with tcp reset",
+        f"{rule} {counted} reject with icmpx admin-prohibited",
+    ]
+
+
 def _namespace_chains() -> str:
     table = NAMESPACE_TABLE
     return f"""
 add table inet {table}
+add counter inet {table} {REFUSED}
 add chain inet {table} virtual {{ type nat hook output priority -100; policy accept; }}
 add chain inet {table} loopback
 add chain inet {table} output {{ type filter hook output priority filter; policy drop; }}

@@ -116,7 +116,7 @@ def job_of(root: Node, directory: FilePath, faults: Faults) -> Job:
 
 def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Faults) -> Group:
     fields = Fields(node, path, faults, _GROUP_KEYS)
-    network = read_network(fields, faults)
+    network = read_network(fields, budget, faults)
     services = read_services(fields, network, faults)
     needed = isinstance(node, Mapping) and not any(service.gateway for service in services)
     tasks = fields.required("tasks", "{server: {command: [...]}}") if needed else fields.node("tasks")

@@ -38,7 +38,10 @@ groups:
     scaling: {min: 1, target: {requests: 1, concurrency: 1, cpu: 1%}}
     affinities: [{weight: 1}]
     spread: [{weight: 1}]
-    network: {bandwidth: 1K, ports: {NAME: {static: 1, to: 1}}}
+    network:
+      bandwidth: 1K
+      ports: {NAME: {static: 1, to: 1}}
+      external: {NAME: {hosts: [x], ports: [{port: 1, to: 1}], tls: {ca: x}}}
     services:
       - name: x
         check: {http: x, interval: 1s}

@@ -20,6 +20,7 @@ from outrider.ids import (
     TaskName,
 )
 from outrider.model.belongings import Artifact, SecretUse, StickyDisk, Template, VolumeUse
+from outrider.model.external import External
 from outrider.model.gateway import GatewayListener
 from outrider.model.traffic import Traffic
 
@@ -185,6 +186,7 @@ class Network(Value, frozen=True, kw_only=True):
     ports: tuple[Port, ...] = ()
     bandwidth_bytes: int = 0  # a second, each way, of all its traffic; 0 is no limit
     egress: tuple[str, ...] = ()  # networks the workload may reach beside the mesh; () is none
+    external: tuple[External, ...] = ()  # what its sidecar reaches for it outside of the mesh
 
 
 class Check(Value, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ MESH_DOMAIN = "mesh"  # services answer as NAME.mesh
 # Inside every allocation's namespace, the same in each (DESIGN, decision 10). RFC 2544's range: on no real network.
 VIRTUAL_NETWORK = "198.18.0.0/15"
 DNS_ADDRESS = "198.18.0.1"
+EXTERNALS_MAX = 64  # of one group: the last of the network's addresses are theirs, in each allocation anew
 VIRTUAL_PORT = 15001  # each virtual address's listener; nftables leads every port of the address there
 PUBLIC_PORT = 15100  # the first service's mTLS listener on the allocation's own address, the next one's + 1
 # A guest and its side of the link, the same in every allocation. RFC 5737's: on no real network either.
@@ -19,13 +20,23 @@ GUEST_ADDRESS = "192.0.2.2"
 GUEST_PREFIX = 30
 LOOPBACK = "127.0.0.1"
 _FIRST_VIRTUAL = (198 << 24) | (18 << 16) | (1 << 8)
+_FIRST_EXTERNAL = (198 << 24) | (19 << 16) | (255 << 8)
 
 
 def virtual_address(index: int) -> str:
     """The dotted virtual address of the fleet's `index`-th service name, from 198.18.1.0 on."""
-    number = _FIRST_VIRTUAL + index
-    if not 0 <= index < (1 << 17) - (1 << 8):
+    if not 0 <= index < _FIRST_EXTERNAL - _FIRST_VIRTUAL:
         raise ValueError(f"virtual address {index}: {VIRTUAL_NETWORK} is used up")
+    return _dotted(_FIRST_VIRTUAL + index)
+
+
+def external_address(index: int) -> str:
+    """Of a group's `index`-th external service. It means something within one allocation alone."""
+    assert 0 <= index < EXTERNALS_MAX, f"{index} is beyond what validation lets pass"
+    return _dotted(_FIRST_EXTERNAL + index)
+
+
+def _dotted(number: int) -> str:
     return ".".join(str(number >> shift & 0xFF) for shift in (24, 16, 8, 0))
 
 

@@ -1,6 +1,7 @@
 """What the agent wants of one sidecar. Values only; peers and intentions come with the mesh view."""
 
 from outrider.ids import AllocId, NodeId, SecretName, ServiceName
+from outrider.model.external import External
 from outrider.model.gateway import GatewayRoute
 from outrider.model.job import Protocol, Value
 
@@ -49,6 +50,7 @@ class SidecarSpec(Value, frozen=True, kw_only=True):
     uid: int  # the host's uid that Envoy runs as: only it (and root) may enter the sidecar's directory
     local_address: str  # the veth's address inside the allocation's namespace; public listeners bind here only
     services: tuple[SidecarService, ...] = ()
+    external: tuple[External, ...] = ()  # outside of the mesh; in the first service's name
     traces: Traces | None = None  # None: trace contexts pass through, and nobody adds to them
 
 

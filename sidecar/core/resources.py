@@ -13,6 +13,7 @@ from outrider.model.job import Protocol, Value
 from outrider.model.mesh import VIRTUAL_PORT, Leaf, MeshService, MeshView, spiffe_id
 from outrider.model.traffic import HttpFault, RateLimit
 from sidecar.core.access import AccessHistory, AccessRule
+from sidecar.core.external import Addresses, ExternalResource, external_parts
 from sidecar.core.gateway import GatewayResource, gateway_parts
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
 from sidecar.core.traffic import Backend, Backends, PairRoute, Shadow, leg_name, pair_routes
@@ -147,6 +148,7 @@ Resource = (
     | InboundRoutes
     | AccessRules
     | GatewayResource
+    | ExternalResource
 )
 
 
@@ -165,9 +167,11 @@ def resources(
     *,
     tapped: Pair | None = None,
     pems: Mapping[SecretName, str] = {},
+    addresses: Mapping[str, tuple[str, ...]] = {},
 ) -> ResourceSet:
     """What `spec` needs under `view`. `leaves` have their keys; `history` has each service's rules as of now; of
-    `tapped` somebody looks at the requests; `pems` are the gateways' certificates and keys."""
+    `tapped` somebody looks at the requests; `pems` are the gateways' certificates and keys; `addresses` are those of
+    hosts outside."""
     if not (view.roots.trust_domain and view.roots.datacenter and view.roots.certificates_pem):
         return ResourceSet(resources={}, missing=("the mesh's trust roots",))
     found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
@@ -210,7 +214,16 @@ def resources(
             )
         if service.gateway:
             missing += _add_gateway(found, spec, service, view, pems)
+    _add_external(found, spec, addresses)
     return ResourceSet(resources=found, missing=tuple(missing))
+
+
+def _add_external(found: dict[Kind, dict[str, Resource]], spec: SidecarSpec, addresses: Addresses) -> None:
+    parts = external_parts(spec, addresses)
+    found[Kind.CLUSTER].update({one.name: one for one in parts.clusters})
+    found[Kind.LISTENER].update({one.name: one for one in parts.listeners})
+    for name, hosts in parts.endpoints:
+        found[Kind.ENDPOINTS][name] = EndpointSet(name=name, tiers=(hosts,) if hosts else ())
 
 
 def _add_gateway(

@@ -22,12 +22,13 @@ class Authority:
         self._certificate = self._sign(self._name, self._key, [(constraints, True)])
         self.certificate_pem = _pem(self._certificate)
 
-    def leaf(self, service: str, uri: str = "", *, expired: bool = False) -> Leaf:
-        """A certificate for `service`; under another name where `uri` says so."""
+    def leaf(self, service: str, uri: str = "", *, expired: bool = False, host: str = "") -> Leaf:
+        """A certificate for `service`; under another name where `uri` says so; also for a `host` of the world."""
         uri = uri or spiffe_id(self.trust_domain, self.datacenter, ServiceName(service))
         key = ec.generate_private_key(ec.SECP256R1())
         usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
+        hosts = [x509.DNSName(host)] if host else []
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri), *hosts])
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, service)])
         certificate = self._sign(subject, key, [(usages, False), (names, True)], expired=expired)
         return Leaf(

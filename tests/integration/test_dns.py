@@ -126,7 +126,7 @@ async def test_programs_inside_find_names_of_the_mesh_and_learn_at_once_what_doe
 async def test_tables_are_replaced_whole(networks: AllocationNetworks, responder: Responder) -> None:
     resolver = Resolver(socket=responder.path)
     await share(resolver, {A: {"api": ADDRESS}}, networks)
-    await resolver.set_names(A, {"web": "198.18.1.8"})
+    await resolver.set_names(A, {"web.mesh": "198.18.1.8"})
 
     assert await ask(networks, A, "web.mesh") == "198.18.1.8"
     assert await ask(networks, A, "api.mesh") == "NXDOMAIN"
@@ -204,7 +204,7 @@ async def test_what_the_agent_says_wrongly_is_an_error_and_changes_nothing(
     with pytest.raises(InputError, match="do not fit"):
         await resolver.set_names(A, {f"{number:063}": ADDRESS for number in range(3000)})
     with pytest.raises(PeerError, match="not understood"):
-        await resolver.set_names(A, {"api": "nowhere"})
+        await resolver.set_names(A, {"api.mesh": "nowhere"})
     assert await ask(networks, A, "api.mesh") == ADDRESS
 
 
@@ -260,7 +260,7 @@ async def share(resolver: Resolver, wanted: Mapping[AllocId, Mapping[str, str]],
     for alloc, names in wanted.items():
         if alloc not in held:
             await resolver.attach(alloc, open_dns_sockets(alloc, networks.open_socket))
-        await resolver.set_names(alloc, names)
+        await resolver.set_names(alloc, {f"{name}.mesh": address for name, address in names.items()})
 
 
 def directory(path: Path, owner: int) -> Path:

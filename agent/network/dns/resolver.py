@@ -9,7 +9,7 @@ from agent.network.dns.control import MESSAGE_BYTES_MAX, Do, Reply, Request, dec
 from agent.network.guest import DHCP_PORT, TAP
 from outrider.errors import HostError, InputError, PeerError
 from outrider.ids import AllocId
-from outrider.model.mesh import DNS_ADDRESS, MESH_DOMAIN
+from outrider.model.mesh import DNS_ADDRESS
 
 _DEADLINE_S = 2.0
 _PORT = 53
@@ -42,9 +42,8 @@ class Resolver:
                 each.close()
 
     async def set_names(self, alloc: AllocId, names: Mapping[str, str]) -> None:
-        """The allocation's whole table: service name -> virtual address. Raises InputError where it is too long."""
-        full = {f"{name}.{MESH_DOMAIN}": address for name, address in names.items()}
-        await self._ask(Request(do=Do.NAMES, alloc=alloc, names=full))
+        """The allocation's whole table: full name -> virtual address. Raises InputError where it is too long."""
+        await self._ask(Request(do=Do.NAMES, alloc=alloc, names=names))
 
     async def detach(self, alloc: AllocId) -> None:
         """Let go of the allocation's sockets, which would keep its namespace alive."""

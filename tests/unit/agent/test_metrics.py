@@ -58,6 +58,9 @@ class Node:
             for alloc, usage in ((self.allocs[0], told), (AllocId("f" * 10), silent))
         )
 
+    async def refused(self) -> dict[AllocId, int]:
+        return dict.fromkeys((*self.allocs, AllocId("0" * 10)), 7)
+
     def sidecars(self) -> tuple[AllocId, ...]:
         return self.allocs
 
@@ -98,7 +101,7 @@ async def test_series_grow_with_allocations_and_pairs_and_are_bounded(
     monkeypatch.setattr("agent.metrics._SCRAPE_S", 30.0)  # a busy machine takes its time: how many, not how fast
     samples = list(await scrape(Node(allocs, services)))
     pairs = min(services + 1, PAIRS_MAX)
-    fixed, each = 40, 14  # of the node, and of one allocation with one task and its sidecar
+    fixed, each = 40, 15  # of the node, and of one allocation with one task and its sidecar
     assert len(samples) <= fixed + each * allocs + PAIR_SERIES_MAX * pairs
     assert {name for _, labels, _ in samples for name in labels} <= LABELS
     assert all(re.fullmatch(r"outrider_(agent|workload|guest|sidecar|mesh)_[a-z_]+", name) for name, _, _ in samples)
@@ -110,6 +113,12 @@ async def test_a_pair_is_one_however_many_sidecars_count_it() -> None:
     samples = list(await scrape(Node(allocs=20, services=1)))
     found = [value for name, labels, value in samples if name == "outrider_mesh_connections_total" and labels["source"]]
     assert found == [20]
+
+
+async def test_packets_that_were_refused_are_told_of_those_that_run() -> None:
+    samples = await scrape(Node(allocs=2, services=1))
+    found = [value for name, _, value in samples if name == "outrider_workload_refused_packets_total"]
+    assert found == [7, 7]
 
 
 async def test_a_guest_has_the_figures_that_it_tells() -> None:

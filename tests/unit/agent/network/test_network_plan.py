@@ -93,8 +93,8 @@ def test_whoever_is_not_told_apart_by_uid_starts_nothing() -> None:
         "oifname lo goto loopback",
         "meta skuid 1000 meta l4proto tcp accept",
         "meta skuid 65536-196607 ct direction reply tcp sport { 8080 } accept",
-        "meta skuid 65536-196607 meta l4proto tcp reject with tcp reset",
-        "meta skuid 65536-196607 reject with icmpx admin-prohibited",
+        "meta skuid 65536-196607 meta l4proto tcp counter name refused reject with tcp reset",
+        "meta skuid 65536-196607 counter name refused reject with icmpx admin-prohibited",
         "meta skuid != { 0 } drop",
         "ct state established,related accept",
     ]
