@@ -7,6 +7,7 @@ peers do not. CPU is that of the two proxies, from /proc; latency is at 1,000 re
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,8 @@ from bench.figure import emit
 from outrider.ids import AllocId
 from outrider.model.job import Protocol
 from outrider.model.mesh import Action
+from sidecar.access_log import Config, inbound_log, outbound_log
+from sidecar.bootstrap import envoy_binary
 from tests.integration.certificates import Authority
 from tests.integration.sidecar_mesh import Mesh, calling, endpoint, free_port, served
 
@@ -28,8 +31,9 @@ SECONDS = 2
 _CONNECTIONS = 32
 _LARGE_BYTES = 4 << 20
 _NAMES = {
-    Protocol.TCP: (AllocId("00000000a1"), AllocId("00000000b1")),
-    Protocol.HTTP: (AllocId("00000000a2"), AllocId("00000000b2")),
+    str(Protocol.TCP): (AllocId("00000000a1"), AllocId("00000000b1")),
+    str(Protocol.HTTP): (AllocId("00000000a2"), AllocId("00000000b2")),
+    "near": (AllocId("00000000a3"), AllocId("00000000b3")),
 }
 # Of each connection, so that all together ask about 1,000 times a second.
 _PACED = f"function delay() return {_CONNECTIONS} end"
@@ -74,6 +78,22 @@ async def _run() -> None:
                 "nginx": await stack.enter_async_context(_nginxes(certificates, protocol, origin)),
             }
             await _compare(name, (f"http://127.0.0.1:{origin}/", ()), ways)
+        await _compare_on_one_host(
+            await _sidecars(mesh, Protocol.TCP, origin, name="near"),
+            await stack.enter_async_context(_haproxies(_Certificates(directory / "near"), Protocol.TCP, origin)),
+            await stack.enter_async_context(_unix_pair(directory, origin)),
+        )
+
+
+async def _compare_on_one_host(ours: Way, haproxy: Way, unix: Way) -> None:
+    """Sidecars of one host dial each other; and what a Unix socket without TLS between them would cost instead."""
+    loads: _Loads = {who: [] for who in (_OURS, "HAProxy", "unix")}
+    for _ in range(ROUNDS):
+        for who, way in ((_OURS, ours), ("HAProxy", haproxy), ("unix", unix)):
+            loads[who].append(await _load(way))
+    cpu_us = {who: median(load.cpu_us for load in of_who) for who, of_who in loads.items()}
+    emit("mesh.l4_same_host_cpu_us", cpu_us[_OURS], "us", peer="HAProxy", peer_value=cpu_us["HAProxy"])
+    emit("mesh.l4_unix_cpu_us", cpu_us["unix"], "us", peer="the sidecars' own way", peer_value=cpu_us[_OURS])
 
 
 async def _compare(name: str, direct: Way, ways: Mapping[str, Way]) -> None:
@@ -134,10 +154,10 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _sidecars(mesh: Mesh, protocol: Protocol, origin: int) -> Way:
+async def _sidecars(mesh: Mesh, protocol: Protocol, origin: int, name: str = "") -> Way:
     """The caller's address, and the processes of both sidecars."""
-    called, caller = f"callee-{protocol}", f"caller-{protocol}"
-    server, client = _NAMES[protocol]
+    called, caller = f"callee-{name or protocol}", f"caller-{name or protocol}"
+    server, client = _NAMES[name or protocol]
     spec = mesh.spec(server, served(called, origin, protocol))
     service = mesh.service(called, protocol, endpoint(spec))
     mesh.intend(called, (caller, Action.ALLOW))
@@ -145,6 +165,45 @@ async def _sidecars(mesh: Mesh, protocol: Protocol, origin: int) -> Way:
     await mesh.start(spec, mesh.spec(client, calling(caller, (called, None))))
     # The harness's shell, unshare and setpriv exec one another: its process is Envoy.
     return f"http://{service.virtual_address}:15001/", tuple(mesh.envoys[alloc].pid for alloc in (server, client))
+
+
+@contextlib.asynccontextmanager
+async def _unix_pair(directory: Path, origin: int) -> AsyncIterator[Way]:
+    """Two Envoys as the sidecars' are, with their logs; between them a Unix socket, no TLS, and no rules."""
+    front = free_port()
+    middle: Config = {"pipe": {"path": str(directory / "middle.sock")}}
+    at_front, at_origin = _socket_address(front), _socket_address(origin)
+    words = {}
+    for name, listens, calls, log in (
+        ("callee", middle, at_origin, inbound_log("callee", http=False)[:1]),
+        ("caller", at_front, middle, outbound_log("caller", "callee", http=False)),
+    ):
+        path = directory / f"unix-{name}.json"
+        path.write_text(json.dumps(_static(listens, calls, log)))
+        options = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "error")
+        words[name] = (str(envoy_binary()), "-c", str(path), "--file-flush-interval-msec", "500", *options)
+    with (directory / "unix.log").open("ab") as log_file:
+        async with _running(words, front, output=log_file.fileno()) as pids:
+            yield f"http://127.0.0.1:{front}/", pids
+
+
+def _socket_address(port: int) -> Config:
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def _static(listens: Config, calls: Config, log: list[Config]) -> Config:
+    """A bootstrap configuration: connections from one address to another."""
+    proxy = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": "tcp",
+        "cluster": "to",
+        "access_log": log,
+    }
+    endpoint = {"lb_endpoints": [{"endpoint": {"address": calls}}]}
+    cluster = {"name": "to", "type": "STATIC", "load_assignment": {"cluster_name": "to", "endpoints": [endpoint]}}
+    filters = [{"name": "tcp", "typed_config": proxy}]
+    listener = {"name": "from", "address": listens, "filter_chains": [{"filters": filters}]}
+    return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
 
 
 @contextlib.contextmanager
@@ -268,8 +327,10 @@ backend peer
 
 
 @contextlib.asynccontextmanager
-async def _running(words: Mapping[str, tuple[str, ...]], front: int) -> AsyncIterator[tuple[int, ...]]:
-    processes = [await asyncio.create_subprocess_exec(*each) for each in words.values()]
+async def _running(
+    words: Mapping[str, tuple[str, ...]], front: int, output: int | None = None
+) -> AsyncIterator[tuple[int, ...]]:
+    processes = [await asyncio.create_subprocess_exec(*each, stdout=output) for each in words.values()]
     try:
         async with asyncio.timeout(10):
             while not await _accepts(front):  # noqa: ASYNC110 - a program tells nobody when it listens
