@@ -12,7 +12,7 @@ from controller.core.state import State
 from outrider.ids import JobName, ServiceName
 from outrider.model.dependencies import circle, waits
 from outrider.model.fleet import RolloutState
-from outrider.model.job import Group, Job, JobType, Protocol
+from outrider.model.job import Group, Job, JobType, Protocol, Service
 
 Answer = tuple[tuple[Record, ...], Reply]
 
@@ -96,7 +96,8 @@ def names_of_stop(state: State, job: JobName) -> frozenset[str]:
 
 
 def job_warnings(state: State, job: Job) -> tuple[str, ...]:
-    """Services that it calls or depends on and nobody provides, this job included; and wishes that no node fulfils."""
+    """Services that it calls, leads calls to or depends on and nobody provides, this job included; and wishes that no
+    node fulfils."""
     own = {service.name for group in job.groups for service in group.services if service.port is not None}
     upstreams = tuple(
         f"group {group.name}: service {service.name}: nobody provides its upstream {upstream.service!r} yet"
@@ -111,7 +112,25 @@ def job_warnings(state: State, job: Job) -> tuple[str, ...]:
         for service in group.depends_on
         if service not in state.providers and service not in own
     )
-    return (*upstreams, *needed, *hopeless_wishes(state, job))
+    led = tuple(
+        f"group {group.name}: service {service.name}: nobody provides {name!r} yet, to which its traffic leads"
+        for group in job.groups
+        for service in group.services
+        for name in _led_to(service)
+        if name not in state.providers and name not in own
+    )
+    return (*upstreams, *needed, *led, *hopeless_wishes(state, job))
+
+
+def _led_to(service: Service) -> tuple[ServiceName, ...]:
+    """Where calls of it may go by its own `traffic:`."""
+    traffic = service.traffic
+    if traffic is None:
+        return ()
+    routed = (leg for route in traffic.routes for leg in route.legs)
+    mirrored = (traffic.mirror.to,) if traffic.mirror is not None else ()
+    legs = (*traffic.split, *routed, *traffic.failover, *mirrored)
+    return tuple(dict.fromkeys(ServiceName(leg.service) for leg in legs))
 
 
 def _refusal(state: State, job: Job, entry: JobEntry | None) -> str:
