@@ -118,7 +118,12 @@ def _job(job: Job) -> Iterator[Problem]:
             yield Problem(path=(*path, "count"), message="a system job runs one copy on each node; leave count out")
         yield from _rollout_kind(job, path, group)
         yield from _group(path, group)
-        findings = (group_findings(job, group), gateway_findings(group), exposed_findings(group), external_findings(group))
+        findings = (
+            group_findings(job, group),
+            gateway_findings(group),
+            exposed_findings(group),
+            external_findings(group),
+        )
         for at, message in itertools.chain(*findings):
             yield Problem(path=(*path, *at), message=message)
     for at, message in job_findings(job):
