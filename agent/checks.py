@@ -1,8 +1,8 @@
 """Runs one health check of one allocation: http, tcp, grpc, command. When it runs, and what follows, is core's matter.
 
 Everything goes through a socket opened inside the allocation's namespace (docs/adr/0002). The workload may be broken
-or hostile: time, bytes read and the words passed on are bounded, and whatever it says becomes an outcome. No tasks,
-no queues, nothing kept between checks.
+or hostile: time, bytes read and the words passed on are bounded, and whatever it says becomes an outcome. No queues,
+nothing kept between checks. Tasks: attempts to connect, a few at most, which end with their check.
 """
 
 import asyncio
@@ -34,6 +34,8 @@ _BODY_BYTES_MAX = 2 * 1024  # of a refusal: why, for people
 _ENDED = "the connection ended before an answer"
 _GRPC_PREFIX_BYTES = 5  # compressed or not, and the message's length
 _PRINTABLE = frozenset(string.printable) - frozenset("\x0b\x0c\r")
+
+_AGAIN_S, _ATTEMPTS_MAX = 0.2, 5
 
 OpenSocket = Callable[[AllocId, socket.SocketKind], socket.socket]
 ExecCommand = Callable[[tuple[str, ...]], Awaitable[tuple[int, str]]]
@@ -78,9 +80,7 @@ class CheckRunner:
             return CheckOutcome(passing=code == 0, output=output if code == 0 else f"exit {code}: {output}")
         if port is None:
             return CheckOutcome(passing=False, output=f"the {check.kind} check's service has no port")
-        with self._open_socket(alloc, socket.SOCK_STREAM) as opened:
-            opened.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(opened, (address, port))
+        with await self._connected(alloc, address, port) as opened:
             match check.kind:
                 case CheckKind.TCP:
                     return CheckOutcome(passing=True, output="connected")
@@ -90,6 +90,33 @@ class CheckRunner:
                     return await _grpc(_Bounded(opened), check.path)
                 case _:
                     assert_never(check.kind)
+
+    async def _connected(self, alloc: AllocId, address: str, port: int) -> socket.socket:
+        """The first attempt that is answered. Raises OSError where that says no.
+
+        What is sent to a guest before it has its address is lost, and TCP waits a second until it sends it again.
+        """
+        loop = asyncio.get_running_loop()
+        attempts: dict[asyncio.Task[None], socket.socket] = {}
+        try:
+            while True:
+                if len(attempts) < _ATTEMPTS_MAX:
+                    opened = self._open_socket(alloc, socket.SOCK_STREAM)
+                    opened.setblocking(False)
+                    connecting = loop.sock_connect(opened, (address, port))
+                    attempts[loop.create_task(connecting, name=f"{alloc}-check")] = opened
+                done, _ = await asyncio.wait(attempts, timeout=_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    first = done.pop()
+                    first.result()
+                    return attempts.pop(first)
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+            if attempts:
+                await asyncio.wait(attempts)
+            for opened in attempts.values():
+                opened.close()
 
 
 class _Bounded:

@@ -1,8 +1,10 @@
 """Health checks against servers that work, that fail, and that would like to take the agent down with them."""
 
 import asyncio
+import ctypes
 import resource
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -123,6 +125,26 @@ async def test_http_passes_on_success_and_redirects(status: int) -> None:
             passing=True, output=f"HTTP {status}"
         )
     assert asked[0].startswith(b"GET /healthz?a=b HTTP/1.1\r\nhost: localhost\r\n")
+
+
+async def test_an_attempt_that_is_lost_does_not_keep_the_next_from_its_answer() -> None:
+    opened = []
+
+    def first_hears_nothing(_alloc: AllocId, kind: socket.SocketKind) -> socket.socket:
+        made = socket.socket(socket.AF_INET, kind)
+        if not opened:
+            # <linux/filter.h>: a program of one instruction, to keep nothing of what comes.
+            program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+            made.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HxxxxxxQ", 1, ctypes.addressof(program)))
+        opened.append(made)
+        return made
+
+    async with serving(saying(OK)) as port:
+        check = Check(kind=CheckKind.HTTP, path="/", timeout_s=30.0)
+        outcome = await CheckRunner(open_socket=first_hears_nothing).run(check, ALLOC, port, no_command)
+    assert outcome == CheckOutcome(passing=True, output="HTTP 200")
+    assert len(opened) > 1
+    assert all(each.fileno() == -1 for each in opened), "closed, all of them"
 
 
 @pytest.mark.parametrize("status", [404, 500, 503])
