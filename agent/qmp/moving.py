@@ -230,8 +230,9 @@ async def _let_go(client: QMPClient) -> None:
     """The guest runs, as if it had never moved: also a snapshot is a migration to QEMU."""
     with suppress(QMPError):
         await client.execute("block-dirty-bitmap-remove", {"node": _HELD_BACK, "name": _HELD_BACK})
-    with suppress(QMPError):
-        await client.execute("blockdev-del", {"node-name": _HELD_BACK})
+    for node in (_HELD_BACK, _TARGET):  # the other's disk is still known where a copy of it broke off
+        with suppress(QMPError):
+            await client.execute("blockdev-del", {"node-name": node})
     with suppress(QMPError):
         await _set(client, _CAPABILITIES, wanted=False)
 
