@@ -1,12 +1,14 @@
 """A guest from submission to its first byte through the mesh, beside bare QEMU with the same kernel, initrd and disk.
 
-Interleaved, in the same run: the bare one answers on a port forwarded by QEMU's own user network. Memory is the
-proportional share of the emulator and of what watches over it. Then the same from a snapshot, the snapshot as a file
-beside `cp`, and moves between two nodes under a load of requests: what `bench.vm_state` measures.
+Interleaved, in the same run: the bare one has the job's files on a disk as well, and answers on a port forwarded by
+QEMU's own user network. Memory is the proportional share of the emulator and of what watches over it. Then the same
+from a snapshot, the snapshot as a file beside `cp`, and moves between two nodes under a load of requests: what
+`bench.vm_state` measures.
 """
 
 import contextlib
 import http.client
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -31,6 +33,7 @@ def run() -> None:
     built = guest.build()
     ours, bare, ours_mb, bare_mb = [], [], [], []
     with dev_fleet(nodes=2) as fleet, tempfile.TemporaryDirectory() as directory:
+        seed = _seed(built, Path(directory))
         fleet.submit(prober())
         changes = fleet.logs(fleet.healthy("prober", 1)[0], follow=True)
         for _ in range(ROUNDS):
@@ -40,7 +43,7 @@ def run() -> None:
             ours.append(until(changes, "up") - submitted_s)
             ours_mb.append(_sandbox_mb(fleet))
             fleet.stop("target")
-            with _bare(built, Path(directory)) as (took_s, pid):
+            with _bare(built, seed, Path(directory)) as (took_s, pid):
                 bare.append(took_s)
                 bare_mb.append(_share_mb(pid))
         ours_s, bare_s = percentile(ours, 0.5), percentile(bare, 0.5)
@@ -66,8 +69,19 @@ def target(built: Path) -> Job:
     return Job(name=JobName("target"), groups=(group,))
 
 
+def _seed(built: Path, directory: Path) -> Path:
+    """The example's files, as the fleet gives them to its guest."""
+    page = directory / "seed" / "www" / "index.html"
+    page.parent.mkdir(parents=True)
+    shutil.copy(built / "guest.html", page)
+    image = directory / "seed.iso"
+    argv = ["genisoimage", "-quiet", "-J", "-R", "-V", "cidata", "-o", str(image), str(directory / "seed")]
+    subprocess.run(argv, check=True)
+    return image
+
+
 @contextlib.contextmanager
-def _bare(built: Path, directory: Path) -> Iterator[tuple[float, int]]:
+def _bare(built: Path, seed: Path, directory: Path) -> Iterator[tuple[float, int]]:
     """Seconds to its first answer, and its pid. It is killed afterwards."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
@@ -77,6 +91,7 @@ def _bare(built: Path, directory: Path) -> Iterator[tuple[float, int]]:
     argv += ["-accel", "tcg,tb-size=64", "-kernel", str(built / "vmlinux"), "-initrd", str(built / "initrd")]
     argv += ["-append", "console=ttyS0 panic=-1", "-device", "virtio-rng-pci"]
     argv += ["-drive", f"file={built / 'disk.qcow2'},if=virtio,snapshot=on"]
+    argv += ["-drive", f"file={seed},if=virtio,format=raw,read-only=on"]
     argv += ["-netdev", f"user,id=mesh,hostfwd=tcp:127.0.0.1:{port}-:8080"]
     argv += ["-device", "virtio-net-pci,netdev=mesh,romfile=", "-serial", f"file:{directory / 'console'}"]
     started_s = time.time()
