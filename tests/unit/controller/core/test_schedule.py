@@ -43,9 +43,9 @@ def none(snapshot: Snapshot) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.zeros(snapshot.size, np.int64)
 
 
-def vm() -> Group:
+def vm(*, disk_bytes: int = MIB) -> Group:
     image = Image(kind=ImageKind.DISK, reference="db.qcow2")
-    task = Task(name=TaskName("db"), driver=Driver.VM, image=image, resources=Resources(disk_bytes=MIB))
+    task = Task(name=TaskName("db"), driver=Driver.VM, image=image, resources=Resources(disk_bytes=disk_bytes))
     return Group(name=group().name, tasks=(task,))
 
 
@@ -116,6 +116,12 @@ def test_many_at_once_is_what_one_after_the_other_gives(seed: int) -> None:
         ([node("n1")], [True], group(cpu_millis=5000), "1 of 1 nodes: cpu 5 cores wanted, at most 4 cores free"),
         ([node("n1", runtimes={})], [True], group(), "1 of 1 nodes: crun or conmon is not installed"),
         ([node("n1")], [True], vm(), "1 of 1 nodes: qemu is not installed"),
+        (
+            [node("n1", runtimes={"crun": "1", "conmon": "2", "qemu-system-x86_64": "7.2"})],
+            [True],
+            vm(disk_bytes=1 << 40),
+            "1 of 1 nodes: disk 1024.0 GiB wanted, at most 97.7 GiB free",
+        ),
         (
             [node("n1", runtimes={"crun": "1", "conmon": "2", "qemu-system-x86_64": "7.2"})],
             [True],
