@@ -40,6 +40,7 @@ from agent.held import SIDECAR, refused, workloads
 from agent.host import Host, open_host
 from agent.images import Images
 from agent.insight import Insight
+from agent.isolated import IsolatedProcesses
 from agent.join import join
 from agent.last_heard import LastHeard
 from agent.leaves import Leaves
@@ -72,6 +73,7 @@ from outrider.errors import PeerError
 from outrider.ids import AllocId, TaskName
 from outrider.log import Log
 from outrider.model.allocation import AllocReport
+from outrider.model.job import is_guest
 from outrider.model.mesh import MeshUpdate, MeshView
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import Identity, IdentityKind, ssl_context
@@ -180,7 +182,7 @@ class Agent:
         )
         self._images = Images(config.data / "images")
         self._guest_agents = GuestAgents()
-        self._vms = Vms(images=self._images, states=self._states, kvm=self._kvm_works)
+        self._vms = Vms(run=config.run, images=self._images, states=self._states, kvm=self._kvm_works)
         self._peers = Peers(cluster=config.cluster, tls=config.tls, log=log)
         self._migration = Migration(
             peers=self._peers,
@@ -400,14 +402,20 @@ class Agent:
         )
 
     def _make_belongings(self) -> Belongings:
+        inside = IsolatedProcesses(agents=self._guest_agents, allocation=self._host.store.allocation_directory)
+
         async def signal_task(alloc: AllocId, task: TaskName, number: int) -> None:
-            await self._host.runtime.signal(sandbox_id(alloc, task), number)
+            if any(map(is_guest, self._host.store.tasks(alloc))):  # then it is the only one
+                await inside.signal(alloc, task, number)
+            else:
+                await self._host.runtime.signal(sandbox_id(alloc, task), number)
 
         self._belongings = Belongings(
             node=self._config.node_id,
             run_directory=self._config.run,
             ask=self._fleet.secrets,
             signal=signal_task,
+            replace=inside.replace,
             tell=self._engine.tell,
             volumes=self._volumes,
             artifacts=self._artifacts,

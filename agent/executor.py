@@ -15,6 +15,7 @@ from typing import assert_never
 import msgspec
 
 from agent.belongings.belongings import Belongings
+from agent.belongings.memory import guest_memory
 from agent.checks import CheckRunner
 from agent.core import commands as c
 from agent.core.events import (
@@ -83,6 +84,7 @@ class Executor:
         log: Log,
     ) -> None:
         self._node = node
+        self._run_directory = run_directory
         self._tasks_directory = run_directory / "tasks"
         self._resolv_conf = run_directory / "resolv.conf"
         self._block = block
@@ -304,9 +306,11 @@ class Executor:
         assignment = held.assignment
         place = self._place(held, task, guest_directory(self._sandbox_directory(assignment.alloc, task.name)))
         owner = place.uid_first + INNER_USER
-        disks = await self._belongings.disks(assignment, task, owner=owner)
+        brought = await self._belongings.prepare_guest(assignment, task, owner=owner)
+        memory = str(guest_memory(self._run_directory, assignment.alloc, task.name))
+        place = msgspec.structs.replace(place, memory=memory, **msgspec.structs.asdict(brought))
         image = self._images.unpacked(assignment.alloc, task.image)
-        return await self._guests.start(assignment, task, msgspec.structs.replace(place, disks=disks), image)
+        return await self._guests.start(assignment, task, place, image)
 
     async def _sandbox(self, held: Held, task: Task) -> SandboxSpec:
         """Its sandbox; all that it needs is made before."""

@@ -25,10 +25,11 @@ _PENDING, _WAITS, _TAKEN_UP = "load", "waits", "loaded"
 
 
 class GuestPlace(Value, frozen=True, kw_only=True):
-    """Where one guest's files are: the emulator's directory, and the agent's beside it."""
+    """Where one guest's files are: the emulator's directory, the agent's beside it, and what is in memory alone."""
 
     directory: Path
     sandbox: Path
+    memory: Path
 
 
 class Origin(Value, frozen=True, kw_only=True):
@@ -67,6 +68,9 @@ class GuestStates:
         if task.volumes:
             names = ", ".join(each.volume for each in task.volumes)
             raise RefusedError("unsupported", f"{task.name} has volumes ({names}): what is in them no snapshot keeps")
+        if task.secrets or task.templates:
+            message = "has secrets or templates, which are in its memory: a snapshot would keep them on disk"
+            raise RefusedError("unsupported", f"{task.name} {message}")
         control = place.directory / QMP
         made = self.snapshots.begin(name)
         try:
@@ -74,7 +78,7 @@ class GuestStates:
             memory = os.open(made / MEMORY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 await qmp.save(control, memory)
-                await asyncio.to_thread(_copy_disks, place.directory, made)
+                await asyncio.to_thread(_copy_disks, place, made)
             finally:
                 os.close(memory)
                 await qmp.resume(control)
@@ -138,13 +142,13 @@ class GuestStates:
             (sandbox / _PENDING).unlink(missing_ok=True)
             raise StartError(str(error)) from error
 
-    async def lay_out(self, name: str, directory: Path, owner: int) -> None:
-        """The disks of a checked snapshot, in the emulator's directory."""
+    async def lay_out(self, name: str, place: GuestPlace, owner: int) -> None:
+        """The disks of a checked snapshot, where the emulator finds them."""
         try:
             kept, manifest = self.snapshots.path(name), self.snapshots.manifest(name)
-            await asyncio.to_thread(_lay_out, kept, manifest, directory, owner)
+            await asyncio.to_thread(_lay_out, kept, manifest, place, owner)
         except (OSError, RefusedError) as error:
-            raise HostError(str(directory), step=f"lay out snapshot {name}: {error}") from error
+            raise HostError(str(place.directory), step=f"lay out snapshot {name}: {error}") from error
 
     async def take_up(self, name: str, place: GuestPlace) -> None:
         """The started emulator's guest goes on from there. Raises StartError where it does not."""
@@ -212,18 +216,23 @@ def misfits(manifest: Manifest, task: Task) -> list[str]:
     return found
 
 
-def _copy_disks(directory: Path, made: Path) -> None:
-    for name, kept in ((OVERLAY, DISK), (SEED, SEED)):
-        if (directory / name).exists():
-            copy_sparse(directory / name, made / kept)
+def _disks(place: GuestPlace) -> tuple[tuple[str, Path], ...]:
+    """What a snapshot calls each, and where it is."""
+    return (DISK, place.directory / OVERLAY), (SEED, place.memory / SEED)
 
 
-def _lay_out(kept: Path, manifest: Manifest, directory: Path, owner: int) -> None:
-    for name, target in ((DISK, OVERLAY), (SEED, SEED)):
-        (directory / target).unlink(missing_ok=True)
+def _copy_disks(place: GuestPlace, made: Path) -> None:
+    for name, disk in _disks(place):
+        if disk.exists():
+            copy_sparse(disk, made / name)
+
+
+def _lay_out(kept: Path, manifest: Manifest, place: GuestPlace, owner: int) -> None:
+    for name, disk in _disks(place):
+        disk.unlink(missing_ok=True)
         if name in manifest.files:
-            copy_sparse(kept / name, directory / target)
-            os.chown(directory / target, owner, owner)
+            copy_sparse(kept / name, disk)
+            os.chown(disk, owner, owner)
 
 
 def _link_images(images: GuestImages, made: Path) -> dict[str, FileSum]:

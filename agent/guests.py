@@ -21,7 +21,7 @@ from agent.pull.image import UnpackedImage
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import SandboxStatus, StartError
 from agent.store import Store
-from agent.vms import Vms, booted, guest_directory, press_power_button, wake
+from agent.vms import Vms, booted, press_power_button, wake
 from outrider.errors import HostError, OutriderError
 from outrider.ids import AllocId
 from outrider.log import Log
@@ -57,7 +57,7 @@ class Guests:
 
     def place(self, alloc: AllocId, task: Task) -> GuestPlace:
         sandbox = sandbox_directory(self._store.allocation_directory(alloc), task.name)
-        return GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox)
+        return self._vms.place(alloc, task, sandbox)
 
     async def start(
         self, assignment: Assignment, task: Task, place: Place, image: UnpackedImage | None
@@ -76,7 +76,7 @@ class Guests:
         status = await self._runtime.start(spec)
         if snapshot:
             try:
-                await self._vms.take_up(snapshot, spec)
+                await self._vms.take_up(snapshot, self.place(assignment.alloc, task))
             except StartError:
                 await self._runtime.delete(spec.id)
                 raise

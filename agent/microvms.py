@@ -1,21 +1,25 @@
 """Processes with `isolation: vm` on this node: a disk from the task's image, an initial file system, an emulator.
 
-Owns DATA/microvms: `initrd-*`, which all such guests have, a disk for each image of a registry, and each allocation's:
-that disk under a name of its own, or one made for it where the image is a directory, which may change.
+Owns DATA/microvms: `initrd-*`, which all such guests have, a disk for each image of a registry and each set of
+artifacts, and each allocation's: those under names of its own, or one made for it where the image is a directory, which
+may change. What one guest alone is told, secrets among it, is a disk of its own too, which lies in the node's memory.
 """
 
 import asyncio
 import hashlib
 import os
 import re
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
+from agent.belongings.artifacts import KeptArtifact
+from agent.belongings.volumes import Disk
 from agent.config import GuestConfig
-from agent.drivers.microvm import KERNEL_ARGUMENTS, MODULES, given, initrd_files
+from agent.drivers.microvm import ARTIFACTS_DISK, KERNEL_ARGUMENTS, MODULES, TOLD_DISK, given, initrd_files
 from agent.drivers.process import Place, sandbox_id, sandbox_spec
 from agent.drivers.vm import OVERLAY, GuestImages, guest_spec
 from agent.pull.image import UnpackedImage
@@ -26,13 +30,17 @@ from outrider.errors import HostError
 from outrider.ids import AllocId
 from outrider.initrd import Entry, archive, loading_order, regular, with_parents
 from outrider.model.allocation import Assignment
+from outrider.model.belongings import OnChange
 from outrider.model.job import MIB, Image, ImageKind, Task
 
-_DISK, _TOLD, _UNFINISHED = ".ext4", ".initrd", ".new"
+_DISK, _ARTIFACTS, _UNFINISHED = ".ext4", ".artifacts.ext4", ".new"
+_TOLD = "told"
+_SECTOR_BYTES = 512
 _UNUSED_MAX = 4  # disks of images that no allocation has, kept for the next one
-_MAKE_S, _LDD_S = 300.0, 10.0
+_MAKE_S, _TOOL_S, _LDD_S = 300.0, 30.0, 10.0
 _BLOCK_BYTES, _INODE_BYTES = 4096, 512
 _ROOM_BYTES = 16 * MIB  # for what the file system needs for itself
+_INSIDE = {OnChange.SIGNAL, OnChange.NONE}  # what its agent does to a guest that runs
 _LIBRARY = re.compile(r"(/\S+) \(0x")
 _ELF_VERSION = re.compile(rb"Linux version (\S+)")
 
@@ -52,18 +60,19 @@ class Microvms:
         """Raises InputError and StartError where the job is at fault, HostError where this host is."""
         if self._config is None:
             raise StartError("this node has no kernel for guests: `guest: {kernel: ...}` in its agent's configuration")
-        told = given(task, sandbox_spec(assignment, task, place, image))
+        _can_be_told(task, self._config)
+        told = given(task, sandbox_spec(assignment, task, place, image), place.files)
         directory, owner = Path(place.task_directory), place.uid_first + INNER_USER
         name = sandbox_id(assignment.alloc, task.name)
         try:
+            disks = [*place.disks, await asyncio.to_thread(_write_told, Path(place.memory) / _TOLD, told, owner)]
             async with self._making:
                 self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
                 base = await self._base(self._directory / f"{name}{_DISK}", task, image)
-                initrd = self._directory / f"{name}{_TOLD}"
-                initrd.unlink(missing_ok=True)
-                # The kernel unpacks one archive after the other into one tree.
-                initrd.write_bytes((await self._common()).read_bytes() + archive(told))
-                initrd.chmod(0o444)
+                initrd = await self._common()
+                if place.artifacts:
+                    shown = await self._shown(self._directory / f"{name}{_ARTIFACTS}", place.artifacts)
+                    disks.append(Disk(name=ARTIFACTS_DISK, path=str(shown), read_only=True))
         except OSError as error:
             raise HostError(str(self._directory), step=f"make what {name} boots from: {error.strerror}") from error
         if not make_ready(directory, owner):
@@ -71,6 +80,7 @@ class Microvms:
         images = GuestImages(disk=str(base), disk_format="raw", kernel=str(self._config.kernel), initrd=str(initrd))
         boots = Image(kind=ImageKind.DISK, kernel_arguments=KERNEL_ARGUMENTS)
         guest = msgspec.structs.replace(task, image=boots, files=())
+        place = msgspec.structs.replace(place, disks=tuple(disks))
         return guest_spec(assignment, guest, place, images, kvm=self._kvm())
 
     def forget(self, alloc: AllocId) -> None:
@@ -88,16 +98,44 @@ class Microvms:
                 raise StartError(f"image directory {source} is not there on this node")
             await _make_disk(source, base, task.resources.disk_bytes)
             return base
-        name = hashlib.sha256(f"{image.digest} {task.resources.disk_bytes}".encode()).hexdigest()
-        kept = self._directory / f"{name}{_DISK}"
+        kept = self._kept(f"{image.digest} {task.resources.disk_bytes}")
         if not kept.exists():
             await _make_disk(Path(image.root), kept, task.resources.disk_bytes)
+        self._take(kept, base)
+        return base
+
+    async def _shown(self, disk: Path, artifacts: tuple[KeptArtifact, ...]) -> Path:
+        """One disk of them all, each at its path: a machine has few slots for disks."""
+        kept = self._kept("\n".join(f"{artifact.digest} {artifact.path}" for artifact in artifacts))
+        if not kept.exists():
+            tree = self._directory / f"tree{_UNFINISHED}"
+            try:
+                await asyncio.to_thread(shutil.rmtree, tree, ignore_errors=True)
+                for artifact in artifacts:
+                    target = tree / artifact.path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    # Names for what is in the node's cache: nothing is copied.
+                    done = await process.run(["cp", "-al", artifact.source, str(target)], timeout_s=_MAKE_S)
+                    if done.code != 0:
+                        raise HostError("cp", step=f"gather artifacts: {done.output.strip()[-500:]}")
+                await _make_disk(tree, kept, 0)
+            finally:
+                await asyncio.to_thread(shutil.rmtree, tree, ignore_errors=True)
+        self._take(kept, disk)
+        return disk
+
+    def _kept(self, content: str) -> Path:
+        return self._directory / f"{hashlib.sha256(content.encode()).hexdigest()}{_DISK}"
+
+    def _take(self, kept: Path, disk: Path) -> None:
+        """Under a name of an allocation's. Those that no allocation has go, but for the newest."""
         os.utime(kept)
-        os.link(kept, base)
-        unused = [path for path in self._directory.glob(f"{'?' * len(name)}{_DISK}") if path.stat().st_nlink == 1]
+        disk.unlink(missing_ok=True)
+        os.link(kept, disk)
+        names = self._directory.glob(f"{'?' * len(kept.stem)}{_DISK}")
+        unused = [path for path in names if path.stat().st_nlink == 1]
         for path in sorted(unused, key=lambda path: path.stat().st_mtime)[:-_UNUSED_MAX]:
             path.unlink()
-        return base
 
     async def _common(self) -> Path:
         """Made anew where something that it is made from is another."""
@@ -111,8 +149,26 @@ class Microvms:
             libraries = await _libraries(self._config.agent)
             unfinished = made.with_suffix(_UNFINISHED)
             unfinished.write_bytes(archive(with_parents((*initrd_files(), *_brought(self._config, libraries)))))
+            unfinished.chmod(0o444)
             unfinished.replace(made)
         return made
+
+
+def _can_be_told(task: Task, config: GuestConfig) -> None:
+    """Raises StartError where its files are to change while it runs, and nothing in there could do it."""
+    wants = {*(use.on_change for use in task.secrets), *(use.on_change for use in task.templates)} & _INSIDE
+    if wants and not config.agent.exists():
+        message = f"on_change {min(wants)} takes a guest's agent, and this node has no {config.agent}"
+        raise StartError(f"{message}: say restart, or install qemu-guest-agent on the node")
+
+
+def _write_told(path: Path, told: tuple[Entry, ...], owner: int) -> Disk:
+    """In whole sectors, as of a disk."""
+    data = archive(told)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o400), "wb") as file:
+        file.write(data + bytes(-len(data) % _SECTOR_BYTES))
+    os.chown(path, owner, owner)
+    return Disk(name=TOLD_DISK, path=str(path), read_only=True)
 
 
 def kernel_version(config: GuestConfig | None) -> str:
@@ -179,6 +235,8 @@ async def _make_disk(source: Path, target: Path, room_bytes: int) -> None:
         done = await process.run(["mkfs.ext4", *options, str(unfinished)], timeout_s=_MAKE_S)
         if done.code != 0:
             raise HostError("mkfs.ext4", step=f"make a disk of {source}: {done.output.strip()[-500:]}")
+        # Nothing but what is in `source`.
+        await process.run(["debugfs", "-w", "-R", "rmdir lost+found", str(unfinished)], timeout_s=_TOOL_S)
         unfinished.chmod(0o444)
         unfinished.replace(target)
     except OSError as error:

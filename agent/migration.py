@@ -250,7 +250,7 @@ class Migration:
             for sha256 in wanted:
                 await self._send_file(move, "image", paths[sha256], sha256)
             if offer.seed:
-                await self._send_file(move, "seed", place.directory / SEED)
+                await self._send_file(move, "seed", place.memory / SEED)
             _accepted(await control.hear(Answer, _EXPECT_S))
             group = await stack.enter_async_context(asyncio.TaskGroup())
             pumps = []

@@ -1,13 +1,15 @@
-"""The job's `files:` as a disk for a guest: a read-only ISO 9660 image labelled `cidata`, as NoCloud has it.
+"""What the job brings along as a disk for a guest: a read-only ISO 9660 image labelled `cidata`, as NoCloud has it.
 
 https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html: a guest with cloud-init takes `user-data` from
-it; any other may mount it. Owns the image alone.
+it; any other may mount it. Secrets and templates are files beside it, in `secrets` and `templates`: cloud-init copies
+what it reads itself to the guest's disk, and those it does not read. Owns the image alone.
 """
 
 import base64
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from agent.drivers.task_directory import safe_path
@@ -21,14 +23,18 @@ META_DATA, USER_DATA = "meta-data", "user-data"
 _GENISOIMAGE_S = 30.0
 
 
-async def make(path: Path, assignment: Assignment, task: Task, owner: int) -> None:
-    """Raises InputError for files that cannot be in one place, HostError where it cannot be made."""
-    with tempfile.TemporaryDirectory(prefix="outrider-seed-") as name:
+async def make(path: Path, assignment: Assignment, task: Task, belongings: Mapping[str, bytes], owner: int) -> None:
+    """`path`: in the node's memory; `belongings`: "secrets/NAME" and "templates/NAME", for the guest's root alone.
+
+    Raises InputError for files that cannot be in one place, HostError where it cannot be made.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".seed-") as name:
         tree = Path(name)
-        for file in with_names(assignment, task):
-            _write(tree, file)
-        # Joliet and Rock Ridge: names stay as they are, whatever the guest reads.
-        argv = ["genisoimage", "-quiet", "-J", "-r", "-V", LABEL, "-o", str(path), str(tree)]
+        given = (File(path=inside, content=content, mode=0o400) for inside, content in belongings.items())
+        _fill(tree, (*with_names(assignment, task), *given))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        # Joliet and Rock Ridge: names and modes stay as they are, whatever the guest reads.
+        argv = ["genisoimage", "-quiet", "-J", "-R", "-V", LABEL, "-o", str(path), str(tree)]
         done = await process.run(argv, timeout_s=_GENISOIMAGE_S)
     if done.code != 0:
         raise HostError("genisoimage", step=f"make {path}: {done.output.strip()}")
@@ -66,6 +72,12 @@ def _user_data(wanted: CloudInit | None) -> str:
     if wanted is not None and wanted.commands:
         config["runcmd"] = wanted.commands
     return "#cloud-config\n" + (json.dumps(config, indent=1) + "\n" if config else "")
+
+
+def _fill(tree: Path, files: tuple[File, ...]) -> None:
+    tree.chmod(0o755)  # the guest's to list
+    for file in files:
+        _write(tree, file)
 
 
 def _write(tree: Path, file: File) -> None:

@@ -8,6 +8,7 @@ from agent.console import Console, open_console
 from agent.drivers.microvm import INSIDE
 from agent.drivers.process import sandbox_id
 from agent.drivers.vm import AGENT, CONSOLE
+from agent.guest_terminal import GuestTerminal, open_terminal
 from agent.held import SIDECAR, Held, sandbox_directory
 from agent.operation import Operation
 from agent.qmp.guest_agent import GuestAgents, GuestProgram
@@ -44,10 +45,11 @@ class Sources:
         self._held = held
         self._agents = agents
         self._consoles: set[Path] = set()  # those that somebody sits at
+        self._terminals: set[Path] = set()  # of guests, likewise
 
     async def exec(
         self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool, rows: int, columns: int
-    ) -> ExecProcess | GuestProgram:
+    ) -> ExecProcess | GuestProgram | GuestTerminal:
         """Raises RefusedError where there is nothing to run it in, HostError where the host objects."""
         task = self._task(alloc, task)
         if task == SIDECAR:
@@ -57,19 +59,30 @@ class Sources:
                 "not-running", f"{task} of {alloc} does not run; `outrider alloc status {alloc}` says why"
             )
         if self._is_guest(alloc):
-            return await self._guest_exec(alloc, task, command, tty=tty)
+            if not tty:
+                return await self._guest_exec(alloc, task, command)
+            return await self._guest_terminal(alloc, task, command, rows, columns)
         return await self._runtime.exec(sandbox_id(alloc, task), command, tty=tty, rows=rows, columns=columns)
 
-    async def _guest_exec(self, alloc: AllocId, task: TaskName, command: tuple[str, ...], *, tty: bool) -> GuestProgram:
-        if tty:
-            raise RefusedError(
-                "unsupported", f"{task} is a vm: no terminal there; --no-tty, or `outrider vm console {alloc}`"
-            )
+    async def _guest_exec(self, alloc: AllocId, task: TaskName, command: tuple[str, ...]) -> GuestProgram:
         if not command:
             raise RefusedError("invalid", "no command")
-        sandbox = sandbox_directory(self._store.allocation_directory(alloc), task)
         wrap = (INSIDE,) if self._is_process(alloc) else ()
-        return await self._agents.start(guest_directory(sandbox) / AGENT, (*wrap, *command))
+        return await self._agents.start(self._guest_agent(alloc, task), (*wrap, *command))
+
+    async def _guest_terminal(
+        self, alloc: AllocId, task: TaskName, command: tuple[str, ...], rows: int, columns: int
+    ) -> GuestTerminal:
+        if not self._is_process(alloc):
+            message = f"{task} is a vm, where the QEMU guest agent runs programs, and it has no terminals"
+            raise RefusedError("unsupported", f"{message}: say --no-tty, or sit down at `outrider vm console {alloc}`")
+        if not command:
+            raise RefusedError("invalid", "no command")
+        agent = self._guest_agent(alloc, task)
+        return await open_terminal(self._agents, agent, self._terminals, command, rows, columns)
+
+    def _guest_agent(self, alloc: AllocId, task: TaskName) -> Path:
+        return guest_directory(sandbox_directory(self._store.allocation_directory(alloc), task)) / AGENT
 
     async def console(self, alloc: AllocId, task: TaskName) -> Console:
         """Raises RefusedError where it is no vm that runs, or somebody sits there already."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent import qmp, seed
+from agent.belongings.memory import guest_memory
 from agent.drivers.microvm import EXIT, ended
 from agent.drivers.process import Place
 from agent.drivers.vm import MACHINE, OVERLAY, QMP, SEED, SHUTDOWN_TRACE, TRACE, GuestImages, guest_spec
@@ -24,6 +25,7 @@ from agent.sandbox.spec import INNER_USER, SandboxSpec, StartError
 from agent.snapshots import IMAGES, FileSum, Manifest
 from outrider.clock import wall_s
 from outrider.errors import HostError, RefusedError
+from outrider.ids import AllocId
 from outrider.model.allocation import Assignment
 from outrider.model.job import MIB, GuestFile, Task, has_seed
 
@@ -34,9 +36,10 @@ _POWERED_OFF = f"{SHUTDOWN_TRACE} reason=6\n".encode()  # guest-shutdown of QEMU
 
 
 class Vms:
-    """`kvm` tells whether the node's self-test has booted a guest with it."""
+    """`run`: the node's; `kvm` tells whether the node's self-test has booted a guest with it."""
 
-    def __init__(self, *, images: Images, states: GuestStates, kvm: Callable[[], bool]) -> None:
+    def __init__(self, *, run: Path, images: Images, states: GuestStates, kvm: Callable[[], bool]) -> None:
+        self._run = run
         self._images = images
         self._states = states
         self._kvm = kvm
@@ -48,7 +51,7 @@ class Vms:
         Raises StartError where job or image are at fault, HostError where this host is.
         """
         directory, owner = Path(place.task_directory), place.uid_first + INNER_USER
-        where = GuestPlace(directory=directory, sandbox=Path(place.directory))
+        where = self.place(assignment.alloc, task, Path(place.directory))
         snapshot = self._states.wanted(task, where.sandbox)
         if snapshot:
             await self._states.check(snapshot, task, where.sandbox)
@@ -56,22 +59,25 @@ class Vms:
         images = await asyncio.to_thread(self._fetch, task)
         ready = make_ready(directory, owner)
         if snapshot:
-            await self._states.lay_out(snapshot, directory, owner)
+            await self._states.lay_out(snapshot, where, owner)
         elif not ready and images.disk:
             await make_overlay(directory / OVERLAY, task.resources.disk_bytes, images.disk_format, owner)
         if has_seed(task) and not snapshot:
-            await seed.make(directory / SEED, assignment, task, owner)
+            await seed.make(where.memory / SEED, assignment, task, place.files, owner)
         self._states.begin(where.sandbox, waits=bool(snapshot))
         return guest_spec(assignment, task, place, images, kvm=self._kvm(), waits=bool(snapshot)), snapshot
 
-    async def take_up(self, snapshot: str, spec: SandboxSpec) -> None:
-        """The emulator of `spec`, which was started, goes on from `snapshot`. Raises StartError."""
-        sandbox = Path(spec.directory)
-        await self._states.take_up(snapshot, GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox))
+    def place(self, alloc: AllocId, task: Task, sandbox: Path) -> GuestPlace:
+        memory = guest_memory(self._run, alloc, task.name)
+        return GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox, memory=memory)
+
+    async def take_up(self, snapshot: str, place: GuestPlace) -> None:
+        """The emulator at `place`, which was started, goes on from `snapshot`. Raises StartError."""
+        await self._states.take_up(snapshot, place)
 
     async def keep(self, snapshot: str, assignment: Assignment, task: Task, sandbox: Path) -> Manifest:
         """The guest that runs, as a snapshot; it runs on. Raises RefusedError or HostError."""
-        place = GuestPlace(directory=guest_directory(sandbox), sandbox=sandbox)
+        place = self.place(assignment.alloc, task, sandbox)
         with self.alone_with(place.directory):
             images = await asyncio.to_thread(self._fetch, task)
             return await self._states.take(snapshot, assignment, task, place, images, kvm=self._kvm())
@@ -107,7 +113,7 @@ class Vms:
             processor=origin.processor,
             identity=identity,
             images={role: FileSum(sha256=path.name, size_bytes=path.stat().st_size) for role, path in roles.items()},
-            seed=(place.directory / SEED).exists(),
+            seed=(place.memory / SEED).exists(),
         )
         return offer, {path.name: path for path in roles.values()}
 
@@ -165,8 +171,9 @@ class Vms:
         return guest_spec(assignment, task, place, images, kvm=self._kvm(), waits=True, identity=offer.identity)
 
     def keep_seed(self, place: Place, content: bytes) -> None:
-        path, owner = Path(place.task_directory) / SEED, place.uid_first + INNER_USER
-        path.write_bytes(content)
+        path, owner = Path(place.memory) / SEED, place.uid_first + INNER_USER
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(content)
         os.chown(path, owner, owner)
 
     def is_busy(self, directory: Path) -> bool:

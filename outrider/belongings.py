@@ -66,12 +66,10 @@ def _secrets(task: Task) -> Iterator[Wrong]:
     yield from _secrets_in_text(task)
     if not task.secrets:
         return
-    if is_guest(task):
-        yield ("secrets",), "a vm has no memory that the node can put a secret into; give it to a process beside it"
     if len(task.secrets) > LIST_MAX:
         yield ("secrets",), f"{len(task.secrets)} of them; at most {LIST_MAX}"
     for use in task.secrets:
-        for at, text in _secret(use):
+        for at, text in (*_secret(use), *_in_guest(task, use)):
             yield ("secrets", use.name, *at), text
     for key, taken in (
         ("env", Counter((*task.env, *(use.env for use in task.secrets if use.env)))),
@@ -143,8 +141,9 @@ def _target(at: Path, target: str) -> Iterator[Wrong]:
 
 
 def _artifacts(task: Task) -> Iterator[Wrong]:
-    if task.artifacts and is_guest(task):
-        yield ("artifacts",), "a vm brings its files on its disk; leave artifacts out"
+    if task.artifacts and task.driver is Driver.VM:
+        message = "a vm could not move with them: a disk of them is another on each node; put them on its disk"
+        yield ("artifacts",), f"{message}, or fetch them inside"
     if len(task.artifacts) > LIST_MAX:
         yield ("artifacts",), f"{len(task.artifacts)} of them; at most {LIST_MAX}"
     paths = [PurePosixPath(artifact.path) for artifact in task.artifacts]
@@ -161,15 +160,13 @@ def _artifacts(task: Task) -> Iterator[Wrong]:
 
 
 def _templates(task: Task) -> Iterator[Wrong]:
-    if task.templates and is_guest(task):
-        yield ("templates",), "a vm has no memory that the node can put a file into; leave templates out"
     if len(task.templates) > LIST_MAX:
         yield ("templates",), f"{len(task.templates)} of them; at most {LIST_MAX}"
     size = sum(len(template.content) for template in task.templates)
     if size > TEMPLATES_CHARS_MAX:
         yield ("templates",), f"{size} characters in all; at most {TEMPLATES_CHARS_MAX}"
     for template in task.templates:
-        for at, text in _template(template):
+        for at, text in (*_template(template), *_in_guest(task, template)):
             yield ("templates", template.path, *at), text
 
 
@@ -181,6 +178,18 @@ def _template(template: Template) -> Iterator[Wrong]:
     if not 0 <= template.splay_s <= _SPLAY_S_MAX:
         yield ("splay",), f"{template.splay_s:g} s is not within 0 and {_SPLAY_S_MAX:g} s"
     yield from wrong_signal(template.signal)
+
+
+def _in_guest(task: Task, use: SecretUse | Template) -> Iterator[Wrong]:
+    """A vm finds them on a disk as it boots: what it does with them is its own matter, and nobody in there is told."""
+    if task.driver is not Driver.VM:
+        return
+    if isinstance(use, SecretUse) and use.env:
+        yield ("env",), "a vm brings its own environment: give it a file"
+    if use.on_change is OnChange.SIGNAL:
+        yield ("on_change",), "no signal reaches what runs in a vm: choose restart, or none for its next start"
+    if task.image.start_from:
+        yield (), "a vm that goes on from a snapshot does not look for it: leave start_from out, or this"
 
 
 def _guest_limits(task: Task) -> Iterator[Wrong]:

@@ -24,12 +24,20 @@ from agent.pull.puller import Puller
 from outrider.ids import AllocId
 from outrider.log import Log
 from outrider.model.belongings import Artifact
-from outrider.model.job import MIB
+from outrider.model.job import MIB, Value
 
 ARTIFACTS = "/artifacts"  # inside
 _PARTIAL_S = 24 * 3600.0  # after which an interrupted download is not gone on with
 _FETCHES_MAX = 3
 Told = Callable[[str], None]
+
+
+class KeptArtifact(Value, frozen=True, kw_only=True):
+    """One that is here. `path`: below /artifacts; `source`: a file or a directory of this node; `digest`: of it."""
+
+    path: str
+    source: str
+    digest: str
 
 
 class Artifacts:
@@ -60,6 +68,10 @@ class Artifacts:
 
     def release(self, alloc: AllocId) -> None:
         self._cache.release(alloc)
+
+    def kept(self, artifact: Artifact) -> KeptArtifact:
+        """As a guest's disk is made of it."""
+        return KeptArtifact(path=artifact.path, source=str(self.path(artifact)), digest=_digest(artifact))
 
     def path(self, artifact: Artifact) -> Path:
         """Where its file, or its directory, is."""

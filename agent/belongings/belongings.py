@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from agent.belongings import memory, templates
-from agent.belongings.artifacts import ARTIFACTS, Artifacts
+from agent.belongings.artifacts import ARTIFACTS, Artifacts, KeptArtifact
 from agent.belongings.devices import Devices
 from agent.belongings.facts import Rendered
-from agent.belongings.memory import TaskMemory
+from agent.belongings.memory import BELONGINGS, TaskMemory
 from agent.belongings.mounted import Mounted
 from agent.belongings.secrets import Ask, Secrets, SecretsInMemory
 from agent.belongings.sticky import StickyDisks
@@ -28,14 +28,26 @@ from outrider.ids import AllocId, NodeId, TaskName
 from outrider.log import Log
 from outrider.model.allocation import Assignment
 from outrider.model.belongings import OnChange, SecretUse, Template
-from outrider.model.job import Task, Value
+from outrider.model.job import Isolation, Task, Value, is_guest
 from outrider.model.mesh import MeshView
 
 SECRETS, TEMPLATES = "/secrets", "/templates"  # inside
+_PARTS = ("secrets", "templates")
 _RETRY_S, _RETRY_MAX_S = 1.0, 30.0
 _MESH_S = 1.0  # changes of the mesh within it are rendered as one
 
 Signal = Callable[[AllocId, TaskName, int], Awaitable[None]]  # raises HostError where nothing runs
+Replace = Callable[[AllocId, TaskName, str, bytes], Awaitable[None]]  # "secrets/NAME", what it holds now; HostError
+
+
+class BroughtToGuest(Value, frozen=True, kw_only=True):
+    """What a guest gets of it, which sees no directory of the node's."""
+
+    disks: tuple[Disk, ...] = ()
+    env: Mapping[str, str] = {}
+    secrets: Mapping[str, str] = {}  # as `Brought` has them
+    files: Mapping[str, bytes] = {}  # "secrets/NAME" and "templates/NAME"
+    artifacts: tuple[KeptArtifact, ...] = ()
 
 
 class Brought(Value, frozen=True, kw_only=True):
@@ -55,6 +67,7 @@ class Belongings:
         run_directory: Path,
         ask: Ask,
         signal: Signal,
+        replace: Replace,
         tell: Callable[[RestartWanted | BelongingsTold], Awaitable[None]],
         volumes: Volumes,
         artifacts: Artifacts,
@@ -66,9 +79,10 @@ class Belongings:
         log: Log,
     ) -> None:
         self._node = node
-        self._directory = run_directory / "belongings"
+        self._directory = run_directory / BELONGINGS
         self._secrets = SecretsInMemory(ask)
         self._signal = signal
+        self._replace_in_guest = replace
         self._to_core = tell
         self._volumes = volumes
         self._artifacts = artifacts
@@ -95,9 +109,20 @@ class Belongings:
             mounts=(*mounts, *sticky, *given.mounts, *fetched), env=given.env, secrets=given.secrets, devices=devices
         )
 
-    async def disks(self, assignment: Assignment, task: Task, *, owner: int) -> tuple[Disk, ...]:
-        """Before each start of a vm, whose emulator runs as the host's `owner`."""
-        return await self._volumes.disks(assignment, task, owner=owner)
+    async def prepare_guest(self, assignment: Assignment, task: Task, *, owner: int) -> BroughtToGuest:
+        """Before each start of a vm, whose emulator runs as the host's `owner`. Raises StartError and HostError.
+
+        From here on the directory `memory.guest_memory` is there for what the guest is shown.
+        """
+        disks = await self._volumes.disks(assignment, task, owner=owner)
+        given = await self._give(assignment, task, owner)
+        return BroughtToGuest(
+            disks=disks,
+            env=given.env,
+            secrets=given.secrets,
+            files=self._memory(assignment.alloc, task.name).files(*_PARTS),
+            artifacts=tuple(map(self._artifacts.kept, task.artifacts)),
+        )
 
     def adopted(self, assignment: Assignment) -> None:
         """An earlier agent prepared its tasks, and they run."""
@@ -165,15 +190,17 @@ class Belongings:
 
     async def _give(self, assignment: Assignment, task: Task, owner: int) -> Brought:
         """Secrets and templates."""
+        kept = self._memory(assignment.alloc, task.name)
         if not (task.secrets or task.templates):
+            if is_guest(task):
+                kept.make(owner, guest=True)
             return Brought()
         values = await self._secrets.of(assignment)
         facts = templates.facts(assignment, task, self._node, values, self._view)
         rendered = await templates.render(task, facts) if task.templates else Rendered()
         for path, text in rendered.errors.items():
             raise StartError(f"template {path}: {text}")
-        kept = self._memory(assignment.alloc, task.name)
-        kept.make(owner)
+        kept.make(owner, guest=is_guest(task))
         mounts = []
         for use in task.secrets:
             if use.file:
@@ -211,7 +238,9 @@ class Belongings:
         changed = [use for use in task.secrets if given.secrets.get(use.name) != values[use.name].version]
         for use in changed:
             if use.file:
-                kept.write("secrets", use.file, values[use.name].content)
+                await self._replace(alloc, task, use, f"secrets/{use.file}", values[use.name].content)
+        if kept.given() is None:
+            return  # it has ended meanwhile
         kept.note({use.name: values[use.name].version for use in task.secrets})
         if changed:
             names = ", ".join(sorted(use.name for use in changed))
@@ -227,18 +256,32 @@ class Belongings:
         kept = self._memory(alloc, task.name)
         if kept.given() is None:
             return  # it has ended meanwhile
-        changed = [
-            template
-            for template in task.templates
-            if template.path in rendered.files
-            and kept.write("templates", template.path, rendered.files[template.path].encode())
-        ]
         wrong = "; ".join(f"template {path} is as it was: {text}" for path, text in sorted(rendered.errors.items()))
         await self._to_core(BelongingsTold(alloc=alloc, task=task.name, message=wrong))
-        if changed:
-            names = ", ".join(template.path for template in changed)
-            self._log.info("templates rendered", alloc=alloc, task=task.name, templates=names)
-            self._tell_after(assignment, task, changed, f"template {names} changed")
+        changed: list[Template] = []
+        try:
+            for each in task.templates:
+                if each.path in rendered.files:
+                    content = rendered.files[each.path].encode()
+                    if await self._replace(alloc, task, each, f"templates/{each.path}", content):
+                        changed.append(each)
+        finally:  # what is replaced by now is never found to have changed again
+            if changed:
+                names = ", ".join(each.path for each in changed)
+                self._log.info("templates rendered", alloc=alloc, task=task.name, templates=names)
+                self._tell_after(assignment, task, changed, f"template {names} changed")
+
+    async def _replace(self, alloc: AllocId, task: Task, what: SecretUse | Template, path: str, content: bytes) -> bool:
+        """A file of a task that runs. Whether it changed. In a guest that starts again anyway it is left as it was."""
+        kept = self._memory(alloc, task.name)
+        part, _, name = path.partition("/")
+        if kept.given() is None or kept.holds(part, name, content):
+            return False
+        if task.isolation is Isolation.VM and what.on_change in (OnChange.SIGNAL, OnChange.NONE):
+            await self._replace_in_guest(alloc, task.name, path, content)
+            if kept.given() is None:
+                return False  # it has ended meanwhile
+        return kept.write(part, name, content)
 
     def _tell_after(self, assignment: Assignment, task: Task, changed: list[Template], reason: str) -> None:
         """Copies see a change at the same moment: each waits for its turn, as the group's `update` has it."""

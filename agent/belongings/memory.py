@@ -1,6 +1,7 @@
 """A task's files that must never reach a disk: a small file system in memory, written by the agent, read by the task.
 
     RUN/belongings/ALLOC/TASK/secrets/...    mounted at /secrets
+    RUN/belongings/ALLOC/TASK/guest/...      what a guest's emulator shows it; `guest_memory` leads there
     RUN/belongings/ALLOC/TASK/given.json     what the task was given last; for the agent itself
 
 Owns these directories. The task cannot write to them, so no link in there is anybody else's.
@@ -16,10 +17,12 @@ import msgspec
 from agent.sandbox import mounts
 from agent.sandbox.spec import StartError
 from outrider.errors import HostError
-from outrider.ids import SecretName
+from outrider.ids import AllocId, SecretName, TaskName
 from outrider.model.job import MIB, Value
 
 _BYTES = 8 * MIB
+_GUEST_BYTES = 32 * MIB  # its files, and an image made of them
+BELONGINGS, _GUEST = "belongings", "guest"
 _GIVEN = "given.json"
 
 
@@ -34,14 +37,16 @@ class TaskMemory:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def make(self, owner: int) -> None:
+    def make(self, owner: int, *, guest: bool = False) -> None:
         """An earlier run's is emptied. Raises HostError."""
         self.clear()
         try:
             if not self._directory.is_mount():
                 self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-                mounts.mount_tmpfs(self._directory, size_bytes=_BYTES, uid=0, mode=0o711)
+                mounts.mount_tmpfs(self._directory, size_bytes=_GUEST_BYTES if guest else _BYTES, uid=0, mode=0o711)
             self._give(Given(owner=owner))
+            if guest:
+                self.part(_GUEST)
         except OSError as error:
             raise HostError(str(self._directory), step=f"prepare: {error.strerror}") from error
 
@@ -57,13 +62,22 @@ class TaskMemory:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def files(self, *parts: str) -> Mapping[str, bytes]:
+        """All of `parts`: "PART/PATH" -> content."""
+        paths = (path for part in parts for path in (self._directory / part).rglob("*"))
+        return {str(path.relative_to(self._directory)): path.read_bytes() for path in paths if path.is_file()}
+
+    def holds(self, part: str, path: str, content: bytes) -> bool:
+        target = self._directory.joinpath(part, *inner_path(path).parts)
+        return target.is_file() and target.read_bytes() == content
+
     def write(self, part: str, path: str, content: bytes, mode: int = 0o400) -> bool:
         """Whole or not at all. Whether it changed. Raises StartError where it does not fit."""
         given = self.given()
         assert given is not None, "`make` comes first"
-        target = self.part(part).joinpath(*inner_path(path).parts)
-        if target.is_file() and target.read_bytes() == content:
+        if self.holds(part, path, content):
             return False
+        target = self.part(part).joinpath(*inner_path(path).parts)
         try:
             for parent in reversed(target.relative_to(self._directory / part).parents[:-1]):
                 (self._directory / part / parent).mkdir(mode=0o755, exist_ok=True)
@@ -97,6 +111,11 @@ class TaskMemory:
         unfinished.write_bytes(msgspec.json.encode(given))
         unfinished.chmod(0o600)
         unfinished.replace(self._directory / _GIVEN)
+
+
+def guest_memory(run: Path, alloc: AllocId, task: TaskName) -> Path:
+    """What its emulator shows a guest and no disk may hold: made with the task's memory, gone with it."""
+    return run / BELONGINGS / alloc / task / _GUEST
 
 
 def remove(directory: Path) -> None:

@@ -1,12 +1,15 @@
-"""A process with `isolation: vm`: what its guest is told, as files of an archive that its kernel unpacks, and its init.
+"""A process with `isolation: vm`: its guest's init, and what that is told, as files of an archive on a disk.
 
 Pure: owns the translation alone. `agent.microvms` makes the guest's disk from the task's image; the guest itself is as
-`agent.drivers.vm` has it, with lines for the workload's output and for how it ended.
+`agent.drivers.vm` has it, with lines for the workload's output and for how it ended, and some for terminals. The guest
+keeps what it is told in memory: secrets are never on a disk that it, or the node, writes.
 """
 
 import shlex
 import signal
+from collections.abc import Mapping
 
+from agent.belongings.artifacts import ARTIFACTS
 from agent.drivers.task_directory import safe_path
 from agent.sandbox.spec import SandboxSpec
 from outrider.initrd import Entry, directory, regular, with_parents
@@ -18,6 +21,9 @@ EXIT = "exit"  # in the emulator's directory: how the workload ended, as the gue
 ROOT = "/root"  # where the guest's own agent, which is outside of it, finds the image
 INSIDE = "/given/inside"  # runs a command as the workload runs
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon", "button", "evdev", "ext4")
+TOLD_DISK, ARTIFACTS_DISK = "outrider.told", "outrider.artifacts"  # serials: no volume's name has a dot
+RENEW, TERMINAL = "/renew", "/terminal"  # programs for the agent to run in there: see the texts below
+TERMINALS = tuple(f"terminal{number}" for number in range(4))  # lines, for one conversation at a time each
 # The lines' names, in the guest, and where each leads: the emulator's own output, or a file.
 LINES = {"outrider.out": "/dev/fd/1", "outrider.err": "/dev/fd/2", "outrider.exit": f"/vm/{EXIT}"}
 KERNEL_ARGUMENTS = "quiet loglevel=0"  # a panic is told all the same
@@ -34,6 +40,9 @@ $B mount -t devtmpfs dev /dev
 $B --install -s /bin
 export PATH=/bin:/usr/sbin
 for module in $(cat /modules/order); do insmod "/modules/$module.ko"; done
+for disk in /sys/block/vd*; do
+  [ "$(cat "$disk/serial")" != @told@ ] || cpio -idu < "/dev/${disk##*/}" 2>/dev/null
+done
 . /given/settings
 for port in /sys/class/virtio-ports/*; do
   case "$(cat "$port/name")" in
@@ -52,10 +61,10 @@ for each in dev proc sys tmp etc task; do
 done
 mount -t proc proc /root/proc
 mount -t sysfs -o ro sys /root/sys
-mount --bind /dev /root/dev
 mkdir -p /dev/pts /dev/shm /dev/outrider
 mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
+mount --rbind /dev /root/dev
 mount -t tmpfs -o mode=1777 tmp /root/tmp
 cp /bin/busybox /dev/outrider/busybox
 
@@ -83,6 +92,13 @@ while read -r serial options target; do
   done
 done < /given/volumes
 
+for each in secrets templates; do
+  [ -e "/given/$each" ] || continue
+  chown -R "$OWNER" "/given/$each"
+  mkdir -p "/root/$each" && mount --bind "/given/$each" "/root/$each" && mount -o remount,bind,ro "/root/$each" || \
+    fail "/$each of its image is no directory"
+done
+
 mkfifo /dev/outrider/out /dev/outrider/err
 chown "$OWNER" /dev/outrider/out /dev/outrider/err
 cat < /dev/outrider/out > "$OUT" & copies=$!
@@ -100,6 +116,40 @@ code=$?
 kill -0 "$workload" 2>/dev/null || timeout 5 sh -c "while kill -0 $copies 2>/dev/null; do usleep 10000; done"
 [ "$code" = 137 ] && dmesg | grep -q "Out of memory: Killed process $workload " && code=oom
 end "$code"
+""".replace("@told@", TOLD_DISK)
+
+# A file of /secrets or /templates that changed: its path below /given, and what it holds now as input.
+_RENEW = """#!/bin/busybox sh
+export PATH=/bin
+. /given/settings
+target="/given/$1"
+mkdir -p "${target%/*}" && cat > /given/.new && chown "$OWNER" /given/.new && chmod 400 /given/.new && \
+  mv /given/.new "$target"
+"""
+
+# A terminal on the line $1, for the command $3, quoted; the code at its end between NULs, with the word $2.
+_TERMINAL = """#!/bin/busybox sh
+export PATH=/bin LINE="$1" WORD="$2" COMMAND="$3"
+for port in /sys/class/virtio-ports/*; do
+  [ "$(cat "$port/name")" != "$LINE" ] || device="/dev/${port##*/}"
+done
+# One alone has the line: the server of a conversation that broke off may not have seen that yet.
+before="$(cat "/run/$LINE" 2>/dev/null)"
+while [ "$(cat "/proc/$before/comm" 2>/dev/null)" = telnetd ]; do kill "$before"; usleep 10000; done
+echo "$$" > "/run/$LINE"
+exec telnetd -i -l /session 0<> "$device" 1>&0
+"""
+
+_SESSION = """#!/bin/busybox sh
+. /given/settings
+chown "$OWNER" "$(tty)"
+trap : INT QUIT  # what is typed is for the command
+export TERMINAL=xterm-256color
+eval "/given/inside $COMMAND"
+code=$?
+stty raw -echo
+printf '\\0%s %s\\0' "$WORD" "$code"
+read -r _  # until whoever listens has heard it, and hangs up
 """
 
 
@@ -108,11 +158,14 @@ def initrd_files() -> tuple[Entry, ...]:
     return (
         *(directory(path) for path in ("dev", "proc", "sys", "root", "run", "tmp")),
         regular("init", _INIT.encode(), mode=0o755),
+        regular(RENEW.lstrip("/"), _RENEW.encode(), mode=0o755),
+        regular(TERMINAL.lstrip("/"), _TERMINAL.encode(), mode=0o755),
+        regular("session", _SESSION.encode(), mode=0o755),
     )
 
 
-def given(task: Task, process: SandboxSpec) -> tuple[Entry, ...]:
-    """What one guest is told. `process`: the task as a sandbox would run it.
+def given(task: Task, process: SandboxSpec, belongings: Mapping[str, bytes]) -> tuple[Entry, ...]:
+    """What one guest is told. `process`: the task as a sandbox would run it; `belongings`: path below / -> content.
 
     Raises InputError for files that lead out of the task's directory.
     """
@@ -124,16 +177,25 @@ def given(task: Task, process: SandboxSpec) -> tuple[Entry, ...]:
         "NAMES": DNS_ADDRESS,
         "HOST": process.hostname,
     }
-    press = f"#!/bin/sh\nkill -{signal.Signals[task.kill_signal].value} $(cat /workload)\n"
+    press = f"#!/bin/sh\n{to_workload(signal.Signals[task.kill_signal])}\n"
+    disks = [*map(_volume, task.volumes)]
+    if task.artifacts:
+        disks.append(f"{ARTIFACTS_DISK} ro {ARTIFACTS}\n")
     files = (
         regular("given/settings", "".join(f"{name}={shlex.quote(text)}\n" for name, text in settings.items()).encode()),
-        regular("given/volumes", "".join(map(_volume, task.volumes)).encode()),
+        regular("given/volumes", "".join(disks).encode()),
         regular("given/inside", _inside(process, owner).encode(), mode=0o755),
         regular("given/run", f"exec {INSIDE} {shlex.join(process.argv)}\n".encode()),
         regular("etc/acpi/PWRF/00000080", press.encode(), mode=0o755),
         *(regular(f"given/task/{safe_path(file.path)}", file.content, mode=file.mode & 0o777) for file in task.files),
+        *(regular(f"given/{path}", content, mode=0o400) for path, content in belongings.items()),
     )
     return with_parents((directory("given/task"), *files))
+
+
+def to_workload(number: int) -> str:
+    """A command for the guest's own shell."""
+    return f"kill -{int(number)} $(cat /workload)"
 
 
 def ended(text: str) -> tuple[int, bool] | None:
@@ -147,12 +209,13 @@ def ended(text: str) -> tuple[int, bool] | None:
 def _inside(process: SandboxSpec, owner: str) -> str:
     """A script: in the image's root, as the workload's user, with its environment, and with no way to more rights."""
     env = shlex.join(f"{name}={value}" for name, value in process.env.items())
+    terminal = '${TERMINAL:+"TERM=$TERMINAL"}'
     # Whoever runs it gives the command: here it is `$@` of the first shell, and of the second.
     as_user = f"cd {shlex.quote(process.cwd)} || exit 126; command=$1; shift\n"
     as_user += (
         f'exec {_BUSYBOX} setpriv --nnp {_BUSYBOX} start-stop-daemon -S -p /none -c {owner} -a "$command" -- "$@"'
     )
-    return f'#!/bin/sh\nexec env -i {env} chroot {ROOT} {_BUSYBOX} sh -c {shlex.quote(as_user)} sh "$@"\n'
+    return f'#!/bin/sh\nexec env -i {env} {terminal} chroot {ROOT} {_BUSYBOX} sh -c {shlex.quote(as_user)} sh "$@"\n'
 
 
 def _volume(use: VolumeUse) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import assert_never
 
+from agent.belongings.artifacts import KeptArtifact
 from agent.belongings.volumes import Disk
 from agent.pull.image import UnpackedImage
 from agent.sandbox.spec import (
@@ -50,6 +51,9 @@ class Place(Value, frozen=True, kw_only=True):
     secrets: Mapping[str, str] = {}  # "secret.NAME" -> its text, for the environment alone
     devices: tuple[Device, ...] = ()
     disks: tuple[Disk, ...] = ()  # a vm's, beside its own
+    memory: str = ""  # of a vm: a directory, not on any disk, that its emulator may be shown
+    files: Mapping[str, bytes] = {}  # of a vm: "secrets/NAME" and "templates/NAME"
+    artifacts: tuple[KeptArtifact, ...] = ()  # of a vm
     mounts: tuple[Mount, ...] = ()  # what else the agent provides, such as the namespace's own /sys
 
 

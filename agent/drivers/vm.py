@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from agent.belongings.volumes import Disk
-from agent.drivers.microvm import LINES
+from agent.drivers.microvm import LINES, TERMINALS
 from agent.drivers.process import Place, sandbox_id
 from agent.network.guest import GUEST_MAC, TAP
 from agent.qmp.inside import BALLOON
@@ -16,13 +16,14 @@ from outrider.model.allocation import Assignment
 from outrider.model.job import EMULATOR, MIB, Image, Isolation, Resources, Task, Value, has_seed
 
 DIRECTORY = "/vm"  # inside; the emulator's own, with the names below
-OVERLAY, SEED, QMP, CONSOLE, AGENT, TRACE = "overlay.qcow2", "seed.iso", "qmp", "console", "agent", "trace"
+OVERLAY, QMP, CONSOLE, AGENT, TRACE = "overlay.qcow2", "qmp", "console", "agent", "trace"
+SEED = "seed.iso"  # in the node's memory
 DISK_SOCKET = "nbd"  # where the disk of a guest that comes from another node is written
 SHUTDOWN_TRACE = "qemu_system_shutdown_request"
 
 # Versioned: a guest must find the same machine under the next QEMU, and on the node that it is moved to.
 MACHINE = "pc-q35-7.2"
-_IMAGES, _VOLUMES = "/images", "/volumes"
+_IMAGES, _VOLUMES, _MEMORY = "/images", "/volumes", "/memory"
 _SERIAL_CHARS_MAX = 20  # of a virtio disk: the guest finds it by /dev/disk/by-id/virtio-SERIAL
 _TRANSLATED_MIB = 64  # what TCG may keep of translated code: counted in EMULATOR
 _CPUS_MAX = 64
@@ -63,6 +64,8 @@ def guest_spec(
     for name, source in (("disk", images.disk), ("kernel", images.kernel), ("initrd", images.initrd)):
         if source:
             mounts.append(Mount(source=source, target=f"{_IMAGES}/{name}"))
+    if has_seed(task):
+        mounts.append(Mount(source=place.memory, target=_MEMORY))
     mounts += [
         Mount(source=volume.path, target=f"{_VOLUMES}/{volume.name}", read_only=volume.read_only)
         for volume in place.disks
@@ -149,9 +152,17 @@ def _arguments(
     log = f"logfile=/dev/fd/{2 if isolated else 1},logappend=on"
     console = f"socket,id=console,path={DIRECTORY}/{CONSOLE},server=on,wait=off,{log}"
     yield from ("-chardev", console, "-serial", "chardev:console")
-    for number, (name, path) in enumerate(LINES.items() if isolated else ()):
+    yield from _lines() if isolated else ()
+
+
+def _lines() -> Iterator[str]:
+    """Those of a process with a kernel of its own."""
+    for number, (name, path) in enumerate(LINES.items()):
         yield from ("-chardev", f"file,id=line{number},path={path},append=on")
         yield from ("-device", f"virtserialport,chardev=line{number},name={name}")
+    for name in TERMINALS:
+        yield from ("-chardev", f"socket,id={name},path={DIRECTORY}/{name},server=on,wait=off")
+        yield from ("-device", f"virtserialport,chardev={name},name={name}")
 
 
 def _kernel(image: Image, images: GuestImages) -> Iterator[str]:
@@ -163,7 +174,7 @@ def _kernel(image: Image, images: GuestImages) -> Iterator[str]:
 
 
 def _seed() -> Mapping[str, object]:
-    file = {"driver": "file", "filename": f"{DIRECTORY}/{SEED}"}
+    file = {"driver": "file", "filename": f"{_MEMORY}/{SEED}"}
     return {"driver": "raw", "node-name": "seed", "read-only": True, "file": file}
 
 

@@ -29,9 +29,14 @@ class GuestAgents:
         self._answer_s = answer_s
         self._lines: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
 
-    async def start(self, path: Path, argv: Sequence[str]) -> "GuestProgram":
-        """`path`: the emulator's socket. Raises RefusedError where the guest has no agent, or no such program."""
-        arguments = {"path": argv[0], "arg": [*argv[1:]], "capture-output": True}
+    async def start(self, path: Path, argv: Sequence[str], *, given: bytes = b"") -> "GuestProgram":
+        """`path`: the emulator's socket; `given`: the program's input.
+
+        Raises RefusedError where the guest has no agent, or no such program.
+        """
+        arguments: dict[str, object] = {"path": argv[0], "arg": [*argv[1:]], "capture-output": True}
+        if given:
+            arguments["input-data"] = base64.b64encode(given).decode()
         try:
             answer = await self.ask(path, "guest-exec", arguments)
         except ExecuteError as error:

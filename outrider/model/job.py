@@ -429,7 +429,8 @@ def main_task(group: Group) -> Task:
 
 def has_seed(task: Task) -> bool:
     """Whether a guest gets a disk with what the job brings along."""
-    return bool(task.files) or task.cloud_init is not None
+    brings = task.files or task.cloud_init is not None or task.secrets or task.templates
+    return task.driver is Driver.VM and bool(brings)
 
 
 # Beyond `stop_after`: for the sidecar to drain and the host to be slow, and for clocks that run unlike.

@@ -58,6 +58,7 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
         self.fingerprint_snapshots: tuple[str, ...] = ()
         self.leaves: Counter[str] = Counter()
         self.leaf_life_s = 3600.0
+        self.secrets: dict[str, tuple[int, bytes]] = {}  # name -> version and value, of every allocation
         self.refuse_leaves = False
         self.silent = False  # answers no heartbeat
         self.away = False  # nor welcomes anybody
@@ -106,6 +107,15 @@ class FakeController(fleet_pb2_grpc.FleetServiceServicer):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not placed on this node")
         leaf = self._sign(request.service, request.csr_pem)
         return fleet_pb2.IssueLeafResponse(leaf=codec.to_wire(leaf, mesh_pb2.Leaf))
+
+    async def GetSecrets(  # noqa: N802 - the wire's name
+        self, _request: fleet_pb2.GetSecretsRequest, _context: Any
+    ) -> fleet_pb2.GetSecretsResponse:
+        values = (
+            fleet_pb2.SecretValue(name=name, version=version, value=value)
+            for name, (version, value) in self.secrets.items()
+        )
+        return fleet_pb2.GetSecretsResponse(secrets=values)
 
     async def Tunnel(  # noqa: N802 - the wire's name
         self, request_iterator: AsyncIterator[fleet_pb2.TunnelFrame], _context: Any

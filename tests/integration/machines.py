@@ -5,7 +5,9 @@ import hashlib
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from examples.vm import guest as example
 from outrider.ids import AllocId, GroupName, JobName, PortName, ServiceName, TaskName
 from outrider.model.allocation import Assignment
 from outrider.model.job import (
@@ -41,6 +43,12 @@ from tests.integration.agent_fleet import AgentFleet
 
 GUEST, API, VISITOR = AllocId("00000000a1"), AllocId("00000000b1"), AllocId("00000000c1")
 BOOT_S = 60.0  # three at once on a busy machine
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The folder with the example's guest."""
+    return example.build()
 
 
 def file(path: Path) -> GuestFile:
@@ -168,9 +176,9 @@ async def typed(fleet: AgentFleet, keys: str, *, until_seen: str, alloc: AllocId
     raise AssertionError(f"the console broke off after {seen!r}")
 
 
-async def ran(fleet: AgentFleet, *command: str, alloc: AllocId = GUEST) -> tuple[bytes, int, str]:
+async def ran(fleet: AgentFleet, *command: str, alloc: AllocId = GUEST, tty: bool = False) -> tuple[bytes, int, str]:
     """What a program inside the guest said, its code, and why it did not run."""
-    request = fleet_pb2.ExecRequest(alloc=alloc, command=command)
+    request = fleet_pb2.ExecRequest(alloc=alloc, command=command, tty=tty)
     output, end = await fleet.controller.tunnelled(fleet.controller.open_tunnel(exec=request))
     return output, end.exit_code, end.error
 

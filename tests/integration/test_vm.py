@@ -16,8 +16,9 @@ import pytest
 
 from agent.network.plan import next_address
 from examples.vm import guest as example
-from outrider.ids import AllocId, PortName, ServiceName
-from outrider.model.allocation import AllocStatus, Desired
+from outrider.ids import AllocId, PortName, SecretName, ServiceName
+from outrider.model.allocation import AllocStatus, Assignment, Desired
+from outrider.model.belongings import SecretUse, Template
 from outrider.model.job import (
     MIB,
     GuestFile,
@@ -27,12 +28,15 @@ from outrider.model.job import (
     Port,
     Service,
 )
+from outrider.v1 import fleet_pb2
+from outrider.v1.fleet_pb2 import VmVerb
 from tests.integration.agent_fleet import AgentFleet, agent_fleet
 from tests.integration.machines import (
     API,
     BOOT_S,
     GUEST,
     VISITOR,
+    built,
     calls,
     emulators,
     file,
@@ -48,14 +52,10 @@ from tests.integration.machines import (
 from tests.integration.network_lab import NODE, Lab, node
 from tests.integration.processes import until
 
-__all__ = ["node"]
+__all__ = ["built", "node"]
 pytestmark = pytest.mark.host
+SECRET = b"a-word-that-is-nowhere-else\n"
 METRICS = 9464  # in the node's own namespace
-
-
-@pytest.fixture(scope="module")
-def built() -> Path:
-    return example.build()
 
 
 @pytest.fixture
@@ -73,13 +73,22 @@ def told_inside() -> set[str]:
     }
 
 
+def with_secrets(wish: Assignment) -> Assignment:
+    (task,) = wish.group.tasks
+    template = Template(path="name", content="{{ alloc.group }} of {{ alloc.job }}\n")
+    given = msgspec.structs.replace(task, secrets=(SecretUse(name=SecretName("db"), file="db"),), templates=(template,))
+    group = msgspec.structs.replace(wish.group, tasks=(given,))
+    return msgspec.structs.replace(wish, group=group, secrets={SecretName("db"): 1})
+
+
 async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_in_order(
     fleet: AgentFleet, built: Path
 ) -> None:
     controller = fleet.controller
     await fleet.start()
     mesh(fleet)
-    wish = (serving(built), *neighbours())
+    controller.secrets["db"] = (1, SECRET)
+    wish = (with_secrets(serving(built)), *neighbours())
     controller.assign(*wish, full=True)
     await until(lambda: all(map(controller.passing, (GUEST, API, VISITOR))), "all healthy", timeout_s=BOOT_S)
     mesh(fleet)
@@ -102,6 +111,13 @@ async def test_a_guest_serves_and_calls_survives_the_agent_comes_back_and_ends_i
 
     assert await ran(fleet, "sh", "-c", "echo $((6 * 7)); echo oh >&2; exit 3") == (b"42\noh\n", 3, "")
     assert "the guest says" in (await ran(fleet, "/nowhere"))[2]
+    assert "the QEMU guest agent runs programs, and it has no terminals" in (await ran(fleet, "sh", tty=True))[2]
+    read = "stat -c '%a %u' /mnt/secrets/db; cat /mnt/secrets/db /mnt/templates/name"
+    assert (await ran(fleet, "sh", "-c", read))[0] == b"400 0\n" + SECRET + b"guest of machines\n"
+    assert not fleet.shell(f"grep -rlF {SECRET.decode().strip()} {fleet.data}"), "on no disk of the node"
+    keep = fleet_pb2.VmCommand(verb=VmVerb.VM_VERB_SNAPSHOT, snapshot="warm")
+    kept = controller.open_tunnel(exec=fleet_pb2.ExecRequest(alloc=GUEST, vm=keep))
+    assert "a snapshot would keep them on disk" in (await controller.tunnelled(kept))[1].error
     assert await typed(fleet, "expr 20 + 22\n", until_seen="42") == ""
     await until(lambda: {"cpu_seconds_total", "memory_bytes", "memory_used_bytes"} <= told_inside(), "tells of itself")
     assert "no console" in await typed(fleet, "", until_seen="", alloc=VISITOR)
@@ -188,6 +204,8 @@ async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None
     await fleet.start()
     blank, based = fleet.directory / "blank.raw", fleet.directory / "based.qcow2"
     blank.write_bytes(bytes(MIB))
+    corrupt = fleet.directory / "corrupt.qcow2"
+    corrupt.write_bytes((built / "disk.qcow2").read_bytes()[:512] + os.urandom(MIB))
     fleet.shell(f"qemu-img create -q -u -f qcow2 -F raw -b /etc/shadow {based} 1M")
     good = image(built, built / "disk.qcow2")
     firmware = Image(kind=ImageKind.DISK, reference=str(blank), sha256=file(blank).sha256, boot_deadline_s=4.0)
@@ -198,6 +216,7 @@ async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None
         "checksum": machine(msgspec.structs.replace(good, sha256="1" * 64), AllocId("00000000d3")),
         "backing": machine(image(built, based), AllocId("00000000d4")),
         "large": machine(good, AllocId("00000000d5"), disk_bytes=8 * MIB),
+        "corrupt": machine(image(built, corrupt), AllocId("00000000d7")),
         "absent": machine(msgspec.structs.replace(good, kernel=absent), AllocId("00000000d6")),
     }
     controller.assign(*bad.values(), full=True)
@@ -213,6 +232,7 @@ async def test_what_cannot_boot_says_why(fleet: AgentFleet, built: Path) -> None
     assert "No bootable device" in reports["blank"].log_tail
     assert "is another file: its sha256 is" in reports["checksum"].message
     assert "has a backing file" in reports["backing"].message
+    assert reports["corrupt"].message
     assert "disk: 32Mi" in reports["large"].message
     assert "/nowhere/vmlinux: No such file or directory on this node" in reports["absent"].message
     assert not emulators(fleet)

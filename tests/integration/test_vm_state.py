@@ -13,7 +13,6 @@ from qemu.qmp import QMPClient
 
 from agent.qmp import connect
 from agent.snapshots import Manifest
-from examples.vm import guest as example
 from outrider.ids import AllocId
 from outrider.model.allocation import AllocStatus, Assignment
 from outrider.v1 import fleet_pb2
@@ -24,6 +23,7 @@ from tests.integration.machines import (
     BOOT_S,
     GUEST,
     VISITOR,
+    built,
     calls,
     emulators,
     image,
@@ -37,15 +37,10 @@ from tests.integration.machines import (
 from tests.integration.network_lab import node
 from tests.integration.processes import until
 
-__all__ = ["fleet", "node"]
+__all__ = ["built", "fleet", "node"]
 pytestmark = pytest.mark.host
 
 CLONES = AllocId("00000000e1"), AllocId("00000000e2")
-
-
-@pytest.fixture(scope="module")
-def built() -> Path:
-    return example.build()
 
 
 async def operated(

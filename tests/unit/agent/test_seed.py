@@ -1,11 +1,13 @@
 """What a guest's seed says to cloud-init."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from agent import seed
+from agent.sandbox import process
 from outrider.errors import InputError
 from outrider.ids import AllocId, GroupName, JobName, TaskName
 from outrider.model.allocation import Assignment
@@ -55,4 +57,15 @@ async def test_files_that_cannot_be_in_one_place_are_the_job_s_fault(tmp_path: P
     both = (File(path="a", content=b""), File(path="a/b", content=b""))
     task = Task(name=TaskName("machine"), driver=Driver.VM, files=both)
     with pytest.raises(InputError, match="files: a/b"):
-        await seed.make(tmp_path / "seed.iso", assignment(task), task, 0)
+        await seed.make(tmp_path / "seed.iso", assignment(task), task, {}, 0)
+
+
+async def test_a_secret_is_a_file_of_root_s_on_a_disk_that_the_emulator_alone_may_read(tmp_path: Path) -> None:
+    made = tmp_path / "seed.iso"
+    task = Task(name=TaskName("machine"), driver=Driver.VM)
+    await seed.make(made, assignment(task), task, {"secrets/db": b"hush"}, 0)
+    assert made.stat().st_mode & 0o777 == 0o600
+    listed = await process.run(["isoinfo", "-R", "-l", "-i", str(made)], timeout_s=10)
+    (line,) = (line for line in listed.output.splitlines() if line.endswith(" db "))
+    assert line.startswith("-r--------   1    0    0")
+    assert [path.name for path in os.scandir(tmp_path)] == [made.name], "the tree that it was made of is gone"

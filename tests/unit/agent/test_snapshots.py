@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.guest_states import misfits
+from agent.guest_states import GuestStates, misfits
 from agent.snapshots import DISK, IMAGES, MEMORY, FileSum, Manifest, Snapshots, copy_sparse, read_manifest, sum_of
 from outrider.errors import RefusedError
 from outrider.ids import TaskName
@@ -123,6 +123,20 @@ def test_a_guest_that_is_another_does_not_go_on_from_it() -> None:
         f"memory {128 * MIB} there, {256 * MIB} here",
         "processors 1 there, 2 here",
     ]
+
+
+def test_a_guest_does_not_go_on_under_another_emulator(tmp_path: Path) -> None:
+    states = GuestStates(
+        snapshots=Snapshots(tmp_path),
+        cluster="test",
+        qemu_version=lambda: "8.1.3",
+        kvm=lambda: True,
+        changed=lambda: None,
+    )
+    kept(states.snapshots, "warm")
+    told = "it was made by QEMU 7.2.22, and this node has 8.1.3; it was made under tcg, and this node has kvm"
+    with pytest.raises(RefusedError, match=f"snapshot warm does not fit: {told}"):
+        states.fitting("warm", TASK)
 
 
 def test_a_copy_keeps_its_holes_and_follows_no_link(tmp_path: Path) -> None:

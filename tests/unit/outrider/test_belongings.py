@@ -99,3 +99,21 @@ def test_a_sticky_disk_is_a_path_and_a_size() -> None:
     assert "/task is not to be covered" in fault("sticky: {/task: 64Mi}")
     assert "a volume is there already" in fault("sticky: {/data: 64Mi}, volumes: {/data: pg}")
     assert "give it a volume" in fault("driver: vm, sticky: {/data: 64Mi}")
+
+
+def test_a_vm_has_files_of_secrets_and_templates_and_what_it_cannot_have_is_said_with_the_reason() -> None:
+    assert "a vm could not move with them" in fault(f"driver: vm, artifacts: {{t: {A}}}")
+    assert "secrets.db.env: a vm brings its own environment: give it a file" in fault("driver: vm, secrets: {db: A}")
+    signalled = "{db: {on_change: signal}}"
+    assert "secrets.db.on_change: no signal reaches what runs in a vm" in fault(f"driver: vm, secrets: {signalled}")
+    template = "templates: {a: {content: x, on_change: signal}}"
+    assert "templates.a.on_change: no signal reaches what runs in a vm" in fault(f"driver: vm, {template}")
+    warm = f"driver: vm, image: {{disk: /d, sha256: {'0' * 64}, start_from: warm}}"
+    assert "does not look for it: leave start_from out, or this" in fault(f"{warm}, secrets: {{db: {{}}}}")
+
+
+def test_a_process_with_a_kernel_of_its_own_has_all_belongings_of_a_process() -> None:
+    own = "isolation: vm, image: 'dir:/srv/root', resources: {memory: 128Mi}"
+    uses = "secrets: {db: A, key: {on_change: signal}}, templates: {a: {content: x}}"
+    given = task(f"{own}, {uses}, artifacts: {{t: {A}}}")
+    assert (len(given.secrets), len(given.templates), len(given.artifacts)) == (2, 1, 1)

@@ -4,7 +4,6 @@ import msgspec
 import pytest
 
 from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
-from outrider.model.belongings import SecretUse
 from outrider.model.job import (
     MIB,
     Check,
@@ -86,7 +85,6 @@ def test_a_good_job_has_no_problem() -> None:
         (_with(GROUP, count=-1), "groups.web.count"),
         (_with(TASK, isolation=Isolation.VM), "groups.web.tasks.server.image"),
         (_with(TASK, isolation=Isolation.VM, driver=Driver.VM), "groups.web.tasks.server.isolation"),
-        (_with(OWN, secrets=(SecretUse(name="key", env="KEY"),)), "groups.web.tasks.server.secrets"),
         (_with(OWN, resources=Resources(memory_bytes=64 * MIB)), "groups.web.tasks.server.resources.memory"),
         (_with(GROUP, tasks=(OWN, OWN_TOO)), "groups.web.tasks"),
         (_with(GROUP, tasks=()), "groups.web.tasks"),

@@ -1,12 +1,14 @@
 """What a process with a kernel of its own is told, and what it says at its end."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from agent.drivers.microvm import ended, given
 from agent.sandbox.spec import HostRoot, Limits, SandboxSpec
 from outrider.errors import InputError
 from outrider.ids import TaskName
-from outrider.model.belongings import VolumeUse
+from outrider.model.belongings import Artifact, VolumeUse
 from outrider.model.job import MIB, File, Task
 
 INSIDE = SandboxSpec(
@@ -25,8 +27,8 @@ INSIDE = SandboxSpec(
 )
 
 
-def told(task: Task) -> dict[str, bytes]:
-    return {entry.path: entry.content for entry in given(task, INSIDE)}
+def told(task: Task, belongings: Mapping[str, bytes] | None = None) -> dict[str, bytes]:
+    return {entry.path: entry.content for entry in given(task, INSIDE, belongings or {})}
 
 
 def test_words_reach_the_workload_as_they_are() -> None:
@@ -47,6 +49,19 @@ def test_the_power_button_is_the_jobs_signal() -> None:
 def test_volumes_are_found_by_the_first_of_their_names_letters() -> None:
     use = VolumeUse(volume="a-very-long-name-of-a-volume", target="/data", read_only=True)
     assert told(Task(name=TaskName("web"), volumes=(use,)))["given/volumes"] == b"a-very-long-name-of- ro /data\n"
+
+
+def test_secrets_and_templates_are_for_the_guest_s_init_alone_until_they_have_an_owner() -> None:
+    entries = {entry.path: entry for entry in given(Task(name=TaskName("web")), INSIDE, {"secrets/db/key": b"hush"})}
+    assert (entries["given/secrets/db/key"].content, entries["given/secrets/db/key"].mode & 0o777) == (b"hush", 0o400)
+    assert "given/secrets/db" in entries
+
+
+def test_artifacts_are_one_disk_more() -> None:
+    artifact = Artifact(path="model", source="https://x/m", sha256="0" * 64)
+    assert told(Task(name=TaskName("web"), artifacts=(artifact,)))["given/volumes"] == (
+        b"outrider.artifacts ro /artifacts\n"
+    )
 
 
 def test_files_stay_in_the_tasks_directory() -> None:

@@ -82,9 +82,10 @@ def test_the_jobs_files_are_a_disk_for_cloud_init_with_a_name_of_its_own() -> No
     assignment = Assignment(alloc=AllocId("a1"), job=JobName("j"), job_version=1, group=group, index=2)
     files = {file.path: file.content for file in with_names(assignment, given)}
     assert files == {"user-data": b"#cloud-config", "meta-data": b"instance-id: a1\nlocal-hostname: g-2\n"}
-    made = guest_spec(assignment, given, PLACE, IMAGES, kvm=False)
+    made = guest_spec(assignment, given, msgspec.structs.replace(PLACE, memory="/m"), IMAGES, kvm=False)
+    assert ("/m", True) in {(mount.source, mount.read_only) for mount in made.mounts if mount.target == "/memory"}
     seed = json.loads(after("-blockdev", made.argv)[1])
-    assert (seed["driver"], seed["read-only"], seed["file"]["filename"]) == ("raw", True, "/vm/seed.iso")
+    assert (seed["driver"], seed["read-only"], seed["file"]["filename"]) == ("raw", True, "/memory/seed.iso")
 
 
 def test_it_sees_its_own_files_alone_and_writes_only_to_its_directory() -> None:
