@@ -1,11 +1,14 @@
 """Shows a tree with other owners than it has: an idmapped mount (mount_setattr(2)), where nothing is copied or changed.
 
-So one unpacked image, owned as its author wanted, serves sandboxes with disjoint uid ranges. Owns no state.
+So one unpacked image, owned as its author wanted, serves sandboxes with disjoint uid ranges. The mapping comes from a
+user namespace, which only a program of its own can make: to start one takes as long as all else here, so one is kept
+ready. Owns that one; it ends with the agent.
 """
 
 import ctypes
 import os
-from contextlib import ExitStack
+from collections import deque
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from agent.sandbox import process
@@ -48,31 +51,53 @@ def bind(source: Path, target: Path, *, uid_first: int, uids: int) -> None:
         _call(_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_EMPTY, doing="mount", path=target)
 
 
-def _user_namespace(uid_first: int, uids: int) -> int:
-    """A descriptor of a new one with that mapping; it holds no process, and ends with the last use of it.
+def make_ready() -> None:
+    """For the next `bind`, whenever there is time: 1 ms."""
+    if not _ready:
+        _ready.append(_Unmapped())
 
-    A program of its own makes it: a process with threads may not. 2 ms.
-    """
-    with ExitStack() as stack:
-        told, tell = os.pipe()
-        stack.callback(os.close, told)
+
+class _Unmapped:
+    """A program that waits in a user namespace of its own, which nobody has in it yet."""
+
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            wait, self._release = os.pipe()
+            stack.callback(os.close, wait)
+            self._told, tell = os.pipe()
+            stack.callback(os.close, tell)
+            self._pid = process.spawn(
+                ("unshare", "--user", "sh", "-c", "echo; read line"), descriptors={0: wait, 1: tell}
+            )
+
+    def mapped(self, uid_first: int, uids: int) -> int:
+        """A descriptor of the namespace. It holds no process from then on, and ends with the last use of it."""
         try:
-            wait, release = os.pipe()
-            try:
-                pid = process.spawn(
-                    ("unshare", "--user", "sh", "-c", "echo; read line"), descriptors={0: wait, 1: tell}
-                )
-                stack.callback(os.waitpid, pid, 0)
-                stack.callback(os.close, release)
-            finally:
-                os.close(wait)
+            if not os.read(self._told, 1):
+                raise HostError("user namespaces", step="unshare --user failed", hint="does this kernel allow them?")
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{self._pid}/{name}").write_text(f"0 {uid_first} {uids}")
+            return os.open(f"/proc/{self._pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
-            os.close(tell)
-        if not os.read(told, 1):
-            raise HostError("user namespaces", step="unshare --user failed", hint="does this kernel allow them?")
-        for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{pid}/{name}").write_text(f"0 {uid_first} {uids}")
-        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            os.close(self._told)
+            os.close(self._release)
+            _ending.append(self._pid)
+
+
+_ready: deque[_Unmapped] = deque()
+_ending: deque[int] = deque()  # pids, until somebody has looked
+
+
+def _user_namespace(uid_first: int, uids: int) -> int:
+    """With that mapping. For any thread."""
+    for _ in range(len(_ending)):
+        with suppress(IndexError):
+            pid = _ending.popleft()
+            if not os.waitpid(pid, os.WNOHANG)[0]:
+                _ending.append(pid)
+    with suppress(IndexError, OSError):  # none is ready, or somebody has ended it
+        return _ready.pop().mapped(uid_first, uids)
+    return _Unmapped().mapped(uid_first, uids)
 
 
 def _call(number: int, *arguments: object, doing: str, path: Path) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.sandbox import conmon, executable, execution, mounts, oci, process, rootfs, seccomp
+from agent.sandbox import conmon, executable, execution, idmap, mounts, oci, process, rootfs, seccomp
 from agent.sandbox.cgroup import Cgroups
 from agent.sandbox.execution import ExecProcess
 from agent.sandbox.records import Records
@@ -27,6 +27,7 @@ from agent.sandbox.spec import (
     DirectoryRoot,
     Exit,
     HostRoot,
+    ImageRoot,
     SandboxRecord,
     SandboxSpec,
     SandboxStatus,
@@ -49,6 +50,7 @@ class Created(Value, frozen=True, kw_only=True):
 
     record: SandboxRecord
     command: str
+    maps_owners: bool  # of an image's files
 
 
 class SandboxRuntime:
@@ -110,6 +112,8 @@ class SandboxRuntime:
                 raise StartError(f"{created.command}: {done.output.strip()}")
         record = msgspec.structs.replace(record, started_at_s=started_at_s)
         self._records.write(record)
+        if created.maps_owners:
+            idmap.make_ready()  # nobody waits here any more
         return _status(record, running=True)
 
     @asynccontextmanager
@@ -156,7 +160,7 @@ class SandboxRuntime:
         if spec.limits.nice:
             os.setpriority(os.PRIO_PROCESS, pid, spec.limits.nice)  # what it starts has the same
         record = msgspec.structs.replace(record, pid=pid, started_ticks=process.started_ticks_of(pid))
-        return Created(record=record, command=spec.argv[0])
+        return Created(record=record, command=spec.argv[0], maps_owners=isinstance(spec.root, ImageRoot))
 
     async def wait(self, sandbox: str) -> Exit:
         """Wait until the sandbox has ended, and how. Also for one that an earlier agent started."""

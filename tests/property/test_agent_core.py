@@ -87,7 +87,9 @@ class Host:
             self.take(command)
 
     def take(self, command: commands.Command) -> None:
-        if isinstance(command, commands.CreateNetwork | commands.StartSidecar | commands.StartTask):
+        if isinstance(
+            command, commands.CreateNetwork | commands.StartSidecar | commands.CreateTask | commands.StartTask
+        ):
             assert not exposed.is_open(command.assignment), "nobody knows where it listens"
         match command:
             case commands.StartTask():
