@@ -1,8 +1,7 @@
 """The agent's only wiring: configuration -> join -> claims -> parts -> what runs already -> run until SIGTERM.
 
 Tasks: `engine`, `writer`, `fleet`, `mesh`, `names`, `logs`, `refusals`, `belongings`, `spares`, `load`, `kvm`, `mqtt`,
-and what these start, in one TaskGroup: when one fails, the agent ends with its error. The allocations run on in every
-case.
+and what these start, in one TaskGroup: when one fails, the agent ends with its error. The allocations run on.
 """
 
 import asyncio
@@ -60,6 +59,7 @@ from agent.pull.puller import Puller, Registries
 from agent.qmp.guest_agent import GuestAgents
 from agent.record_writer import RecordWriter
 from agent.renewal import Renewal
+from agent.shared_envoy import Shared
 from agent.snapshots import Snapshots
 from agent.sources import Sources
 from agent.spares import Spares
@@ -74,7 +74,7 @@ from outrider.ids import AllocId, TaskName
 from outrider.log import Log
 from outrider.model.allocation import AllocReport
 from outrider.model.job import is_guest
-from outrider.model.mesh import MeshUpdate, MeshView
+from outrider.model.mesh import MeshUpdate, MeshView, wants_own_sidecar
 from outrider.model.node import Fingerprint, Node
 from outrider.tls import Identity, IdentityKind, ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
@@ -206,10 +206,20 @@ class Agent:
             networks=host.networks,
             uids=host.uids,
             library=self._library,
-            in_use=lambda: any(held.assignment.group.services for held in self._executor.held()),
+            in_use=lambda: any(wants_own_sidecar(held.assignment.group) for held in self._executor.held()),
             log=log,
         )
         self._peer_address = ""
+        self._envoys = Envoys(
+            runtime=host.runtime,
+            networks=host.networks,
+            library=self._library,
+            spares=self._spares,
+            shared=Shared(directory=config.data / "sidecar", uid_first=host.uids.shared_sidecar),
+            tell=self._engine.tell,
+            tasks=tasks,
+            log=log,
+        )
         self._executor = Executor(
             node=config.node_id,
             run_directory=config.run,
@@ -220,9 +230,7 @@ class Agent:
             networks=host.networks,
             names=self._names,
             leaves=self._leaves,
-            envoys=Envoys(
-                runtime=host.runtime, library=self._library, spares=self._spares, tell=self._engine.tell, log=log
-            ),
+            envoys=self._envoys,
             guests=self._guests,
             images=self._make_images(),
             belongings=self._make_belongings(),
@@ -239,6 +247,7 @@ class Agent:
             operations=self._operations(),
             agents=self._guest_agents,
             volumes=self._volumes,
+            shared_log=self._envoys.shared_log,
         )
         self._load = Load(
             held=self._executor.held,
@@ -379,6 +388,7 @@ class Agent:
         host = self._host
         discovery = Discovery(store=host.store, runtime=host.runtime, networks=host.networks, log=self._log)
         found = await discovery.find(host.loaded.records)
+        await self._envoys.take_over([alloc for alloc, network in discovery.networks.items() if network.shared])
         self._executor.found(discovery.networks)
         recovered = Recovered(acknowledged=host.loaded.acknowledged, found=found, heard_s=self._heard.at_s())
         self._engine.begin(recovered, execute=self._executor.execute)

@@ -5,7 +5,7 @@ nobody's use: starts that were cut short, networks without any sandbox.
 from collections.abc import Iterable
 
 from agent.core.events import AllocRecord, Found, FoundTask, TaskExit
-from agent.held import SIDECAR, sandbox_directory, split, task_exit
+from agent.held import SHARED_SIDECAR, SIDECAR, sandbox_directory, split, task_exit
 from agent.network.namespaces import AllocationNetwork, AllocationNetworks
 from agent.sandbox.runtime import SandboxRuntime
 from agent.store import Store
@@ -31,6 +31,7 @@ class Discovery:
         await self._runtime.reap([status.id for status in statuses])
         sandboxes: dict[AllocId, dict[TaskName, FoundTask]] = {}
         sidecars: set[AllocId] = set()
+        shared_runs = any(status.id == SHARED_SIDECAR and status.running for status in statuses)
         for status in statuses:
             named = split(status.id)
             if named is None:
@@ -49,11 +50,14 @@ class Discovery:
                 alloc=alloc,
                 record=by_alloc.get(alloc),
                 local_address=self.networks[alloc].local_address if alloc in self.networks else None,
-                sidecar=alloc in sidecars,
+                sidecar=alloc in sidecars or (shared_runs and self._shares(alloc)),
                 tasks=sandboxes.get(alloc, {}),
             )
             for alloc in sorted(by_alloc.keys() | sandboxes.keys())
         )
+
+    def _shares(self, alloc: AllocId) -> bool:
+        return alloc in self.networks and self.networks[alloc].shared
 
     async def _find_networks(self, known: set[AllocId]) -> None:
         for network in await self._networks.list():

@@ -39,7 +39,7 @@ from agent.held import SIDECAR, Ahead, Held, sandbox_directory, split, task_exit
 from agent.leaves import Leaves
 from agent.names import Names
 from agent.network.namespaces import AllocationNetwork, AllocationNetworks
-from agent.network.plan import NetworkSpec, gateway_address, next_address
+from agent.network.plan import NetworkSpec, gateway_address, next_address, shared_address
 from agent.pull.keeper import Keeper
 from agent.sandbox.runtime import Created, SandboxRuntime
 from agent.sandbox.spec import INNER_USER, SandboxSpec, SandboxStatus, StartError
@@ -52,7 +52,7 @@ from outrider.ids import AllocId, NodeId, ServiceName, TaskName
 from outrider.log import Log
 from outrider.model.allocation import Assignment
 from outrider.model.job import Task, has_guest, inner_ports, is_guest, published_ports
-from outrider.model.mesh import LOOPBACK, PUBLIC_PORT, workload_address
+from outrider.model.mesh import LOOPBACK, PUBLIC_PORT, shares_sidecar, wants_own_sidecar, workload_address
 
 _KILLED_S = 10.0  # after SIGKILL: the kernel may have to write out much
 _EXEC_OUTPUT_BYTES_MAX = 4096
@@ -203,7 +203,7 @@ class Executor:
 
     def _take_spare(self, assignment: Assignment, tasks: tuple[TaskName, ...]) -> Spare | None:
         alloc = assignment.alloc
-        if not assignment.group.services or self._uids.known(alloc) or not fits_reserved(tasks):
+        if not wants_own_sidecar(assignment.group) or self._uids.known(alloc) or not fits_reserved(tasks):
             return None
         return self._envoys.take_spare(alloc, self._store.allocation_directory(alloc))
 
@@ -245,10 +245,11 @@ class Executor:
         self._last_address = held.local_address = address
         ports = inner_ports(assignment.group.network)
         services = assignment.group.services
+        shared = shares_sidecar(assignment.group)
         return NetworkSpec(
             alloc=assignment.alloc,
             local_address=address,
-            host_side_address=gateway_address(self._block),
+            host_side_address=(shared_address if shared else gateway_address)(self._block),
             mesh_ports=tuple(
                 (assignment.mesh_ports[service.name], PUBLIC_PORT + index)
                 for index, service in enumerate(services)
@@ -260,10 +261,12 @@ class Executor:
             ),
             egress=assignment.group.network.egress,
             bandwidth_bytes=assignment.group.network.bandwidth_bytes,
-            sidecar_uid=held.uids.sidecar + INNER_USER,
+            sidecar_uid=(self._uids.shared_sidecar if shared else held.uids.sidecar) + INNER_USER,
             workload_uids=held.uids.workload,
             dns_uid=self._uids.responder + INNER_USER,
             guest_uid=held.uids.workload[0] + INNER_USER if has_guest(assignment.group) else None,
+            shared=shared,
+            service_ports=tuple(ports[service.port] for service in services if service.port is not None),
         )
 
     async def _run_task(self, command: c.StartTask) -> None:

@@ -17,8 +17,10 @@ from agent.vms import bad_end, guest_directory, told_end
 from outrider.errors import HostError
 from outrider.ids import AllocId, TaskName
 from outrider.model.allocation import Assignment
+from outrider.model.mesh import shares_sidecar
 
 SIDECAR = TaskName("sidecar")  # no task can be called so where there is one: `outrider alloc logs ALLOC sidecar`
+SHARED_SIDECAR = "node.sidecar"  # the sandbox of those that share one
 LOG_TAIL_LINES = 20
 GUEST_TAIL_LINES = 60  # a kernel's panic says why before some 40 lines of where
 
@@ -42,7 +44,8 @@ class Held(msgspec.Struct, kw_only=True):
 
 
 def workloads(all_held: tuple[Held, ...], runtime: SandboxRuntime) -> tuple[Workload, ...]:
-    return tuple(
+    """With the shared sidecar, which is no allocation's."""
+    own = tuple(
         Workload(
             job=held.assignment.job,
             group=held.assignment.group.name,
@@ -52,7 +55,12 @@ def workloads(all_held: tuple[Held, ...], runtime: SandboxRuntime) -> tuple[Work
         )
         for held in all_held
         for task in held.watchers
+        if task != SIDECAR or not shares_sidecar(held.assignment.group)
     )
+    shared = runtime.usage(SHARED_SIDECAR)
+    if not shared.memory_bytes:
+        return own
+    return (*own, Workload(job="", group="", alloc="node", task=SIDECAR, usage=shared))
 
 
 async def refused(all_held: tuple[Held, ...], networks: AllocationNetworks) -> dict[AllocId, int]:

@@ -1,5 +1,7 @@
 """The sidecar library as the agent uses it: an assignment's services, and what they call, as a sidecar's spec."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from agent.config import TracesConfig
@@ -10,7 +12,8 @@ from outrider.config import host_port
 from outrider.ids import AllocId, NodeId
 from outrider.model.allocation import Assignment
 from outrider.model.job import inner_ports
-from outrider.model.mesh import PUBLIC_PORT, workload_address
+from outrider.model.mesh import PUBLIC_PORT, shares_sidecar, workload_address
+from sidecar.access_log import log_mark
 from sidecar.core.intent import SidecarGateway, SidecarService, SidecarSpec, SidecarUpstream, Traces
 from sidecar.sidecars import Sidecars
 
@@ -58,6 +61,20 @@ class SidecarLibrary:
     async def inbound_active(self, alloc: AllocId) -> int:
         return sum(pair.connections_active for pair in (await self._sidecars.stats(alloc)).inbound)
 
+    async def inbound_busy(self, alloc: AllocId) -> int:
+        """As `inbound_active`, but of HTTP requests instead of connections."""
+        inbound = (await self._sidecars.stats(alloc)).inbound
+        return sum(pair.requests_active if pair.requests else pair.connections_active for pair in inbound)
+
+    def await_shares(self, allocs: Iterable[AllocId]) -> None:
+        self._sidecars.await_shares(allocs)
+
+    def log_mark(self, alloc: AllocId) -> bytes:
+        return log_mark(alloc)
+
+    def shared_ended(self) -> None:
+        self._sidecars.remove_shared()
+
     async def remove(self, alloc: AllocId) -> None:
         self._gateways.release(alloc)
         self._externals.release(alloc)
@@ -67,16 +84,18 @@ class SidecarLibrary:
 def sidecar_spec(assignment: Assignment, *, node: NodeId, uid: int, local_address: str) -> SidecarSpec:
     """What the sidecar of `assignment` fronts and calls."""
     ports = inner_ports(assignment.group.network)
+    shared = shares_sidecar(assignment.group)
     return SidecarSpec(
         alloc=assignment.alloc,
         node=node,
         uid=uid,
         local_address=local_address,
+        shared=shared,
         services=tuple(
             SidecarService(
                 service=service.name,
                 public_port=PUBLIC_PORT + index,
-                workload_address=workload_address(assignment.group),
+                workload_address=local_address if shared else workload_address(assignment.group),
                 workload_port=ports[service.port] if service.port is not None else None,
                 protocol=service.protocol,
                 upstreams=tuple(

@@ -29,7 +29,7 @@ async def purge(config: Config) -> None:
         volumes.remove_mounts(config.run)
         shutil.rmtree(config.run / "devices", ignore_errors=True)
         shutil.rmtree(config.data / "allocations", ignore_errors=True)
-        for name in ("ended", "dns", "spares", "roots", "artifacts", "partial"):
+        for name in ("ended", "dns", "spares", "sidecar", "roots", "artifacts", "partial"):
             shutil.rmtree(config.data / name, ignore_errors=True)
         for name in ("agent.json", "kvm.json"):
             (config.data / name).unlink(missing_ok=True)

@@ -26,7 +26,8 @@ from outrider.v1.fleet_pb2 import VmCommand
 
 
 class Sources:
-    """`operations`: on guests and their snapshots."""
+    """`operations`: on guests and their snapshots. `shared_log`: where that of an allocation on a shared sidecar
+    is, and what its lines have in it."""
 
     def __init__(
         self,
@@ -37,8 +38,10 @@ class Sources:
         operations: VmOperations,
         agents: GuestAgents,
         volumes: Volumes,
+        shared_log: Callable[[AllocId], tuple[Path, bytes] | None],
     ) -> None:
         self._volumes = volumes
+        self._shared_log = shared_log
         self._operations = operations
         self._store = store
         self._runtime = runtime
@@ -121,7 +124,8 @@ class Sources:
         task = self._task(alloc, task)
         lives = bool(self._store.tasks(alloc)) or self._holds(alloc)
         kept = self._store.allocation_directory(alloc) if lives else self._store.ended.directory(alloc)
-        directory = sandbox_directory(kept, task)
+        shared = self._shared_log(alloc) if task == SIDECAR else None
+        directory, mark = shared or (sandbox_directory(kept, task), b"")
 
         def following() -> bool:
             return follow and self._holds(alloc)
@@ -130,6 +134,7 @@ class Sources:
             str(directory),
             lines=None if tail_lines < 0 else tail_lines,
             stream=next(iter(streams)) if len(streams) == 1 else None,
+            mark=mark,
             following=following,
         ):
             yield piece.stream, piece.data

@@ -8,7 +8,7 @@ renaming; what a killed agent left of it, `sweep` removes. Task: `run`.
 import asyncio
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -21,13 +21,18 @@ from agent.uids import Uids
 from outrider.errors import HostError
 from outrider.ids import AllocId
 from outrider.log import Log
-from outrider.model import job
 from outrider.model.allocation import Assignment
+from outrider.model.job import SIDECAR as SIDECAR_RESOURCES
 from outrider.model.job import Value
 
 _QUIET_S = 0.3  # without another sidecar getting ready: workloads that start now have the processors first
 _KEPT_S = 10.0  # at least, for a node without any sidecar now
 _PREFIX = "spare"
+_LIMITS = Limits(
+    cpu_millis=SIDECAR_RESOURCES.cpu_millis,
+    memory_bytes=SIDECAR_RESOURCES.memory_bytes,
+    pids_max=SIDECAR_RESOURCES.pids_max,
+)
 
 
 class Files(Protocol):
@@ -54,6 +59,10 @@ class Library(Protocol):
     async def ready(self, alloc: AllocId, deadline_s: float) -> None: ...
     async def drain(self, alloc: AllocId) -> None: ...
     async def inbound_active(self, alloc: AllocId) -> int: ...
+    async def inbound_busy(self, alloc: AllocId) -> int: ...
+    def await_shares(self, allocs: Iterable[AllocId]) -> None: ...
+    def shared_ended(self) -> None: ...
+    def log_mark(self, alloc: AllocId) -> bytes: ...
     async def remove(self, alloc: AllocId) -> None: ...
 
 
@@ -189,7 +198,9 @@ class Spares:
         self._uids.free(spare.uid_first)
 
 
-def sidecar_sandbox(id_: str, files: Files, network_namespace: str, uid_first: int, directory: Path) -> SandboxSpec:
+def sidecar_sandbox(
+    id_: str, files: Files, network_namespace: str, uid_first: int, directory: Path, *, limits: Limits = _LIMITS
+) -> SandboxSpec:
     """The sandbox of any Envoy of this node."""
     return SandboxSpec(
         id=id_,
@@ -197,11 +208,7 @@ def sidecar_sandbox(id_: str, files: Files, network_namespace: str, uid_first: i
         root=HostRoot(),
         network_namespace=network_namespace,
         uid_first=uid_first,
-        limits=Limits(
-            cpu_millis=job.SIDECAR.cpu_millis,
-            memory_bytes=job.SIDECAR.memory_bytes,
-            pids_max=job.SIDECAR.pids_max,
-        ),
+        limits=limits,
         directory=str(directory),
         mounts=(
             Mount(source=str(files.directory), target=str(files.directory_inside), read_only=False),

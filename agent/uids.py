@@ -1,7 +1,8 @@
 """Which host uids belong to which sandbox: one range of UID_RANGE for each, in the order sidecar, tasks.
 
 The ranges of an allocation lie side by side, so that one nftables rule names its tasks. They are kept in
-ALLOCATION/uids.json, written before anything runs under them; the node's own responder has the first range.
+ALLOCATION/uids.json, written before anything runs under them; of the node's own, the responder has the first range and
+the shared sidecar the last.
 """
 
 import itertools
@@ -47,9 +48,10 @@ class Uids:
 
     def __init__(self, *, first: int, ranges: int) -> None:
         self.responder = first
+        self.shared_sidecar = first + (ranges - 1) * UID_RANGE
         self._first = first
         self._taken = [False] * ranges
-        self._taken[0] = True
+        self._taken[0] = self._taken[-1] = True
         self._allocs: dict[AllocId, AllocUids] = {}
         self._next = 1
 

@@ -51,6 +51,7 @@ from outrider.validate_exposed import exposed_findings
 from outrider.validate_external import external_findings
 from outrider.validate_gateway import gateway_findings
 from outrider.validate_kinds import group_findings, job_findings
+from outrider.validate_sidecar import sidecar_findings
 from outrider.validate_traffic import traffic_findings
 
 COUNT_MAX = 1_000_000
@@ -123,6 +124,7 @@ def _job(job: Job) -> Iterator[Problem]:
             gateway_findings(group),
             exposed_findings(group),
             external_findings(group),
+            sidecar_findings(group),
         )
         for at, message in itertools.chain(*findings):
             yield Problem(path=(*path, *at), message=message)

@@ -3,11 +3,14 @@
 Owns formats and filters. Fields are bounded: a path is cut and loses its query, which may hold secrets.
 """
 
+from outrider.ids import AllocId
 from sidecar.bootstrap import ADS_CLUSTER
+from sidecar.core.scope import alloc_of
 
 Config = dict[str, object]
 
 MARKER_HEADER = "x-outrider-origin"
+_ALLOC = "alloc"
 _STDOUT = "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog"
 _CEL = "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter"
 _COMMON: Config = {
@@ -34,14 +37,15 @@ _INBOUND: Config = {"caller": "%DOWNSTREAM_PEER_URI_SAN%", "identity": "%DOWNSTR
 _OUTBOUND: Config = {"callee": "%UPSTREAM_PEER_URI_SAN%", "identity": "%UPSTREAM_LOCAL_URI_SAN%"}
 
 
-def inbound_log(service: str, *, http: bool) -> list[Config]:
+def inbound_log(service: str, *, http: bool, scope: str = "") -> list[Config]:
     """Every request or connection to standard output; refused ones also to the agent over the ADS socket."""
-    fields = {"side": "inbound", "service": service, **_INBOUND, **(_HTTP if http else _TCP), **_COMMON}
-    return [_stdout(fields), _refusals(service, http=http)]
+    names = {**_whose(scope), "side": "inbound", "service": service}
+    fields = {**names, **_INBOUND, **(_HTTP if http else _TCP), **_COMMON}
+    return [_stdout(fields), _refusals(scope + service, http=http)]
 
 
-def outbound_log(source: str, destination: str, *, http: bool) -> list[Config]:
-    names = {"side": "outbound", "service": source, "upstream": destination}
+def outbound_log(source: str, destination: str, *, http: bool, scope: str = "") -> list[Config]:
+    names = {**_whose(scope), "side": "outbound", "service": source, "upstream": destination}
     return [_stdout({**names, **_OUTBOUND, **(_HTTP if http else _TCP), **_COMMON})]
 
 
@@ -57,6 +61,15 @@ def gateway_log(service: str, *, http: bool) -> list[Config]:
     return [_stdout({**names, "sni": "%REQUESTED_SERVER_NAME%", **(_HTTP if http else _TCP), **_COMMON})]
 
 
+def log_mark(alloc: AllocId) -> bytes:
+    """What is in every line of a shared sidecar's log that is about that allocation, and in no other's."""
+    return f'"{_ALLOC}":"{alloc}"'.encode()
+
+
+def _whose(scope: str) -> Config:
+    return {_ALLOC: alloc_of(scope)} if scope else {}
+
+
 def _stdout(fields: Config) -> Config:
     return {
         "name": "stdout",
@@ -64,7 +77,7 @@ def _stdout(fields: Config) -> Config:
     }
 
 
-def _refusals(service: str, *, http: bool) -> Config:
+def _refusals(name: str, *, http: bool) -> Config:
     details = "response.code_details" if http else "connection.termination_details"
     name = "HttpGrpcAccessLogConfig" if http else "TcpGrpcAccessLogConfig"
     refused: Config = {
@@ -87,7 +100,7 @@ def _refusals(service: str, *, http: bool) -> Config:
         "typed_config": {
             "@type": f"type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.{name}",
             "common_config": {
-                "log_name": service,
+                "log_name": name,
                 "transport_api_version": "V3",
                 "buffer_flush_interval": "0.25s",
                 "grpc_service": {"envoy_grpc": {"cluster_name": ADS_CLUSTER}},

@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+import re
+from collections.abc import AsyncGenerator, Collection
 from pathlib import Path
+from urllib.parse import quote
 
 import h11
 
 from outrider.errors import PeerError
 from outrider.ids import AllocId
+from sidecar.core.scope import figures_scope
 
 _DEADLINE_S = 2.0
 _READ_BYTES = 65_536
@@ -20,30 +23,30 @@ class Admin:
     def __init__(self, alloc: AllocId, socket: Path) -> None:
         self._alloc, self._socket = alloc, socket
 
-    async def workers_started(self, listeners: int) -> bool:
-        """Whether Envoy accepts connections on `listeners` listeners; False also while it is not up yet."""
+    async def accepts(self, listeners: Collection[str]) -> bool:
+        """Whether Envoy accepts connections on these, by name; False also while it is not up yet."""
         if not self._socket.exists():
             return False
         try:
-            text = await self._call("GET", "/stats?filter=^listener_manager")
+            active = {line.rpartition("::")[0] for line in (await self._call("GET", "/listeners")).splitlines()}
+            if not active.issuperset(listeners):
+                return False
+            text = await self._call("GET", "/stats?filter=^listener_manager.workers_started$")
         except PeerError:
             return False
-        figures = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-        return (
-            figures.get("listener_manager.workers_started") == "1"
-            and figures.get("listener_manager.total_listeners_warming") == "0"
-            and int(figures.get("listener_manager.total_listeners_active", "0")) >= listeners
-        )
+        return text.strip() == "listener_manager.workers_started: 1"
 
     async def drain(self) -> None:
         await self._call("POST", "/healthcheck/fail")
         await self._call("POST", "/drain_listeners?graceful&inboundonly")
 
-    async def figures(self) -> str:
-        """In Prometheus' text form; sidecar.stats reads it."""
+    async def figures(self, scope: str) -> str:
+        """In Prometheus' text form; sidecar.stats reads it. `scope`: of the one allocation that is meant, if several
+        share this Envoy."""
         # Envoy merges its workers' histograms after a read, not before: the second sees what the first asked for.
         await self._call("GET", "/stats?filter=^$")
-        return await self._call("GET", "/stats/prometheus?usedonly")
+        ours = f"&filter={quote(re.escape(figures_scope(scope)))}" if scope else ""
+        return await self._call("GET", f"/stats/prometheus?usedonly{ours}")
 
     async def tap(self, config_id: str) -> AsyncGenerator[bytes, None]:
         """What the tap filter of that id sees, without bodies: JSON, in pieces, until closed."""

@@ -32,7 +32,7 @@ _log = Log("sidecar.ads")
 class Client(Protocol):
     """One sidecar, as the server sees it."""
 
-    alloc: AllocId
+    name: AllocId
     rendered: Mapping[Kind, Mapping[str, discovery_pb2.Resource]]
     versions: Versions
     complete: bool  # nothing is sent before: an Envoy that starts with half a configuration serves half of it
@@ -40,6 +40,8 @@ class Client(Protocol):
     def connected(self, stream: "Stream") -> None: ...
     def disconnected(self, stream: "Stream") -> None: ...
     def answered(self, rejection: Rejection | None) -> None: ...
+    def kept(self, name: str) -> bool: ...  # a resource that nobody speaks of for now
+    def whose(self, log: str) -> AllocId: ...  # a log of refusals, by its name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,12 +89,12 @@ class AdsServer:
             raise AssertionError("abort raises")
         return client
 
-    def report(self, client: Client, common: accesslog_pb2.AccessLogCommon, details: str) -> None:
+    def report(self, alloc: AllocId, common: accesslog_pb2.AccessLogCommon, details: str) -> None:
         if not details.startswith(_RBAC_DETAILS):
             return
         names = common.tls_properties.peer_certificate_properties.subject_alt_name
         source = next((name.uri for name in names if name.uri), "")
-        self._refused(client.alloc, source, details.removeprefix(_RBAC_DETAILS).rstrip("]"))
+        self._refused(alloc, source, details.removeprefix(_RBAC_DETAILS).rstrip("]"))
 
 
 class _Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # untyped
@@ -104,11 +106,11 @@ class _Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: igno
         if first is None:
             return
         client = await self._server.client(first.node, context)
-        stream = Stream(Subscription(), asyncio.Event())
+        stream = Stream(Subscription(client.kept), asyncio.Event())
         client.connected(stream)
         try:
             async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write(client, stream, context), name=f"ads-writer-{client.alloc}")
+                writer = tasks.create_task(self._write(client, stream, context), name=f"ads-writer-{client.name}")
                 _receive(client, stream, first)
                 async for message in requests:
                     _receive(client, stream, message)
@@ -132,14 +134,16 @@ class _AccessLogs(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc] 
         self._server = server
 
     async def StreamAccessLogs(self, messages: AsyncIterator[Any], context: Any) -> Any:  # noqa: N802
-        client: Client | None = None
+        alloc: AllocId | None = None
         async for message in messages:
-            client = client or await self._server.client(message.identifier.node, context)
+            if alloc is None:  # the first message says who speaks, and in which log
+                client = await self._server.client(message.identifier.node, context)
+                alloc = client.whose(message.identifier.log_name)
             for entry in message.http_logs.log_entry:
-                self._server.report(client, entry.common_properties, entry.response.response_code_details)
+                self._server.report(alloc, entry.common_properties, entry.response.response_code_details)
             for entry in message.tcp_logs.log_entry:
                 common = entry.common_properties
-                self._server.report(client, common, common.connection_termination_details)
+                self._server.report(alloc, common, common.connection_termination_details)
         return als_pb2.StreamAccessLogsResponse()
 
 
@@ -159,7 +163,11 @@ def _receive(client: Client, stream: Stream, message: discovery_pb2.DeltaDiscove
     )
     if rejection is not None:
         _log.error(
-            "configuration refused", alloc=client.alloc, kind=rejection.kind, names=rejection.names, why=rejection.error
+            "configuration refused",
+            sidecar=client.name,
+            kind=rejection.kind,
+            names=rejection.names,
+            why=rejection.error,
         )
     stream.changed.set()
     client.answered(rejection)

@@ -16,19 +16,21 @@ ADS_CLUSTER = "ads"
 # How long replaced filter chains and drained listeners keep their connections: revocations wait for it.
 DRAIN_S = 1
 LATENCY_BUCKETS_MS = (1, 5, 10, 25, 50, 100, 250, 500, 1000, 5000)
+_ALLOC = r"(?:alloc\.[^.]+\.)?"  # in a shared Envoy
 # Everything Envoy counts, beyond these, is never created: 20 sidecars' memory and every scrape are smaller for it.
 _STATS = (
-    r"cluster\.outbound\.[^.]+\.[^.]+\.upstream_rq_([1-5]xx|time|rx_reset)",
-    r"cluster\.outbound\.[^.]+\.[^.]+\.upstream_cx_(total|active|connect_fail|none_healthy|[rt]x_bytes_total)",
-    r"http\.inbound\.[^.]+\.downstream_(rq_[1-5]xx|rq_time|rq_active|cx_total|cx_active|cx_[rt]x_bytes_total)",
-    r"tcp\.inbound\.[^.]+\.downstream_(cx_total|cx_active|cx_[rt]x_bytes_total)",
-    r"(http\.)?inbound\.[^.]+\.rbac\.denied",
-    r"listener_manager\.(workers_started|total_listeners_(active|warming))",
+    rf"cluster\.{_ALLOC}outbound\.[^.]+\.[^.]+\.upstream_rq_([1-5]xx|time|rx_reset)",
+    rf"cluster\.{_ALLOC}outbound\.[^.]+\.[^.]+\.upstream_cx_(total|active|connect_fail|none_healthy|[rt]x_bytes_total)",
+    rf"http\.{_ALLOC}inbound\.[^.]+\.downstream_(rq_[1-5]xx|rq_time|rq_active|cx_total|cx_active|cx_[rt]x_bytes_total)",
+    rf"tcp\.{_ALLOC}inbound\.[^.]+\.downstream_(cx_total|cx_active|cx_[rt]x_bytes_total)",
+    rf"(http\.)?{_ALLOC}inbound\.[^.]+\.rbac\.denied",
+    r"listener_manager\.workers_started",
 )
 # Labels of a figure, cut out of its name.
 _TAGS = (
-    ("source", r"^cluster\.outbound\.(([^.]+)\.)"),
-    ("destination", r"^(?:cluster\.outbound\.[^.]+|(?:(?:http|tcp)\.)?inbound)\.(([^.]+)\.)"),
+    ("alloc", r"^(?:(?:cluster|http|tcp)\.)?(alloc\.([^.]+)\.)"),
+    ("source", rf"^cluster\.{_ALLOC}outbound\.(([^.]+)\.)"),
+    ("destination", rf"^(?:cluster\.{_ALLOC}outbound\.[^.]+|(?:(?:http|tcp)\.)?{_ALLOC}inbound)\.(([^.]+)\.)"),
 )
 
 

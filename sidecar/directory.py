@@ -1,4 +1,4 @@
-"""A sidecar's files on the host. Owns their layout and permissions.
+"""A sidecar's files on the host. Owns their layout and permissions. The shared one goes by SHARED instead of ALLOC.
 
     RUN/ads/ads.sock            what the server listens on; root only
     RUN/state/ALLOC.json        token, access history; root only, survives the agent
@@ -21,11 +21,13 @@ from outrider.model.job import Value
 from sidecar.bootstrap import ADMIN_SOCKET, ADS_SOCKET, BOOTSTRAP_FILE, bootstrap
 from sidecar.core.access import AccessHistory
 
+SHARED = AllocId("shared")
+
 
 class SidecarState(Value, frozen=True, kw_only=True):
     """What must survive the agent for a running Envoy to keep its identity and its connections."""
 
-    token: str
+    token: str = ""  # of an Envoy; a share of one has none
     history: Mapping[ServiceName, AccessHistory] = {}
 
 

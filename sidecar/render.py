@@ -46,6 +46,7 @@ from sidecar.access_log import Config
 from sidecar.core.external import ExternalCluster, ExternalListener
 from sidecar.core.gateway import GatewayCertificate, GatewayCluster, GatewayListener, GatewayRoutes
 from sidecar.core.resources import (
+    ROOTS,
     AccessRules,
     EndpointSet,
     InboundListener,
@@ -62,6 +63,7 @@ from sidecar.core.resources import (
     is_http,
     leaf_name,
 )
+from sidecar.core.scope import figures_scope
 from sidecar.render_external import external_cluster, external_listener
 from sidecar.render_gateway import gateway_listener, gateway_routes, gateway_way
 from sidecar.render_listener import (
@@ -218,7 +220,7 @@ def _upstream_cluster(cluster: UpstreamCluster) -> Config:
     policy = cluster.backend.policy
     config: Config = {
         "name": cluster.name,
-        "alt_stat_name": f"outbound.{cluster.source}.{cluster.destination}",
+        "alt_stat_name": f"{figures_scope(cluster.scope)}outbound.{cluster.source}.{cluster.destination}",
         "type": "EDS",
         "eds_cluster_config": {"eds_config": ADS, "service_name": cluster.backend.endpoints},
         "connect_timeout": f"{policy.connect_timeout_s:g}s",
@@ -254,10 +256,10 @@ def _upstream_tls(cluster: UpstreamCluster) -> Config:
     peers = [{"san_type": "URI", "matcher": {"exact": peer}} for peer in cluster.peers]
     context: Config = {
         "tls_params": TLS_PARAMETERS,
-        "tls_certificate_sds_secret_configs": [{"name": leaf_name(cluster.source), "sds_config": ADS}],
+        "tls_certificate_sds_secret_configs": [{"name": leaf_name(cluster.source, cluster.scope), "sds_config": ADS}],
         "combined_validation_context": {
             "default_validation_context": {"match_typed_subject_alt_names": peers},
-            "validation_context_sds_secret_config": {"name": "roots", "sds_config": ADS},
+            "validation_context_sds_secret_config": {"name": cluster.scope + ROOTS, "sds_config": ADS},
         },
     }
     if cluster.protocol in (Protocol.HTTP2, Protocol.GRPC):

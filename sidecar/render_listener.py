@@ -8,6 +8,7 @@ from outrider.model.traffic import HttpMatch, TextMatch
 from sidecar.access_log import MARKER_HEADER, Config, inbound_log, outbound_log
 from sidecar.core.access import ANYONE, DEFAULT_DENY, AccessRule
 from sidecar.core.resources import (
+    ROOTS,
     AccessRules,
     InboundListener,
     OutboundListener,
@@ -18,6 +19,7 @@ from sidecar.core.resources import (
     outbound_name,
     rules_name,
 )
+from sidecar.core.scope import figures_scope
 from sidecar.render_traces import tracing
 
 _TYPE = "type.googleapis.com/envoy."
@@ -53,8 +55,10 @@ def inbound_listener(listener: InboundListener) -> Config:
         "require_client_certificate": True,
         "common_tls_context": {
             "tls_params": TLS_PARAMETERS,
-            "tls_certificate_sds_secret_configs": [{"name": leaf_name(listener.service), "sds_config": ADS}],
-            "validation_context_sds_secret_config": {"name": "roots", "sds_config": ADS},
+            "tls_certificate_sds_secret_configs": [
+                {"name": leaf_name(listener.service, listener.scope), "sds_config": ADS}
+            ],
+            "validation_context_sds_secret_config": {"name": listener.scope + ROOTS, "sds_config": ADS},
             **({"alpn_protocols": ["h2", "http/1.1"]} if http else {}),
         },
     }
@@ -83,7 +87,7 @@ def access_rules(rules: AccessRules) -> Config:
         tree["matcher_list"] = {"matchers": matchers}
     if is_http(rules.protocol):
         return {"@type": _HTTP_RBAC, "matcher": tree}
-    return {"@type": _TCP_RBAC, "matcher": tree, "stat_prefix": f"inbound.{rules.service}."}
+    return {"@type": _TCP_RBAC, "matcher": tree, "stat_prefix": f"{figures_scope(rules.scope)}inbound.{rules.service}."}
 
 
 def _listener(listener: InboundListener | OutboundListener, chain: Config, direction: str) -> Config:
@@ -101,15 +105,15 @@ def _listener(listener: InboundListener | OutboundListener, chain: Config, direc
 
 def _inbound_tcp(listener: InboundListener) -> list[Config]:
     return [
-        _discovered_rules(listener.service, _TCP_RBAC),
+        _discovered_rules(listener, _TCP_RBAC),
         {
             "name": "tcp",
             "typed_config": {
                 "@type": _TYPE + "extensions.filters.network.tcp_proxy.v3.TcpProxy",
-                "stat_prefix": f"inbound.{listener.service}",
-                "cluster": local_cluster_name(listener.service),
+                "stat_prefix": f"{figures_scope(listener.scope)}inbound.{listener.service}",
+                "cluster": local_cluster_name(listener.service, listener.scope),
                 "idle_timeout": "0s",  # idle is the workload's business; keepalive finds dead peers
-                "access_log": inbound_log(listener.service, http=False),
+                "access_log": inbound_log(listener.service, http=False, scope=listener.scope),
             },
         },
     ]
@@ -121,24 +125,24 @@ def _outbound_tcp(listener: OutboundListener) -> list[Config]:
             "name": "tcp",
             "typed_config": {
                 "@type": _TYPE + "extensions.filters.network.tcp_proxy.v3.TcpProxy",
-                "stat_prefix": f"outbound.{listener.source}.{listener.destination}",
-                "cluster": outbound_name(listener.source, listener.destination),
+                "stat_prefix": f"{figures_scope(listener.scope)}outbound.{listener.source}.{listener.destination}",
+                "cluster": outbound_name(listener.source, listener.destination, listener.scope),
                 "idle_timeout": "0s",
                 "max_connect_attempts": 5,
-                "access_log": outbound_log(listener.source, listener.destination, http=False),
+                "access_log": outbound_log(listener.source, listener.destination, http=False, scope=listener.scope),
             },
         }
     ]
 
 
 def _inbound_http(listener: InboundListener) -> list[Config]:
-    service = listener.service
+    service, scope = listener.service, listener.scope
     return [
         _http_manager(
-            f"inbound.{service}",
+            f"{figures_scope(scope)}inbound.{service}",
             {
-                "rds": {"route_config_name": inbound_name(service), "config_source": ADS},
-                "http_filters": [_discovered_rules(service, _HTTP_RBAC), dormant(RATE_LIMIT), router()],
+                "rds": {"route_config_name": inbound_name(service, scope), "config_source": ADS},
+                "http_filters": [_discovered_rules(listener, _HTTP_RBAC), dormant(RATE_LIMIT), router()],
                 # Who calls, proven by the certificate, replaces whatever the caller wrote there.
                 "forward_client_cert_details": "SANITIZE_SET",
                 "set_current_client_cert_details": {"uri": True},
@@ -146,8 +150,8 @@ def _inbound_http(listener: InboundListener) -> list[Config]:
                 "use_remote_address": True,
                 "skip_xff_append": True,
                 "local_reply_config": {"mappers": _inbound_replies(service)},
-                **tracing(service, listener.traced_percent),
-                "access_log": inbound_log(service, http=True),
+                **tracing(service, listener.traced_percent, scope),
+                "access_log": inbound_log(service, http=True, scope=scope),
             },
         )
     ]
@@ -181,7 +185,7 @@ def _inbound_replies(service: ServiceName) -> list[Config]:
 
 
 def _outbound_http(listener: OutboundListener) -> list[Config]:
-    source, destination = listener.source, listener.destination
+    source, destination, scope = listener.source, listener.destination, listener.scope
     nobody: Config = {
         "filter": {"response_flag_filter": {"flags": ["UH"]}},
         "body_format_override": _text(f"outrider: service {destination} has no healthy endpoint\n"),
@@ -209,13 +213,13 @@ def _outbound_http(listener: OutboundListener) -> list[Config]:
     }
     return [
         _http_manager(
-            f"outbound.{source}.{destination}",
+            f"{figures_scope(scope)}outbound.{source}.{destination}",
             {
-                "rds": {"route_config_name": outbound_name(source, destination), "config_source": ADS},
-                "http_filters": [_tap(source, destination), dormant(FAULT), router()],
+                "rds": {"route_config_name": outbound_name(source, destination, scope), "config_source": ADS},
+                "http_filters": [_tap(listener), dormant(FAULT), router()],
                 "local_reply_config": {"mappers": [nobody, full, late, broken, unreachable]},
-                **tracing(source, listener.traced_percent),
-                "access_log": outbound_log(source, destination, http=True),
+                **tracing(source, listener.traced_percent, scope),
+                "access_log": outbound_log(source, destination, http=True, scope=scope),
             },
         )
     ]
@@ -242,13 +246,13 @@ def dormant(name: str, config: Config | None = None) -> Config:
     return {"name": name, "disabled": True, "typed_config": {"@type": FILTERS[name], **(config or _IDLE[name])}}
 
 
-def tap_id(source: ServiceName, destination: ServiceName) -> str:
+def tap_id(source: ServiceName, destination: ServiceName, scope: str = "") -> str:
     """By which Envoy's admin interface knows the tap of a pair."""
-    return f"{source}/{destination}"
+    return f"{scope}{source}/{destination}"
 
 
-def _tap(source: ServiceName, destination: ServiceName) -> Config:
-    admin = {"admin_config": {"config_id": tap_id(source, destination)}}
+def _tap(listener: OutboundListener) -> Config:
+    admin = {"admin_config": {"config_id": tap_id(listener.source, listener.destination, listener.scope)}}
     return dormant(TAP, {"common_config": admin, "record_headers_received_time": True})
 
 
@@ -257,9 +261,10 @@ def router() -> Config:
     return {"name": "router", "typed_config": router}
 
 
-def _discovered_rules(service: ServiceName, filter_type: str) -> Config:
+def _discovered_rules(listener: InboundListener, filter_type: str) -> Config:
     """A filter that comes by ECDS. Until it has come, and without it, nothing passes."""
-    return {"name": rules_name(service), "config_discovery": {"config_source": ADS, "type_urls": [filter_type]}}
+    name = rules_name(listener.service, listener.scope)
+    return {"name": name, "config_discovery": {"config_source": ADS, "type_urls": [filter_type]}}
 
 
 def _matchers(rule: AccessRule, rules: AccessRules) -> list[Config]:

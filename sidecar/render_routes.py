@@ -15,7 +15,7 @@ _ALL: Config = {"default_value": {"numerator": 100}}
 def inbound_routes(routes: InboundRoutes) -> Config:
     route: Config = {
         "match": {"prefix": "/"},
-        "route": {"cluster": local_cluster_name(routes.service), "timeout": "0s"},
+        "route": {"cluster": local_cluster_name(routes.service, routes.scope), "timeout": "0s"},
     }
     host: Config = {"name": routes.service, "domains": ["*"], "routes": [route]}
     if routes.rate is not None:
@@ -37,7 +37,7 @@ def upstream_routes(routes: UpstreamRoutes) -> Config:
     }
     if routes.mirror is not None:
         copies = {"default_value": {"numerator": round(routes.mirror.percent * 10_000), "denominator": "MILLION"}}
-        cluster = leg_name(routes.source, routes.mirror.leg)
+        cluster = leg_name(routes.source, routes.mirror.leg, routes.scope)
         host["request_mirror_policies"] = [{"cluster": cluster, "runtime_fraction": copies}]
     woken: Config = {}
     if routes.fault is not None:
@@ -101,9 +101,11 @@ def _header(header: TextMatch) -> Config:
 def _route(match: Config, routes: UpstreamRoutes, route: PairRoute, retries: Config) -> Config:
     action: Config = {"timeout": f"{route.timeout_s:g}s", "retry_policy": retries}
     if len(route.legs) == 1:
-        action["cluster"] = leg_name(routes.source, route.legs[0][0])
+        action["cluster"] = leg_name(routes.source, route.legs[0][0], routes.scope)
     else:
-        clusters = [{"name": leg_name(routes.source, leg), "weight": weight} for leg, weight in route.legs]
+        clusters = [
+            {"name": leg_name(routes.source, leg, routes.scope), "weight": weight} for leg, weight in route.legs
+        ]
         assert sum(weight for _, weight in route.legs) == WEIGHT_WHOLE, "a split was checked when it was compiled"
         action["weighted_clusters"] = {"clusters": clusters}
     if route.prefix_rewrite:

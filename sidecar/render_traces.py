@@ -9,11 +9,11 @@ _SAMPLERS = "type.googleapis.com/envoy.extensions.tracers.opentelemetry.samplers
 _OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
-def tracing(service: ServiceName, percent: float | None) -> Config:
+def tracing(service: ServiceName, percent: float | None, scope: str = "") -> Config:
     """For an HTTP connection manager. A W3C trace context that comes along decides; `percent` is of the rest."""
     if percent is None:
         return {}
-    collector = {"envoy_grpc": {"cluster_name": TRACES}, "timeout": "1s"}
+    collector = {"envoy_grpc": {"cluster_name": scope + TRACES}, "timeout": "1s"}
     share = {"numerator": round(percent * 10_000), "denominator": "MILLION"}
     ratio = {"@type": _SAMPLERS + "TraceIdRatioBasedSamplerConfig", "sampling_percentage": share}
     sampler = {

@@ -22,11 +22,14 @@ class _Pair:
 
 
 def sidecar_stats(alloc: AllocId, text: str) -> SidecarStats:
-    """`text`: Envoy's /stats/prometheus, with the tags that the bootstrap configuration defines."""
+    """`text`: Envoy's /stats/prometheus, with the tags that the bootstrap configuration defines; of a shared one, what
+    is the allocation's."""
     inbound: dict[str, _Pair] = defaultdict(_Pair)
     outbound: dict[tuple[str, str], _Pair] = defaultdict(_Pair)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
+            if sample.labels.get("alloc", alloc) != alloc:
+                continue
             destination = sample.labels.get("destination", "")
             # The parser gives every counter the suffix, Envoy only some.
             name = sample.name.removesuffix("_total")

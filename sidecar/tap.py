@@ -23,10 +23,12 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
-async def tapped_calls(admin: Admin, alloc: AllocId, pair: Pair, *, headers: bool) -> AsyncGenerator[TappedCall, None]:
+async def tapped_calls(
+    admin: Admin, alloc: AllocId, pair: Pair, *, scope: str, headers: bool
+) -> AsyncGenerator[TappedCall, None]:
     """Until closed. Raises PeerError."""
     decoder, pending = JSONDecoder(), ""
-    async with contextlib.aclosing(admin.tap(tap_id(*pair))) as pieces:
+    async with contextlib.aclosing(admin.tap(tap_id(*pair, scope))) as pieces:
         async for piece in pieces:
             pending = (pending + piece.decode(errors="replace")).lstrip()
             while pending:

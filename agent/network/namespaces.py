@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,17 +25,20 @@ from agent.network.plan import (
     NAMESPACE_TABLE,
     REFUSED,
     NetworkSpec,
+    gateway_address,
     namespace_rules,
     node_elements,
     node_rules,
     node_table,
+    shared_address,
 )
 from agent.network.rtnetlink import RouteSocket
+from agent.network.shared import entrances, member_rules, outer_link, shared_elements, shared_rules
 from outrider.errors import HostError
 from outrider.ids import AllocId
 from outrider.log import Log
 from outrider.model.job import Value
-from outrider.model.mesh import GUEST_ADDRESS, GUEST_GATEWAY, VIRTUAL_NETWORK
+from outrider.model.mesh import DNS_ADDRESS, GUEST_ADDRESS, GUEST_GATEWAY, LISTENER_NETWORK, VIRTUAL_NETWORK
 
 T = TypeVar("T")
 _log = Log("agent.network")
@@ -48,12 +51,15 @@ _SPEC_SUFFIX = ".json"
 _UNFINISHED_SUFFIX = ".making"
 _ISOLATED = "isolated"
 _PACKETS = re.compile(r"packets ([0-9]+)")
+_SHARED, _SHARED_READY = "shared", "shared.ready"
 # Inside an allocation. IPv6 is off whole; a workload without capabilities may still serve on port 80.
 _INNER_SETTINGS = {
     "ipv6/conf/all/disable_ipv6": "1",
     "ipv6/conf/default/disable_ipv6": "1",
     "ipv4/ip_unprivileged_port_start": "0",
 }
+# Of one that hangs on the shared sidecar: what comes from there may be led to a workload that listens on 127.0.0.1.
+_MEMBER_SETTINGS = {"ipv4/conf/all/route_localnet": "1"}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -63,6 +69,7 @@ class AllocationNetwork(Value, frozen=True, kw_only=True):
     alloc: AllocId
     namespace: str  # a path to join it by
     local_address: str
+    shared: bool = False  # it hangs on the shared sidecar's
 
 
 class AllocationNetworks:
@@ -100,6 +107,15 @@ class AllocationNetworks:
     async def reap(self, known: Collection[AllocId]) -> tuple[AllocId, ...]:
         """Remove all networks but the `known`; returns the removed. With the last one goes the node's table."""
         return await self._in_thread("remove networks", lambda: self._reap(frozenset(known)))
+
+    @property
+    def shared_namespace(self) -> str:
+        """The path of the shared sidecar's: there as long as an allocation's network hangs on it."""
+        return str(self._directory / _SHARED)
+
+    async def close_entrances(self, alloc: AllocId) -> None:
+        """No new call reaches an allocation's services by the shared sidecar; those under way go on."""
+        await self._in_thread(f"close the entrances of {alloc}", lambda: self._close_entrances(alloc))
 
     async def isolated(self) -> str:
         """The path of a namespace without any link, for the node's own sandboxes; made where it is missing."""
@@ -140,16 +156,14 @@ class AllocationNetworks:
         try:
             # Written first: whatever happens from here on, `reap` finds it and `delete` knows what to undo.
             self._unfinished_path(spec.alloc).write_bytes(msgspec.json.encode(spec))
-            with self._new_namespace(path) if reserved is None else self._reserved_namespace(path, reserved):
-                self._furnish(spec)
-            with RouteSocket() as outside:
-                outer = _outer_link(spec.alloc)
-                _set(f"ipv6/conf/{outer}/disable_ipv6", "1")
-                outside.add_address(outer, spec.host_side_address)
-                outside.set_up(outer)
-                outside.add_link_route(outer, spec.local_address)
-                if spec.bandwidth_bytes:
-                    outside.limit(outer, spec.bandwidth_bytes)
+            with self._beyond(spec) as beyond:
+                with self._new_namespace(path) if reserved is None else self._reserved_namespace(path, reserved):
+                    self._furnish(spec, beyond)
+                with self._joined(beyond):
+                    self._lead_to(spec)
+            if spec.shared:
+                with RouteSocket() as outside:
+                    outside.add_route_by(outer_link(self._block), spec.local_address, spec.host_side_address)
             self._add_elements(node, spec)
             self._unfinished_path(spec.alloc).replace(self._spec_path(spec.alloc))
         except (HostError, OSError):
@@ -158,7 +172,7 @@ class AllocationNetworks:
         finally:
             if reserved is not None:
                 self._delete(reserved)
-        return AllocationNetwork(alloc=spec.alloc, namespace=str(path), local_address=spec.local_address)
+        return self._found(spec)
 
     def _isolated(self) -> str:
         path = self._directory / _ISOLATED
@@ -168,17 +182,18 @@ class AllocationNetworks:
                 pass
         return str(path)
 
-    def _furnish(self, spec: NetworkSpec) -> None:
+    def _furnish(self, spec: NetworkSpec, beyond: int) -> None:
         """All that is inside. The rules come before the link, so that nothing ever passes without them."""
-        for setting, value in _INNER_SETTINGS.items():
+        for setting, value in (_INNER_SETTINGS | (_MEMBER_SETTINGS if spec.shared else {})).items():
             _set(setting, value)
         with Nftables() as inside:
             guest = guest_rules(spec) if spec.guest_uid is not None else ()
-            inside.run(namespace_rules(spec, guest), subject=f"allocation {spec.alloc}")
+            rules = member_rules(spec, block=self._block) if spec.shared else namespace_rules(spec, guest)
+            inside.run(rules, subject=f"allocation {spec.alloc}")
         with RouteSocket() as inside:
             inside.set_up("lo")
-            inside.add_local_route("lo", VIRTUAL_NETWORK)
-            inside.add_veth(INNER_LINK, peer=_outer_link(spec.alloc), peer_namespace=self._home)
+            inside.add_local_route("lo", f"{DNS_ADDRESS}/32" if spec.shared else VIRTUAL_NETWORK)
+            inside.add_veth(INNER_LINK, peer=_outer_link(spec.alloc), peer_namespace=beyond)
             inside.add_address(INNER_LINK, spec.local_address)
             if spec.bandwidth_bytes:
                 inside.limit(INNER_LINK, spec.bandwidth_bytes)
@@ -195,46 +210,127 @@ class AllocationNetworks:
                 # What is sent to it waits in the tap until the guest runs, and is not given up for want of an answer.
                 inside.add_neighbour(TAP, GUEST_ADDRESS, GUEST_MAC)
 
+    def _lead_to(self, spec: NetworkSpec) -> None:
+        """From the namespace at the other end of its link, which this thread is in."""
+        with RouteSocket() as outside:
+            outer = _outer_link(spec.alloc)
+            _set(f"ipv6/conf/{outer}/disable_ipv6", "1")
+            outside.add_address(outer, spec.host_side_address)
+            outside.set_up(outer)
+            outside.add_link_route(outer, spec.local_address)
+            if spec.bandwidth_bytes:
+                outside.limit(outer, spec.bandwidth_bytes)
+        if spec.shared:
+            with Nftables() as rules:
+                _add(rules, shared_elements(spec, outer), subject=f"allocation {spec.alloc}")
+
+    @contextmanager
+    def _beyond(self, spec: NetworkSpec) -> Iterator[int]:
+        """The namespace at the other end of its link, as a descriptor."""
+        if not spec.shared:
+            yield self._home
+            return
+        if not self._shared_is_there():
+            self._make_shared(spec.sidecar_uid)
+        with _opened(self.shared_namespace) as descriptor:
+            yield descriptor
+
+    def _shared_is_there(self) -> bool:
+        return self._is_mounted(self._directory / _SHARED) and (self._directory / _SHARED_READY).exists()
+
+    def _make_shared(self, uid: int) -> None:
+        """The shared sidecar's namespace, whole; what a killed agent left half made goes first."""
+        self._delete_shared()
+        outer, address, gateway = outer_link(self._block), shared_address(self._block), gateway_address(self._block)
+        with self._new_namespace(self._directory / _SHARED):
+            for setting, value in (_INNER_SETTINGS | {"ipv4/ip_forward": "1"}).items():
+                _set(setting, value)
+            with Nftables() as rules:
+                rules.run(shared_rules(block=self._block, uid=uid), subject="the shared sidecar")
+            with RouteSocket() as inside:
+                inside.set_up("lo")
+                inside.add_local_route("lo", LISTENER_NETWORK)
+                inside.add_veth(INNER_LINK, peer=outer, peer_namespace=self._home)
+                inside.add_address(INNER_LINK, address)
+                inside.set_up(INNER_LINK)
+                inside.add_link_route(INNER_LINK, gateway)
+                inside.add_default_route(INNER_LINK, gateway)
+        with RouteSocket() as outside:
+            _set(f"ipv6/conf/{outer}/disable_ipv6", "1")
+            outside.add_address(outer, gateway)
+            outside.set_up(outer)
+            outside.add_link_route(outer, address)
+        (self._directory / _SHARED_READY).touch()
+
+    def _delete_shared(self) -> None:
+        """With whatever hangs on it."""
+        (self._directory / _SHARED_READY).unlink(missing_ok=True)
+        _unmount(self._directory / _SHARED)
+        with RouteSocket() as outside:
+            outside.delete_link(outer_link(self._block))
+
+    def _close_entrances(self, alloc: AllocId) -> None:
+        spec = _read_spec(self._spec_path(alloc))
+        if spec is not None and spec.shared and self._shared_is_there():
+            with self._beyond(spec) as beyond, self._joined(beyond), Nftables() as rules:
+                _delete_each(rules, entrances(spec), alloc)
+
+    def _leave_shared(self, spec: NetworkSpec) -> None:
+        if self._shared_is_there():
+            with self._beyond(spec) as beyond, self._joined(beyond):
+                with Nftables() as rules:
+                    _delete_each(rules, shared_elements(spec, _outer_link(spec.alloc)), spec.alloc)
+                with RouteSocket() as inside:
+                    inside.delete_route(spec.local_address)
+
     def _delete(self, alloc: AllocId) -> None:
         """All but the link, which goes with the namespace: to wait for it costs 40 ms, all else half of one."""
         for spec_path in (self._unfinished_path(alloc), self._spec_path(alloc)):
             spec = _read_spec(spec_path)
             if spec is not None:
-                self._delete_elements(spec)
+                _delete_each(self._node_table(), node_elements(spec, block=self._block), alloc)
                 with RouteSocket() as outside:
                     outside.delete_route(spec.local_address)
+                if spec.shared:
+                    self._leave_shared(spec)
         _unmount(self._path(alloc))
         self._unfinished_path(alloc).unlink(missing_ok=True)
         self._spec_path(alloc).unlink(missing_ok=True)
+        if self._is_mounted(self._directory / _SHARED) and not any(spec.shared for spec in self._written()):
+            self._delete_shared()
 
     def _delete_whole(self, alloc: AllocId) -> None:
         self._delete(alloc)
         with RouteSocket() as outside:
             outside.delete_link(_outer_link(alloc))
+        if self._is_mounted(self._directory / _SHARED):
+            with _opened(self.shared_namespace) as beyond, self._joined(beyond), RouteSocket() as there:
+                there.delete_link(_outer_link(alloc))
 
     def _add_elements(self, node: Nftables, spec: NetworkSpec) -> None:
-        elements = node_elements(spec, block=self._block)
-        node.run("\n".join(f"add element {element}" for element in elements), subject=f"allocation {spec.alloc}")
-
-    def _delete_elements(self, spec: NetworkSpec) -> None:
-        node = self._node_table()
-        for element in node_elements(spec, block=self._block):
-            # Adding what is there already is no error, deleting what is not there is one: so both, as one transaction.
-            try:
-                node.run(f"add element {element}\ndelete element {element}", subject=f"allocation {spec.alloc}")
-            except HostError as error:
-                # The port leads to another allocation: this one was cut short before it got it.
-                _log.warning("element kept", alloc=spec.alloc, element=element, reason=error)
+        _add(node, node_elements(spec, block=self._block), subject=f"allocation {spec.alloc}")
 
     def _list(self) -> tuple[AllocationNetwork, ...]:
-        return tuple(
-            AllocationNetwork(alloc=spec.alloc, namespace=str(self._path(spec.alloc)), local_address=spec.local_address)
-            for spec in self._specs()
+        return tuple(self._found(spec) for spec in self._specs())
+
+    def _found(self, spec: NetworkSpec) -> AllocationNetwork:
+        return AllocationNetwork(
+            alloc=spec.alloc,
+            namespace=str(self._path(spec.alloc)),
+            local_address=spec.local_address,
+            shared=spec.shared,
         )
 
     def _specs(self) -> tuple[NetworkSpec, ...]:
         specs = (_read_spec(path) for path in sorted(self._directory.glob(f"*{_SPEC_SUFFIX}")))
         return tuple(spec for spec in specs if spec is not None and self._is_mounted(self._path(spec.alloc)))
+
+    def _written(self) -> Iterator[NetworkSpec]:
+        """Of all networks, half made ones too."""
+        for suffix in (_SPEC_SUFFIX, _UNFINISHED_SUFFIX):
+            for path in self._directory.glob(f"*{suffix}"):
+                if (spec := _read_spec(path)) is not None:
+                    yield spec
 
     def _reap(self, known: frozenset[AllocId]) -> tuple[AllocId, ...]:
         suffixes = (_SPEC_SUFFIX, _UNFINISHED_SUFFIX)
@@ -244,6 +340,7 @@ class AllocationNetworks:
             self._delete_whole(alloc)
         if not known:
             _unmount(self._directory / _ISOLATED)
+            self._delete_shared()
             table = f"ip {node_table(self._block)}"
             self._node_table().run(f"add table {table}\ndelete table {table}", subject="the node")
             self._forget_node_table()
@@ -285,13 +382,17 @@ class AllocationNetworks:
         path.touch()
         source = os.fsencode(self._path(reserved))
         _call(f"mount {reserved} at {path}", _libc.mount(source, os.fsencode(path), None, _MS_BIND, None))
-        inside = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with _opened(str(path)) as inside, self._joined(inside):
+            yield
+
+    @contextmanager
+    def _joined(self, namespace: int) -> Iterator[None]:
+        """This thread is in the namespace of that descriptor meanwhile."""
         try:
-            _call(f"join {reserved}", _libc.setns(inside, _CLONE_NEWNET))
+            _call("join a network namespace", _libc.setns(namespace, _CLONE_NEWNET))
             yield
         finally:
             _call("return to the node's namespace", _libc.setns(self._home, _CLONE_NEWNET))
-            os.close(inside)
 
     def _open_socket(self, alloc: AllocId, kind: socket.SocketKind) -> socket.socket:
         with self._inside(alloc):
@@ -311,10 +412,9 @@ class AllocationNetworks:
         except OSError as error:
             raise HostError(f"allocation {alloc}", step="open its network namespace", hint=str(error)) from error
         try:
-            _call("join a network namespace", _libc.setns(inside, _CLONE_NEWNET))
-            yield
+            with self._joined(inside):
+                yield
         finally:
-            _call("return to the node's namespace", _libc.setns(self._home, _CLONE_NEWNET))
             os.close(inside)
 
     def _is_mounted(self, path: Path) -> bool:
@@ -336,6 +436,29 @@ def _read_spec(path: Path) -> NetworkSpec | None:
         return msgspec.json.decode(path.read_bytes(), type=NetworkSpec)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+
+
+@contextmanager
+def _opened(namespace: str) -> Iterator[int]:
+    descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _add(rules: Nftables, elements: Sequence[str], *, subject: str) -> None:
+    rules.run("\n".join(f"add element {element}" for element in elements), subject=subject)
+
+
+def _delete_each(rules: Nftables, elements: Sequence[str], alloc: AllocId) -> None:
+    for element in elements:
+        # Adding what is there already is no error, deleting what is not there is one: so both, as one transaction.
+        try:
+            rules.run(f"add element {element}\ndelete element {element}", subject=f"allocation {alloc}")
+        except HostError as error:
+            # The port leads to another allocation: this one was cut short before it got it.
+            _log.warning("element kept", alloc=alloc, element=element, reason=error)
 
 
 def _outer_link(alloc: AllocId) -> str:

@@ -29,11 +29,14 @@ class NetworkSpec(Value, frozen=True, kw_only=True):
     mesh_ports: tuple[tuple[int, int], ...] = ()  # (port of the node's address, the sidecar's public port)
     static_ports: tuple[tuple[int, int], ...] = ()  # (port of the node's address, the workload's port)
     egress: tuple[str, ...] = ()  # IPv4 networks that the workload may reach beside the mesh
-    sidecar_uid: int
+    sidecar_uid: int  # of the one that serves it, here or in a namespace of its own
     workload_uids: tuple[int, int]  # the first, and how many
     dns_uid: int | None = None  # the responder's, where it has one of its own
     bandwidth_bytes: int = 0  # a second, each way; 0 is no limit
     guest_uid: int | None = None  # the emulator's, where the workload is a virtual machine
+    # Where its sidecar is the node's shared one: on which it hangs, by ports on which its services' workloads listen.
+    shared: bool = False
+    service_ports: tuple[int, ...] = ()
 
 
 def block_network(block: int) -> str:
@@ -47,6 +50,11 @@ def block_network(block: int) -> str:
 def gateway_address(block: int) -> str:
     """The node's side of all its veths."""
     return str(IPv4Network(block_network(block))[1])
+
+
+def shared_address(block: int) -> str:
+    """The shared sidecar's, on the node and towards the allocations that hang on it."""
+    return str(IPv4Network(block_network(block))[-1])
 
 
 def next_address(block: int, taken: Collection[str], last: str | None = None) -> str | None:
@@ -118,7 +126,7 @@ def namespace_rules(spec: NetworkSpec, guest: Sequence[str] = ()) -> str:
     static = ", ".join(str(inner) for _, inner in spec.static_ports)
     entrances = ", ".join(part for part in (public, static) if part)
     rules = [
-        *_virtual(),
+        *virtual_rules(),
         *_loopback(spec, workload, public),
         f"add rule inet {NAMESPACE_TABLE} output meta skuid {spec.sidecar_uid} meta l4proto tcp accept",
     ]
@@ -164,7 +172,7 @@ add rule inet {table} input ct state established,related accept
 add rule inet {table} output oifname lo goto loopback"""
 
 
-def _virtual() -> tuple[str, ...]:
+def virtual_rules() -> tuple[str, ...]:
     chain = f"add rule inet {NAMESPACE_TABLE} virtual"
     return (
         f"{chain} ip daddr {DNS_ADDRESS} accept",

@@ -83,6 +83,9 @@ class RouteSocket:
     def add_link_route(self, name: str, address: str) -> None:
         self._route(name, address, 32, scope=_SCOPE_LINK)
 
+    def add_route_by(self, name: str, address: str, gateway: str) -> None:
+        self._route(name, address, 32, gateway=gateway)
+
     def delete_route(self, address: str) -> None:
         """Does nothing where there is no route to `address` alone."""
         body = struct.pack("BBBBBBBBI", socket.AF_INET, 32, 0, 0, _TABLE_MAIN, 0, _SCOPE_NOWHERE, 0, 0)

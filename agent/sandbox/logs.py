@@ -41,22 +41,24 @@ async def read(
     *,
     lines: int | None = None,
     stream: str | None = None,
+    mark: bytes = b"",
     following: Callable[[], bool] | None = None,
 ) -> AsyncIterator[LogPiece]:
     """The last `lines` lines (None: all there is), then what follows for as long as `following()` is true.
 
-    `stream` keeps one of the two. A reader slower than two turns of the log misses what was turned away meanwhile.
+    `stream` keeps one of the two, `mark` the lines in which it is. A reader slower than two turns of the log misses
+    what was turned away meanwhile.
     """
     where = Directory(directory)
     pieces = _Files(where)
     try:
         if lines is not None:
-            pieces.skip_to(_start_of_last(where, lines, stream))
+            pieces.skip_to(_start_of_last(where, lines, stream, mark))
         while True:
             # Asked before reading: what was written until then is then read before the end.
             more = following is not None and following()
             for piece in pieces.available():
-                if stream is None or piece.stream == stream:
+                if (stream is None or piece.stream == stream) and mark in piece.data:
                     yield piece
             if pieces.turned():
                 continue
@@ -72,7 +74,7 @@ def last_lines(directory: str, count: int) -> str:
     where = Directory(directory)
     pieces = _Files(where)
     try:
-        pieces.skip_to(_start_of_last(where, count, None))
+        pieces.skip_to(_start_of_last(where, count, None, b""))
         tail = b""
         for piece in pieces.all():
             tail = (tail + piece.data)[-_TAIL_BYTES_MAX:]
@@ -155,7 +157,7 @@ def _in_order(where: Directory) -> list[Path]:
     return [path for number, path in paths.items() if number is not None]
 
 
-def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[int, int] | None:
+def _start_of_last(where: Directory, count: int, stream: str | None, mark: bytes) -> tuple[int, int] | None:
     """Where the last `count` lines begin: (inode, offset). None: at the very beginning."""
     starts: deque[tuple[int, int]] = deque(maxlen=count)
     wanted = (stream or "").encode()
@@ -171,7 +173,7 @@ def _start_of_last(where: Directory, count: int, stream: str | None) -> tuple[in
             offset, number = 0, os.fstat(file.fileno()).st_ino
             for line in file:
                 fields = line.split(b" ", 3)  # as `parse` has it, at a third of the cost: this reads all there is
-                if len(fields) == 4 and wanted in (b"", fields[1]):
+                if len(fields) == 4 and wanted in (b"", fields[1]) and mark in line:
                     if complete:
                         starts.append((number, offset))
                         seen += 1

@@ -16,6 +16,7 @@ from outrider.jobspec.policies import read_disconnect, read_reschedule, read_res
 from outrider.jobspec.services import read_services
 from outrider.jobspec.tasks import FilesBudget, read_tasks
 from outrider.model.job import Group, Job, JobType, Packing
+from outrider.model.sidecar import SidecarKind
 from outrider.validate import Problem, problems
 
 _TOLD_MAX = 50
@@ -36,6 +37,7 @@ _JOB_KEYS = (
 _GROUP_KEYS = (
     "scaling",
     "depends_on",
+    "sidecar",
     "count",
     "update",
     "restart",
@@ -135,6 +137,7 @@ def _group(name: str, node: Node, path: Path, budget: FilesBudget, faults: Fault
         spread=read_spread(fields, faults),
         scaling=scaling,
         depends_on=read_depends_on(fields),
+        sidecar=fields.choice("sidecar", SidecarKind, SidecarKind.OWN),
         tasks=read_tasks(tasks, (*path, "tasks"), budget, faults) if tasks else (),
     )
 

@@ -22,6 +22,7 @@ from outrider.ids import (
 from outrider.model.belongings import Artifact, SecretUse, StickyDisk, Template, VolumeUse
 from outrider.model.external import External
 from outrider.model.gateway import GatewayListener
+from outrider.model.sidecar import SidecarKind
 from outrider.model.traffic import Traffic
 
 MIB = 1024 * 1024
@@ -347,6 +348,7 @@ class Group(Value, frozen=True, kw_only=True):
     secrets: Mapping[SecretName, int] = {}
     scaling: ScalingPolicy | None = None
     depends_on: tuple[ServiceName, ...] = ()  # of which one instance each must be healthy when a copy is placed
+    sidecar: SidecarKind = SidecarKind.OWN
 
 
 class Schedule(Value, frozen=True, kw_only=True):
@@ -397,6 +399,7 @@ class JobVersion(Value, frozen=True, kw_only=True):
 
 # What a sidecar costs its node: counted in placement and in the cgroup limit (DESIGN, decision 13).
 SIDECAR = Resources(cpu_millis=50, memory_bytes=96 * MIB, disk_bytes=0)
+SIDECAR_SHARE = Resources(cpu_millis=10, memory_bytes=8 * MIB, disk_bytes=0)  # each allocation's, of one that is shared
 
 # What QEMU takes beside its guest's memory: likewise. A guest of 128 MiB has some 207 MiB resident under emulation.
 EMULATOR = Resources(cpu_millis=50, memory_bytes=160 * MIB, disk_bytes=0, pids_max=0)

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.job import Group, Protocol, Value, has_guest
+from outrider.model.sidecar import SidecarKind
 from outrider.model.traffic import Permission, RateLimit, ServiceTraffic
 
 MESH_DOMAIN = "mesh"  # services answer as NAME.mesh
@@ -18,9 +19,15 @@ PUBLIC_PORT = 15100  # the first service's mTLS listener on the allocation's own
 GUEST_GATEWAY = "192.0.2.1"
 GUEST_ADDRESS = "192.0.2.2"
 GUEST_PREFIX = 30
+# Where a shared sidecar listens, in its namespace alone: a network as large as VIRTUAL_NETWORK for each of the 1,024
+# addresses of a node's block. Reserved (RFC 1112): on no real network either.
+LISTENER_NETWORK = "240.0.0.0/5"
 LOOPBACK = "127.0.0.1"
-_FIRST_VIRTUAL = (198 << 24) | (18 << 16) | (1 << 8)
+_VIRTUAL = (198 << 24) | (18 << 16)
+_FIRST_VIRTUAL = _VIRTUAL + (1 << 8)
 _FIRST_EXTERNAL = (198 << 24) | (19 << 16) | (255 << 8)
+_LISTENER = 240 << 24
+_VIRTUAL_BITS, _BLOCK_BITS = 17, 10
 
 
 def virtual_address(index: int) -> str:
@@ -36,8 +43,32 @@ def external_address(index: int) -> str:
     return _dotted(_FIRST_EXTERNAL + index)
 
 
+def listener_address(local_address: str, virtual: str | None = None) -> str:
+    """Where a shared sidecar listens for the allocation of `local_address`: for what it sends to `virtual`, a virtual
+    address; or (None) for what is sent to it."""
+    first = _LISTENER + ((_number(local_address) & (1 << _BLOCK_BITS) - 1) << _VIRTUAL_BITS)
+    return _dotted(first + (_number(virtual) - _VIRTUAL if virtual is not None else 0))
+
+
+def listener_network(local_address: str) -> str:
+    """All of an allocation's listener addresses."""
+    return f"{listener_address(local_address)}/{32 - _VIRTUAL_BITS}"
+
+
+def _number(address: str) -> int:
+    return int.from_bytes(map(int, address.split(".")))
+
+
 def _dotted(number: int) -> str:
     return ".".join(str(number >> shift & 0xFF) for shift in (24, 16, 8, 0))
+
+
+def shares_sidecar(group: Group) -> bool:
+    return group.sidecar is SidecarKind.SHARED
+
+
+def wants_own_sidecar(group: Group) -> bool:
+    return bool(group.services) and not shares_sidecar(group)
 
 
 def workload_address(group: Group) -> str:

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 
 from outrider.model.hugepages import counted
-from outrider.model.job import EMULATOR, SIDECAR, Group, Resources, Task, TaskRole, has_guest, is_guest
+from outrider.model.job import EMULATOR, SIDECAR, SIDECAR_SHARE, Group, Resources, Task, TaskRole, has_guest, is_guest
+from outrider.model.sidecar import SidecarKind
 
 
 def group_resources(group: Group) -> Resources:
     """The sum, but for what init tasks give back."""
     parts = [_at_once(group.tasks)]
     if group.services:
-        parts.append(SIDECAR)
+        parts.append(SIDECAR_SHARE if group.sidecar is SidecarKind.SHARED else SIDECAR)
     if has_guest(group):
         parts.append(EMULATOR)
     return Resources(

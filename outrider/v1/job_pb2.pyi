@@ -294,6 +294,23 @@ SURVIVOR_REPLACEMENT: Survivor.ValueType  # 2
 SURVIVOR_HEALTHY: Survivor.ValueType  # 3
 Global___Survivor: _TypeAlias = Survivor  # noqa: Y015
 
+class _SidecarKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SidecarKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SidecarKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIDECAR_KIND_UNSPECIFIED: _SidecarKind.ValueType  # 0
+    SIDECAR_KIND_OWN: _SidecarKind.ValueType  # 1
+    SIDECAR_KIND_SHARED: _SidecarKind.ValueType  # 2
+
+class SidecarKind(_SidecarKind, metaclass=_SidecarKindEnumTypeWrapper): ...
+
+SIDECAR_KIND_UNSPECIFIED: SidecarKind.ValueType  # 0
+SIDECAR_KIND_OWN: SidecarKind.ValueType  # 1
+SIDECAR_KIND_SHARED: SidecarKind.ValueType  # 2
+Global___SidecarKind: _TypeAlias = SidecarKind  # noqa: Y015
+
 @_typing.final
 class Constraint(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -1290,9 +1307,11 @@ class Group(_message.Message):
     SECRETS_FIELD_NUMBER: _builtins.int
     SCALING_FIELD_NUMBER: _builtins.int
     DEPENDS_ON_FIELD_NUMBER: _builtins.int
+    SIDECAR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     count: _builtins.int
     restarts: _builtins.int
+    sidecar: Global___SidecarKind.ValueType
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]: ...
     @_builtins.property
@@ -1338,10 +1357,11 @@ class Group(_message.Message):
         secrets: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         scaling: Global___ScalingPolicy | None = ...,
         depends_on: _abc.Iterable[_builtins.str] | None = ...,
+        sidecar: Global___SidecarKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "scaling", b"scaling", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "depends_on", b"depends_on", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "scaling", b"scaling", "secrets", b"secrets", "services", b"services", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinities", b"affinities", "constraints", b"constraints", "count", b"count", "depends_on", b"depends_on", "disconnect", b"disconnect", "name", b"name", "network", b"network", "reschedule", b"reschedule", "restart", b"restart", "restarts", b"restarts", "scaling", b"scaling", "secrets", b"secrets", "services", b"services", "sidecar", b"sidecar", "spread", b"spread", "tasks", b"tasks", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

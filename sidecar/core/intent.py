@@ -4,6 +4,8 @@ from outrider.ids import AllocId, NodeId, SecretName, ServiceName
 from outrider.model.external import External
 from outrider.model.gateway import GatewayRoute
 from outrider.model.job import Protocol, Value
+from outrider.model.mesh import listener_address
+from sidecar.core.scope import scope_of
 
 
 class SidecarUpstream(Value, frozen=True, kw_only=True):
@@ -52,6 +54,17 @@ class SidecarSpec(Value, frozen=True, kw_only=True):
     services: tuple[SidecarService, ...] = ()
     external: tuple[External, ...] = ()  # outside of the mesh; in the first service's name
     traces: Traces | None = None  # None: trace contexts pass through, and nobody adds to them
+    shared: bool = False  # it is a part of the node's shared one
+
+    @property
+    def scope(self) -> str:
+        return scope_of(self.alloc) if self.shared else ""
+
+    def listens_at(self, virtual: str | None = None) -> str:
+        """For what is called at a virtual address, or (None) for what is sent to the allocation."""
+        if self.shared:
+            return listener_address(self.local_address, virtual)
+        return virtual if virtual is not None else self.local_address
 
 
 class PairStats(Value, frozen=True, kw_only=True):

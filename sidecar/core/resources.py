@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import msgspec
 
-from outrider.ids import NodeId, SecretName, ServiceName
+from outrider.ids import SecretName, ServiceName
 from outrider.model.job import Protocol, Value
 from outrider.model.mesh import VIRTUAL_PORT, Leaf, MeshService, MeshView, spiffe_id
 from outrider.model.traffic import HttpFault, RateLimit
@@ -16,7 +16,7 @@ from sidecar.core.access import AccessHistory, AccessRule
 from sidecar.core.external import Addresses, ExternalResource, external_parts
 from sidecar.core.gateway import GatewayResource, gateway_parts
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
-from sidecar.core.traffic import Backend, Backends, PairRoute, Shadow, leg_name, pair_routes
+from sidecar.core.traffic import Backend, Backends, LegKey, PairRoute, Shadow, leg_name, pair_routes
 
 ROOTS = "roots"
 TRACES = "traces"
@@ -55,6 +55,7 @@ class UpstreamCluster(Value, frozen=True, kw_only=True):
     sni: str
     backend: Backend
     peers: tuple[str, ...]  # SPIFFE ids: one of them is expected
+    scope: str = ""
 
 
 class EndpointSet(Value, frozen=True, kw_only=True):
@@ -94,6 +95,7 @@ class InboundListener(Value, frozen=True, kw_only=True):
     protocol: Protocol
     revision: int
     traced_percent: float | None = None  # None: no spans
+    scope: str = ""
 
 
 class OutboundListener(Value, frozen=True, kw_only=True):
@@ -104,6 +106,7 @@ class OutboundListener(Value, frozen=True, kw_only=True):
     port: int
     protocol: Protocol
     traced_percent: float | None = None
+    scope: str = ""
 
 
 class UpstreamRoutes(Value, frozen=True, kw_only=True):
@@ -114,6 +117,7 @@ class UpstreamRoutes(Value, frozen=True, kw_only=True):
     mirror: Shadow | None = None
     fault: HttpFault | None = None
     tapped: bool = False  # somebody looks at its requests
+    scope: str = ""
 
 
 class InboundRoutes(Value, frozen=True, kw_only=True):
@@ -122,6 +126,7 @@ class InboundRoutes(Value, frozen=True, kw_only=True):
     name: str
     service: ServiceName
     rate: RateLimit | None = None
+    scope: str = ""
 
 
 class AccessRules(Value, frozen=True, kw_only=True):
@@ -133,6 +138,7 @@ class AccessRules(Value, frozen=True, kw_only=True):
     trust_domain: str
     datacenter: str
     rules: tuple[AccessRule, ...]
+    scope: str = ""
 
 
 Resource = (
@@ -176,11 +182,11 @@ def resources(
         return ResourceSet(resources={}, missing=("the mesh's trust roots",))
     found: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
     missing: list[str] = []
-    found[Kind.SECRET][ROOTS] = RootsSecret(name=ROOTS, certificates_pem=view.roots.certificates_pem)
-    traced_percent = spec.traces.percent if spec.traces is not None else None
+    roots = RootsSecret(name=spec.scope + ROOTS, certificates_pem=view.roots.certificates_pem)
+    found[Kind.SECRET][roots.name] = roots
     if spec.traces is not None:
-        collector = TraceCluster(name=TRACES, address=spec.traces.address, port=spec.traces.port)
-        found[Kind.CLUSTER][TRACES] = collector
+        collector = TraceCluster(name=spec.scope + TRACES, address=spec.traces.address, port=spec.traces.port)
+        found[Kind.CLUSTER][collector.name] = collector
     virtual_taken: set[ServiceName] = set()
     for service in spec.services:
         upstreams = _upstreams(service, view)
@@ -191,7 +197,9 @@ def resources(
             missing.append(f"the certificate of service {service.service}")
         else:
             secret = LeafSecret(
-                name=leaf_name(service.service), certificate_pem=leaf.certificate_pem, key_pem=leaf.key_pem
+                name=leaf_name(service.service, spec.scope),
+                certificate_pem=leaf.certificate_pem,
+                key_pem=leaf.key_pem,
             )
             found[Kind.SECRET][secret.name] = secret
         if service.workload_port is not None:
@@ -203,14 +211,13 @@ def resources(
                 continue
             _add_outbound(
                 found,
-                node=spec.node,
+                spec,
                 source=service.service,
                 upstream=upstream,
                 known=known,
                 view=view,
                 virtual_taken=virtual_taken,
                 tapped=tapped,
-                traced_percent=traced_percent,
             )
         if service.gateway:
             missing += _add_gateway(found, spec, service, view, pems)
@@ -244,26 +251,26 @@ def _add_gateway(
     return parts.missing
 
 
-def leaf_name(service: ServiceName) -> str:
-    return f"leaf/{service}"
+def leaf_name(service: ServiceName, scope: str = "") -> str:
+    return f"{scope}leaf/{service}"
 
 
-def rules_name(service: ServiceName) -> str:
-    return f"rules/{service}"
+def rules_name(service: ServiceName, scope: str = "") -> str:
+    return f"{scope}rules/{service}"
 
 
-def local_cluster_name(service: ServiceName) -> str:
-    return f"local/{service}"
+def local_cluster_name(service: ServiceName, scope: str = "") -> str:
+    return f"{scope}local/{service}"
 
 
-def outbound_name(source: ServiceName, destination: ServiceName) -> str:
+def outbound_name(source: ServiceName, destination: ServiceName, scope: str = "") -> str:
     """Names the cluster and the routes of a pair."""
-    return f"outbound/{source}/{destination}"
+    return f"{scope}outbound/{source}/{destination}"
 
 
-def inbound_name(service: ServiceName) -> str:
+def inbound_name(service: ServiceName, scope: str = "") -> str:
     """Names the listener and the routes of a service."""
-    return f"inbound/{service}"
+    return f"{scope}inbound/{service}"
 
 
 def is_http(protocol: Protocol) -> bool:
@@ -287,54 +294,56 @@ def _add_inbound(
     name = service.service
     past = history.get(name, AccessHistory())
     assert service.workload_port is not None
+    scope = spec.scope
     cluster = LocalCluster(
-        name=local_cluster_name(name),
+        name=local_cluster_name(name, scope),
         address=service.workload_address,
         port=service.workload_port,
         protocol=service.protocol,
-        patient=service.workload_address != LOOPBACK,
+        patient=service.workload_address != LOOPBACK and not spec.shared,
     )
     listener = InboundListener(
-        name=inbound_name(name),
+        name=inbound_name(name, scope),
         service=name,
-        address=spec.local_address,
+        address=spec.listens_at(),
         port=service.public_port,
         protocol=service.protocol,
         # HTTP asks its rules for every request; connections and long streams outlive a revocation, and are cut.
         revision=past.revision,
         traced_percent=spec.traces.percent if spec.traces is not None else None,
+        scope=scope,
     )
     rules = AccessRules(
-        name=rules_name(name),
+        name=rules_name(name, scope),
         service=name,
         protocol=service.protocol,
         trust_domain=view.roots.trust_domain,
         datacenter=view.roots.datacenter,
         rules=past.rules,
+        scope=scope,
     )
     found[Kind.CLUSTER][cluster.name] = cluster
     found[Kind.LISTENER][listener.name] = listener
     found[Kind.RULES][rules.name] = rules
     if is_http(service.protocol):
-        routes = InboundRoutes(name=inbound_name(name), service=name, rate=view.rates.get(name))
+        routes = InboundRoutes(name=inbound_name(name, scope), service=name, rate=view.rates.get(name), scope=scope)
         found[Kind.ROUTES][routes.name] = routes
 
 
 def _add_outbound(
     found: dict[Kind, dict[str, Resource]],
+    spec: SidecarSpec,
     *,
-    node: NodeId,
     source: ServiceName,
     upstream: SidecarUpstream,
     known: MeshService,
     view: MeshView,
     virtual_taken: set[ServiceName],
     tapped: Pair | None,
-    traced_percent: float | None,
 ) -> None:
-    destination = upstream.service
-    pair = outbound_name(source, destination)
-    backends = Backends(view, node)
+    destination, scope = upstream.service, spec.scope
+    pair = outbound_name(source, destination, scope)
+    backends = Backends(view, spec.node)
     if is_http(known.protocol):
         routes, mirror = pair_routes(known)
         found[Kind.ROUTES][pair] = UpstreamRoutes(
@@ -345,19 +354,20 @@ def _add_outbound(
             mirror=mirror,
             fault=known.traffic.fault,
             tapped=tapped == (source, destination),
+            scope=scope,
         )
         legs = {leg for route in routes for leg, _ in route.legs} | ({mirror.leg} if mirror is not None else set())
         for leg in sorted(legs):
-            _add_backend(found, source=source, name=leg_name(source, leg), backend=backends.of(leg), view=view)
+            _add_backend(found, source=source, leg=leg, backends=backends, view=view, scope=scope)
     else:
         target = known.traffic.target
         leg = (target.service, target.subset) if target is not None else (destination, "")
-        _add_backend(found, source=source, name=pair, backend=backends.of(leg), view=view)
+        _add_backend(found, source=source, leg=leg, backends=backends, view=view, scope=scope, name=pair)
     places = []
     if destination not in virtual_taken:
         # One address, one caller: where two services of an allocation share an upstream, the first is its name there.
         virtual_taken.add(destination)
-        places.append(("virtual", known.virtual_address, VIRTUAL_PORT))
+        places.append(("virtual", spec.listens_at(known.virtual_address), VIRTUAL_PORT))
     if upstream.local_port is not None:
         places.append((str(upstream.local_port), LOOPBACK, upstream.local_port))
     for place, address, port in places:
@@ -369,14 +379,24 @@ def _add_outbound(
             address=address,
             port=port,
             protocol=known.protocol,
-            traced_percent=traced_percent,
+            traced_percent=spec.traces.percent if spec.traces is not None else None,
+            scope=scope,
         )
 
 
 def _add_backend(
-    found: dict[Kind, dict[str, Resource]], *, source: ServiceName, name: str, backend: Backend, view: MeshView
+    found: dict[Kind, dict[str, Resource]],
+    *,
+    source: ServiceName,
+    leg: LegKey,
+    backends: Backends,
+    view: MeshView,
+    scope: str,
+    name: str = "",
 ) -> None:
-    roots = view.roots
+    roots, backend = view.roots, backends.of(leg)
+    name = name or leg_name(source, leg, scope)
+    backend = msgspec.structs.replace(backend, endpoints=scope + backend.endpoints)
     found[Kind.CLUSTER][name] = UpstreamCluster(
         name=name,
         source=source,
@@ -386,5 +406,6 @@ def _add_backend(
         sni=f"{backend.service}.default.{roots.datacenter}.internal.{roots.trust_domain}",
         backend=msgspec.structs.replace(backend, tiers=()),
         peers=tuple(spiffe_id(roots.trust_domain, roots.datacenter, ServiceName(peer)) for peer in backend.peers),
+        scope=scope,
     )
     found[Kind.ENDPOINTS][backend.endpoints] = EndpointSet(name=backend.endpoints, tiers=backend.tiers)

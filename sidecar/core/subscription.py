@@ -4,7 +4,7 @@ Level-triggered: `responses` compares what the sidecar has with what there is. A
 way, so changes that arrive meanwhile are sent once, together, and nothing queues up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from outrider.model.job import Value
@@ -51,11 +51,14 @@ class _Stream:
     names: set[str] = field(default_factory=set)
     sent: dict[str, str] = field(default_factory=dict)
     under_way: Response | None = None
+    alone: set[str] = field(default_factory=set)  # one of these was refused: each is sent by itself
     owes_answer: bool = False  # a wildcard is answered even with nothing: Envoy waits for it before it starts
 
 
 class Subscription:
-    def __init__(self) -> None:
+    def __init__(self, kept: Callable[[str], bool] = lambda _: False) -> None:
+        """`kept`: which of the names that the sidecar has stay, though nobody speaks of them for now."""
+        self._kept = kept
         self._streams = {kind: _Stream() for kind in Kind}
         self._nonce = 0
 
@@ -92,6 +95,9 @@ class Subscription:
             if not stream.seen or stream.under_way is not None:
                 continue
             changed, removed = self._difference(kind, available)
+            if alone := sorted(stream.alone.intersection(changed)):
+                changed, removed = (alone[0],), ()
+            stream.alone = set(alone[1:])
             if changed or removed or stream.owes_answer:
                 self._nonce += 1
                 response = Response(kind=kind, nonce=str(self._nonce), changed=changed, removed=removed)
@@ -126,6 +132,11 @@ class Subscription:
         stream.under_way = None
         if not request.error:
             return None
+        if len(response.changed) > 1 and request.kind not in _WILDCARD_KINDS:
+            # Envoy stops at the first that it refuses, and may have taken none of the others.
+            stream.alone.update(response.changed)
+            stream.sent.update(dict.fromkeys(response.changed, _LOST))
+            return None
         return Rejection(kind=request.kind, names=response.changed + response.removed, error=request.error)
 
     def _difference(self, kind: Kind, available: Versions) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -133,7 +144,7 @@ class Subscription:
         stream, versions = self._streams[kind], available.get(kind, {})
         wanted = versions.keys() if stream.wildcard else versions.keys() & stream.names
         changed = tuple(sorted(name for name in wanted if stream.sent.get(name) != versions[name]))
-        removed = tuple(sorted(name for name in stream.sent if name not in versions))
+        removed = tuple(sorted(name for name in stream.sent if name not in versions and not self._kept(name)))
         if kind is Kind.CLUSTER and removed and not self._users_settled(available):
             removed = ()  # break last: listeners and routes let go of a cluster before it goes
         return changed, removed

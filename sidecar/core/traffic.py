@@ -78,10 +78,10 @@ class Backends:
         return endpoint.address, endpoint.port
 
 
-def leg_name(source: ServiceName, leg: LegKey) -> str:
+def leg_name(source: ServiceName, leg: LegKey, scope: str = "") -> str:
     """Names the cluster of a leg; of a whole service as `outbound_name` does."""
     service, subset = leg
-    return f"outbound/{source}/{service}" + (f"/{subset}" if subset else "")
+    return f"{scope}outbound/{source}/{service}" + (f"/{subset}" if subset else "")
 
 
 def used_services(known: MeshService) -> frozenset[str]:

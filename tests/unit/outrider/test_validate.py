@@ -4,6 +4,8 @@ import msgspec
 import pytest
 
 from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
+from outrider.model.external import External, ExternalPort
+from outrider.model.gateway import GatewayListener
 from outrider.model.job import (
     MIB,
     Check,
@@ -29,6 +31,7 @@ from outrider.model.job import (
     UpdatePolicy,
     Upstream,
 )
+from outrider.model.sidecar import SidecarKind
 from outrider.validate import FILES_BYTES_MAX, problems
 
 TASK = Task(name=TaskName("server"), command=("sleep", "1"))
@@ -52,6 +55,9 @@ GROUP = Group(
     ),
 )
 JOB = Job(name=JobName("shop"), groups=(GROUP,))
+PAY = External(name=ServiceName("pay"), hosts=("pay.test",), ports=(ExternalPort(port=443, to=443),))
+OUTSIDE = Network(ports=(HTTP,), external=(PAY,))
+GATE = Service(name=ServiceName("web"), gateway=(GatewayListener(port=PortName("http"), to=ServiceName("api")),))
 
 
 def _with(value: msgspec.Struct, **changes: object) -> Job:
@@ -190,6 +196,11 @@ def test_a_good_job_has_no_problem() -> None:
             "groups.web.services[0].upstreams[0].port",
         ),
         (_with(GROUP, services=(GROUP.services[0],) * 2), "groups.web.services.web"),
+        (_with(GROUP, services=(), sidecar=SidecarKind.SHARED), "groups.web.sidecar"),
+        (_with(GROUP, tasks=(OWN,), sidecar=SidecarKind.SHARED), "groups.web.sidecar"),
+        (_with(GROUP, sidecar=SidecarKind.SHARED), "groups.web.services[0].upstreams[0].port"),
+        (_with(GROUP, network=OUTSIDE, sidecar=SidecarKind.SHARED), "groups.web.network.external"),
+        (_with(GROUP, services=(GATE,), sidecar=SidecarKind.SHARED), "groups.web.services[0].gateway"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

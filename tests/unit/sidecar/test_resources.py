@@ -1,5 +1,7 @@
 """What a sidecar should have, from its spec and its node's view."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from outrider.ids import AllocId, NodeId, ServiceName
@@ -7,7 +9,16 @@ from outrider.model.job import Protocol
 from outrider.model.mesh import Endpoint, Leaf, MeshService, MeshView, TrustRoots
 from sidecar.core.access import AccessHistory
 from sidecar.core.intent import SidecarService, SidecarSpec, SidecarUpstream
-from sidecar.core.resources import EndpointSet, InboundListener, Kind, OutboundListener, UpstreamCluster, resources
+from sidecar.core.resources import (
+    EndpointSet,
+    InboundListener,
+    Kind,
+    OutboundListener,
+    Resource,
+    UpstreamCluster,
+    resources,
+)
+from sidecar.render import render
 
 API, DB, WEB = ServiceName("api"), ServiceName("db"), ServiceName("web")
 ROOTS = TrustRoots(datacenter="dc1", trust_domain="mesh.consul", certificates_pem=("root",))
@@ -97,3 +108,27 @@ def test_a_service_that_neither_serves_nor_calls_needs_nothing() -> None:
     found = resources(_spec(SidecarService(service=WEB, public_port=15100)), _view(), {}, {})
     assert found.missing == ()
     assert not found.resources[Kind.LISTENER]
+
+
+def test_of_a_shared_sidecar_every_name_is_the_allocations_and_so_are_its_listeners_addresses() -> None:
+    view = _view(Protocol.HTTP)
+
+    def share(alloc: str, address: str) -> Mapping[Kind, Mapping[str, Resource]]:
+        upstream = SidecarUpstream(service=DB)
+        both = SidecarService(service=WEB, public_port=15100, workload_port=8080, upstreams=(upstream,))
+        spec = _spec(both)
+        changed = msgspec.structs.replace(spec, alloc=AllocId(alloc), local_address=address, shared=True)
+        return resources(changed, view, LEAVES, {}).resources
+
+    one, other = share("0000000001", "100.64.4.2"), share("0000000002", "100.64.4.3")
+    assert all(name.startswith("0000000001/") for by_name in one.values() for name in by_name)
+    assert all(one[kind].keys().isdisjoint(other[kind]) for kind in Kind)
+    places = [
+        {(each.address, each.port) for each in found[Kind.LISTENER].values()}  # type: ignore[union-attr]
+        for found in (one, other)
+    ]
+    assert places == [{("240.4.0.0", 15100), ("240.4.1.0", 15001)}, {("240.6.0.0", 15100), ("240.6.1.0", 15001)}]
+    texts = [str([render(each).resource.value for each in found[kind].values()]) for found in (one,) for kind in Kind]
+    unscoped = [name for text in texts for name in ("outbound/web/db", "roots", "leaf/web", "local/web", "rules/web")
+                if text.replace(f"0000000001/{name}", "").count(name)]  # fmt: skip
+    assert unscoped == [], "what refers to a resource names it in full"

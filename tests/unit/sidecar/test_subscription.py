@@ -116,3 +116,28 @@ def test_a_cluster_that_replaces_another_brings_its_endpoints_again() -> None:
     _acknowledge(subscription, *subscription.responses(ALL))
     replaced = subscription.responses({**ALL, Kind.CLUSTER: {"c": "2"}})
     assert [(each.kind, each.changed) for each in replaced] == [(Kind.CLUSTER, ("c",)), (Kind.ENDPOINTS, ("e",))]
+
+
+def test_of_several_that_were_refused_together_each_is_sent_alone() -> None:
+    available = {Kind.SECRET: {"bad": "1", "good": "1", "new": "1"}}
+    subscription = Subscription()
+    subscription.receive(Request(kind=Kind.SECRET, subscribe=("bad", "good")))
+    (both,) = subscription.responses(available)
+    assert subscription.receive(Request(kind=Kind.SECRET, nonce=both.nonce, error="no")) is None
+    subscription.receive(Request(kind=Kind.SECRET, subscribe=("new",)))
+    told: list[tuple[str, ...]] = []
+    refused: list[str] = []
+    while responses := subscription.responses(available):
+        (response,) = responses
+        told.append(response.changed)
+        error = "no" if "bad" in response.changed else ""
+        rejection = subscription.receive(Request(kind=Kind.SECRET, nonce=response.nonce, error=error))
+        refused += rejection.names if rejection is not None else ()
+    assert told == [("bad",), ("good",), ("new",)]
+    assert refused == ["bad"]
+
+
+def test_what_nobody_speaks_of_for_now_stays() -> None:
+    subscription = Subscription(lambda name: name == "kept")
+    subscription.receive(Request(kind=Kind.LISTENER, versions={"kept": "1", "gone": "1"}))
+    assert [each.removed for each in subscription.responses({})] == [("gone",)]

@@ -7,6 +7,7 @@ from controller.core.preview import preview, twin_of
 from outrider.ids import JobName
 from outrider.model.fleet import JobPlan, PlannedAction, RolloutState
 from outrider.model.job import Job, JobType, UpdatePolicy
+from outrider.model.sidecar import SidecarKind
 from tests.scenarios.world import World, group, job, node, service
 
 
@@ -65,6 +66,12 @@ def test_a_new_command_replaces_every_copy_through_the_whole_rollout() -> None:
     assert (found.counts, found.kept) == ({"replace": 3}, 0)
     assert found.rollout is RolloutState.SUCCESSFUL
     assert all(step.node_before and step.node_after for step in found.steps)
+
+
+def test_another_kind_of_sidecar_replaces_every_copy() -> None:
+    web = group("web", 2, services=[service("web")])
+    shared = msgspec.structs.replace(web, sidecar=SidecarKind.SHARED)
+    assert plan(fleet(job("shop", web)), job("shop", shared)).counts == {"replace": 2}
 
 
 def test_a_group_that_left_is_stopped() -> None:

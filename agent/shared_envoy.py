@@ -1,0 +1,109 @@
+"""The node's one Envoy for all allocations with `sidecar: shared`: begun with the first of them, ended with the last.
+
+A sandbox of the node's own, in the namespace on which their networks hang. Task: one that waits for its end.
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from agent.held import SHARED_SIDECAR
+from agent.sandbox.runtime import SandboxRuntime
+from agent.sandbox.spec import Exit, Limits
+from agent.spares import Files, sidecar_sandbox
+from outrider.errors import HostError
+from outrider.ids import AllocId
+from outrider.log import Log
+from outrider.model.job import MIB, Value
+
+# A bound of damage: what allocations reserve for their shares is not known when it starts.
+_LIMITS = Limits(cpu_millis=500, memory_bytes=1024 * MIB, pids_max=256)
+_ENDED_S = 3.0
+
+
+class Shared(Value, frozen=True, kw_only=True):
+    """What is the node's for it: a directory of its sandbox's own, and a range of uids."""
+
+    directory: Path
+    uid_first: int
+
+
+class SharedEnvoy:
+    def __init__(
+        self,
+        place: Shared,
+        *,
+        runtime: SandboxRuntime,
+        namespace: str,
+        ended: Callable[[], None],
+        tasks: asyncio.TaskGroup,
+        log: Log,
+    ) -> None:
+        """`namespace`: made with the first network that hangs on it. `ended` is called once its sandbox is gone and
+        nobody has it."""
+        self.place = place
+        self._runtime = runtime
+        self._namespace = namespace
+        self._ended = ended
+        self._tasks = tasks
+        self._log = log
+        self._turn = asyncio.Lock()
+        self._holders: set[AllocId] = set()
+        self._end: asyncio.Task[Exit | None] | None = None
+
+    def holds(self, alloc: AllocId) -> bool:
+        return alloc in self._holders
+
+    async def runs(self) -> bool:
+        return any(status.id == SHARED_SIDECAR and status.running for status in await self._runtime.list())
+
+    async def take_over(self, holders: Iterable[AllocId]) -> None:
+        """At the agent's beginning: whose it was. One that nobody has any more ends. Raises HostError."""
+        self._holders |= set(holders)
+        async with self._turn:
+            await self._end_unless_held()
+
+    async def hold(self, alloc: AllocId, files: Files) -> "asyncio.Task[Exit | None]":
+        """It runs when this returns, and what is returned is done once it has ended: nobody's to cancel.
+
+        Raises HostError, StartError.
+        """
+        self._holders.add(alloc)
+        async with self._turn:
+            if not await self.runs():
+                place = self.place
+                spec = sidecar_sandbox(
+                    SHARED_SIDECAR, files, self._namespace, place.uid_first, place.directory, limits=_LIMITS
+                )
+                await self._runtime.start(spec)
+                self._end = None
+            if self._end is None:
+                self._end = self._tasks.create_task(self._wait(), name=f"{SHARED_SIDECAR}-wait")
+            return self._end
+
+    async def release(self, alloc: AllocId) -> None:
+        """Does nothing for one that does not hold it. Raises HostError."""
+        if alloc in self._holders:
+            async with self._turn:
+                self._holders.discard(alloc)
+                await self._end_unless_held()
+
+    async def _end_unless_held(self) -> None:
+        if self._holders:
+            return
+        if await self.runs():
+            await self._runtime.signal(SHARED_SIDECAR, signal.SIGTERM)
+            try:
+                async with asyncio.timeout(_ENDED_S):
+                    await self._runtime.wait(SHARED_SIDECAR)
+            except TimeoutError:
+                self._log.info("shared sidecar lingers")
+        await self._runtime.delete(SHARED_SIDECAR)
+        self._ended()
+
+    async def _wait(self) -> Exit | None:
+        try:
+            return await self._runtime.wait(SHARED_SIDECAR)
+        except HostError:
+            return None  # it was deleted
