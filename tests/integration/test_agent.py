@@ -196,7 +196,7 @@ async def test_the_next_workload_takes_the_spare_sidecar(fleet: AgentFleet) -> N
     controller.assign(full=True)
     await until(lambda: not fleet.workload_pids("/run/outrider/envoy"), "with the last sidecar goes the spare")
     await until(lambda: not any((fleet.data / "allocations").iterdir()), "forgotten")
-    assert not any((fleet.data / "spares").iterdir())
+    await until(lambda: not any((fleet.data / "spares").iterdir()), "nothing of it is left")
     left = [path for kind in ("netns", "envoy/sidecars", "envoy/state") for path in (fleet.run / kind).iterdir()]
     assert [path.name for path in left] == ["isolated"], "the responder's"
 
