@@ -11,9 +11,9 @@ import marshal
 import os
 import platform
 import re
+import subprocess
 import sys
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 _ID_CHARS = 12
 _REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^]]*\])?[^;]*(;(?P<marker>.*))?$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file: the same content makes the same bundle
+_PROGRAMS = ("agent.app", "controller.app", "outrider.cli.main")
+_UNUSED = {"__pycache__", "tests"}
 _SKIPPED = {"INSTALLER", "REQUESTED", "direct_url.json", "RECORD"}
 
 
@@ -63,10 +65,11 @@ def make_bundle(cache: Path, *, source: Path | None = None) -> Bundle:
             machine=platform.machine(),
         )
         if not bundle.path.exists():
-            compiled = {**own, **_compiled({name: root / name for name in own if name.endswith(".py")}, own)}
-            wheels = {f"{OWN}-{version}-py3-none-any.whl": _zip(compiled, {}, f"{OWN}-{version}.dist-info")}
+            started = _started(root)
+            own |= _compiled({name: root / name for name in own}, own, started)
+            wheels = {f"{OWN}-{version}-py3-none-any.whl": _zip(own, {}, f"{OWN}-{version}.dist-info")}
             with ThreadPoolExecutor(thread_name_prefix="wheel") as pool:  # it is the packing that takes long
-                wheels.update(pool.map(partial(make_wheel, compiled=True), others))
+                wheels.update(pool.map(partial(make_wheel, compiled=started), others))
             _write(bundle, {name: hashlib.sha256(wheels[name]).hexdigest() for name in sorted(wheels)}, wheels)
     except OSError as error:
         raise HostError("bundle", step=f"read what is installed here: {error}") from error
@@ -167,38 +170,52 @@ def _applies(marker: str) -> bool:
     return Marker(marker).evaluate()
 
 
-def make_wheel(dist: Distribution, *, compiled: bool = False) -> tuple[str, bytes]:
-    """The distribution as a wheel again: its name and content. `compiled`: with the bytecode of its modules."""
+def make_wheel(dist: Distribution, *, compiled: frozenset[str] = frozenset()) -> tuple[str, bytes]:
+    """The distribution as a wheel again, without its tests: its name and content.
+
+    `compiled`: files of modules whose bytecode goes with them.
+    """
     name, version = dist.metadata["Name"].replace("-", "_"), dist.version
     tags = [
         line.removeprefix("Tag:").strip() for line in (dist.read_text("WHEEL") or "").splitlines() if "Tag:" in line
     ]
     files: dict[str, bytes] = {}
     modes: dict[str, int] = {}
-    modules: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for entry in dist.files or ():
-        if entry.parts[0] == ".." or "__pycache__" in entry.parts or entry.name in _SKIPPED:
-            continue  # scripts beside the library, what the interpreter made, and what the installer did
+        if entry.parts[0] == ".." or _UNUSED & set(entry.parts) or entry.suffix == ".pyi" or entry.name in _SKIPPED:
+            continue  # scripts beside the library, what nobody runs, what the interpreter made or the installer did
         path = Path(str(entry.locate()))
         files[str(entry)] = path.read_bytes()
         modes[str(entry)] = path.stat().st_mode & 0o755
-        if path.suffix == ".py":
-            modules[str(entry)] = path
-    if compiled:
-        files |= _compiled(modules, files)
+        paths[str(entry)] = path
+    files |= _compiled(paths, files, compiled)
     info = next(part for part in (entry.split("/")[0] for entry in files) if part.endswith(".dist-info"))
     return f"{name}-{version}-{tags[0] if tags else 'py3-none-any'}.whl", _zip(files, modes, info)
 
 
-def _compiled(modules: Mapping[str, Path], sources: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Bytecode that is taken without a look at its source (PEP 552): else each host compiles the same at first."""
+def _started(root: Path) -> frozenset[str]:
+    """Files of the modules that the programs have loaded once they run. Raises HostError where one cannot start."""
+    loads = f"import sys, {', '.join(_PROGRAMS)}"
+    tells = "print(*(getattr(each, '__file__', '') for each in sys.modules.values()), sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{loads}; {tells}"], cwd=root, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise HostError("bundle", step=f"start what is to be packed: {done.stderr.strip()[-400:]}")
+    return frozenset(done.stdout.splitlines())
+
+
+def _compiled(paths: Mapping[str, Path], sources: Mapping[str, bytes], chosen: frozenset[str]) -> dict[str, bytes]:
+    """Bytecode that is taken without a look at its source (PEP 552): else each host compiles the same at first.
+
+    Of the chosen files alone: of the rest most are never loaded, and a file costs a host more than it saves.
+    """
     found: dict[str, bytes] = {}
-    for name, path in modules.items():
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                code = SourceFileLoader(name, str(path)).get_code(name)
-        except (SyntaxError, ValueError):
-            continue  # a template, or of another Python: what cannot be imported here cannot be there
+    for name, path in paths.items():
+        if path.suffix != ".py" or str(path) not in chosen:
+            continue
+        code = SourceFileLoader(name, str(path)).get_code(name)
         header = MAGIC_NUMBER + (1).to_bytes(4, "little") + source_hash(sources[name])
         file = f"__pycache__/{path.stem}.{sys.implementation.cache_tag}.pyc"
         found[str(PurePosixPath(name).parent / file)] = header + marshal.dumps(code)

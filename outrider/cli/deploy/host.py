@@ -22,7 +22,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 ASKED: str  # set by whoever sends this file
@@ -153,14 +153,19 @@ def member(tar: tarfile.TarFile, name: str) -> bytes:
 
 
 def extract(wheel: bytes, site: Path) -> None:
+    """Files alone: there is no link that a later name could follow."""
+    made = set()
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         for entry in archive.infolist():
-            path = (site / entry.filename).resolve()
-            if not path.is_relative_to(site.resolve()):
+            name = PurePosixPath(entry.filename)
+            if name.is_absolute() or ".." in name.parts:
                 raise StepError(f"the bundle is damaged: {entry.filename} leads out of it")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(archive.read(entry))
-            path.chmod((entry.external_attr >> 16) & 0o755 or 0o644)
+            if name.parent not in made:
+                (site / name.parent).mkdir(parents=True, exist_ok=True)
+                made.add(name.parent)
+            with (site / name).open("wb") as out:
+                os.fchmod(out.fileno(), (entry.external_attr >> 16) & 0o755 or 0o644)
+                out.write(archive.read(entry))
 
 
 def configure(asked: dict[str, Any]) -> dict[str, Any]:

@@ -243,7 +243,8 @@ class Deployment:
         self, host: Host, remote: Remote, plan: Plan, wanted: Mapping[str, tuple[str, str]], remote_bundle: str
     ) -> None:
         for step in plan.steps:
-            self._tell(host.host, str(step))
+            if step not in {Step.JOIN, Step.START, Step.RESTART}:  # the roles' own
+                self._tell(host.host, str(step))
             match step:
                 case Step.PACKAGES:
                     await remote.ask("packages", 900.0, packages=list(plan.packages))

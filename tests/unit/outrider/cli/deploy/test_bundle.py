@@ -11,7 +11,7 @@ from outrider.cli.deploy.bundle import make_wheel
 from outrider.cli.deploy.host import extract
 
 
-def test_a_wheel_is_what_is_installed_here() -> None:
+def test_a_wheel_is_what_is_installed_here_without_its_tests() -> None:
     found = distribution("h11")
     name, content = make_wheel(found)
     assert name == f"h11-{found.version}-py3-none-any.whl"
@@ -20,10 +20,13 @@ def test_a_wheel_is_what_is_installed_here() -> None:
         assert archive.read("h11/__init__.py") == Path(str(found.locate_file("h11/__init__.py"))).read_bytes()
         listed = {line.split(",")[0] for line in archive.read(f"h11-{found.version}.dist-info/RECORD").decode().split()}
         assert listed == set(archive.namelist())
+        assert not [name for name in listed if "/tests/" in name]
 
 
 def test_bytecode_is_taken_as_it_came(tmp_path: Path) -> None:
-    extract(make_wheel(distribution("h11"), compiled=True)[1], tmp_path)
+    found = distribution("h11")
+    modules = frozenset(str(found.locate_file(file)) for file in found.files or () if file.suffix == ".py")
+    extract(make_wheel(found, compiled=modules)[1], tmp_path)
     for source in tmp_path.rglob("*.py"):
         source.write_text("raise SystemError('it was compiled anew')\n")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import h11; print(h11.__file__, h11.Connection)"
