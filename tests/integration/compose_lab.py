@@ -20,6 +20,7 @@ from outrider.cli.deploy.bundle import make_bundle, make_wheel
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "outrider-compose-test"
+COMPOSE = os.environ.get("OUTRIDER_COMPOSE", "docker-compose")  # 1.29.2 of Debian's, or the path of another
 _CGROUP = "outrider-compose-docker"
 _PACKAGES = (
     "python3", "python3-venv", "crun", "conmon", "catatonit", "nftables", "iproute2", "procps", "ca-certificates",
@@ -48,7 +49,7 @@ class Compose:
 
     def __call__(self, *words: str, timeout_s: float = 300) -> str:
         file = str(ROOT / "docker-compose.yml")  # whoever enters a mount namespace stands at its root
-        return self._run("docker-compose", "--file", file, "--project-name", PROJECT, *words, timeout_s=timeout_s)
+        return self._run(COMPOSE, "--file", file, "--project-name", PROJECT, *words, timeout_s=timeout_s)
 
     def docker(self, *words: str, text: str = "", timeout_s: float = 300) -> str:
         return self._run("docker", *words, text=text, timeout_s=timeout_s)

@@ -33,3 +33,13 @@ def test_bytecode_is_taken_as_it_came(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/h11/__init__.py <class 'h11._connection.Connection'>\n"
+
+
+def test_of_what_is_hardly_used_only_the_loaded_modules_are_taken() -> None:
+    found = distribution("xds-protos")
+    loaded = frozenset({str(found.locate_file("xds/__init__.py")), str(found.locate_file("envoy/__init__.py"))})
+    with zipfile.ZipFile(io.BytesIO(make_wheel(found, compiled=loaded)[1])) as archive:
+        assert sorted(name for name in archive.namelist() if name.endswith(".py")) == [
+            "envoy/__init__.py",
+            "xds/__init__.py",
+        ]
