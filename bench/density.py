@@ -1,4 +1,5 @@
-"""What the mesh costs each of fifty workloads of one host, each with a sidecar of its own: memory, and CPU at rest.
+"""What the mesh costs each of fifty workloads of one host: memory, and CPU at rest. With a sidecar of its own each, and
+then with one that all of a node share.
 
 On two nodes, for one promises no more cores than there are. Each workload serves HTTP and calls the others. Memory is
 proportional (PSS); each one's part of the agents stands beside it.
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.figure import emit
-from bench.fleet import dev_fleet
+from bench.fleet import Fleet, dev_fleet
 from bench.footprint import memory_mb, processes
 from outrider.ids import GroupName, JobName, PortName, ServiceName, TaskName
 from outrider.model.job import (
@@ -28,6 +29,7 @@ from outrider.model.job import (
     UpdatePolicy,
     Upstream,
 )
+from outrider.model.sidecar import SidecarKind
 
 WORKLOADS = 50
 REST_S = 10.0
@@ -36,19 +38,36 @@ _DENSE = ServiceName("dense")
 
 def run() -> None:
     with dev_fleet(nodes=2) as fleet:
-        fleet.submit(_job())
-        fleet.healthy(_DENSE, WORKLOADS, deadline_s=200.0)
-        _, agents, sidecars = processes(fleet, WORKLOADS)
+        sidecars, agents = _started(fleet, SidecarKind.OWN)
         own_mb = statistics.mean(memory_mb(pid, "Pss") for pid in sidecars)
         emit("density.own_mb", own_mb, "MB", peer="Istio 1.24 proxy, published", peer_value=60)
         emit("density.agent_mb", sum(memory_mb(agent, "Pss") for agent in agents) / WORKLOADS, "MB")
-        before_s = sum(map(_cpu_s, sidecars))
-        time.sleep(REST_S)
-        spent_s = sum(map(_cpu_s, sidecars)) - before_s
-        emit("density.own_idle_cpu_millis", 1000 * spent_s / REST_S / WORKLOADS, "thousandths of a core")
+        emit("density.own_idle_cpu_millis", _idle_millis(sidecars), "thousandths of a core")
+        fleet.stop(_DENSE)
+        shared, _ = _started(fleet, SidecarKind.SHARED)
+        shared_mb = sum(memory_mb(pid, "Pss") for pid in shared) / WORKLOADS
+        emit("density.shared_mb", shared_mb, "MB", peer="Istio 1.24 ztunnels of two nodes, published", peer_value=0.48)
+        emit("density.shared_idle_cpu_millis", _idle_millis(shared), "thousandths of a core")
 
 
-def _job() -> Job:
+def _started(fleet: Fleet, kind: SidecarKind) -> tuple[list[int], list[int]]:
+    """The Envoys of the fifty, once all are healthy; and the agents."""
+    fleet.submit(_job(kind))
+    fleet.healthy(_DENSE, WORKLOADS, deadline_s=200.0)
+    _, agents, sidecars = processes(fleet, WORKLOADS if kind is SidecarKind.OWN else 2)
+    if kind is SidecarKind.OWN:
+        return sidecars, agents
+    return [pid for pid in sidecars if "/node.sidecar" in Path(f"/proc/{pid}/cgroup").read_text()], agents
+
+
+def _idle_millis(sidecars: list[int]) -> float:
+    """Of one workload."""
+    before_s = sum(map(_cpu_s, sidecars))
+    time.sleep(REST_S)
+    return 1000 * (sum(map(_cpu_s, sidecars)) - before_s) / REST_S / WORKLOADS
+
+
+def _job(kind: SidecarKind) -> Job:
     port = PortName("http")
     service = Service(
         name=_DENSE,
@@ -70,6 +89,7 @@ def _job() -> Job:
         network=Network(ports=(Port(name=port),)),
         services=(service,),
         tasks=(task,),
+        sidecar=kind,
     )
     return Job(name=JobName(_DENSE), groups=(group,))
 
