@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from urllib.parse import quote
 
 import aiohttp
@@ -20,6 +21,7 @@ import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.leaves import signing_request
+from controller.ca import FleetCa
 from outrider import codec
 from outrider.ids import AllocId, NodeId, ServiceName
 from outrider.model.mesh import spiffe_id
@@ -167,6 +169,15 @@ async def test_calls_without_a_certificate_or_a_token_get_nowhere(doors: Doors) 
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await OperatorServiceStub(connection).ListJobs(operator_pb2.ListJobsRequest(), timeout=CALL_S)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_certificate_of_another_fleet_of_the_same_name_opens_no_door(doors: Doors, tmp_path: Path) -> None:
+    stranger = FleetCa(tmp_path / "ca", CLUSTER).issue_operator("cli")
+    files = TlsFiles(ca=doors.controller.ca, certificate=stranger.certificate, key=stranger.key)
+    async with channel(doors.controller.at["listen"], files) as connection:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await OperatorServiceStub(connection).ListJobs(operator_pb2.ListJobsRequest(), timeout=CALL_S)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_the_catalog_answers_only_whom_it_knows(doors: Doors) -> None:

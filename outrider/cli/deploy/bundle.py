@@ -178,9 +178,9 @@ def make_wheel(dist: Distribution, *, compiled: frozenset[str] = frozenset()) ->
     """
     chosen = compiled if compiled and _normal(dist.metadata["Name"]) in _HARDLY_USED else None
     name, version = dist.metadata["Name"].replace("-", "_"), dist.version
-    tags = [
-        line.removeprefix("Tag:").strip() for line in (dist.read_text("WHEEL") or "").splitlines() if "Tag:" in line
-    ]
+    told = (dist.read_text("WHEEL") or "").splitlines()
+    tags = [line.removeprefix("Tag:").strip().split("-") for line in told if line.startswith("Tag:")]
+    tag = "-".join(".".join(dict.fromkeys(parts)) for parts in zip(*tags or [["py3", "none", "any"]], strict=True))
     files: dict[str, bytes] = {}
     modes: dict[str, int] = {}
     paths: dict[str, Path] = {}
@@ -195,7 +195,7 @@ def make_wheel(dist: Distribution, *, compiled: frozenset[str] = frozenset()) ->
         paths[str(entry)] = path
     files |= _compiled(paths, files, compiled)
     info = next(part for part in (entry.split("/")[0] for entry in files) if part.endswith(".dist-info"))
-    return f"{name}-{version}-{tags[0] if tags else 'py3-none-any'}.whl", _zip(files, modes, info)
+    return f"{name}-{version}-{tag}.whl", _zip(files, modes, info)
 
 
 def _started(root: Path) -> frozenset[str]:

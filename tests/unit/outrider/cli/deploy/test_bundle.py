@@ -23,6 +23,10 @@ def test_a_wheel_is_what_is_installed_here_without_its_tests() -> None:
         assert not [name for name in listed if "/tests/" in name]
 
 
+def test_a_wheel_for_several_pythons_says_so() -> None:
+    assert make_wheel(distribution("py-consul"))[0].endswith("-py2.py3-none-any.whl")
+
+
 def test_bytecode_is_taken_as_it_came(tmp_path: Path) -> None:
     found = distribution("h11")
     modules = frozenset(str(found.locate_file(file)) for file in found.files or () if file.suffix == ".py")
