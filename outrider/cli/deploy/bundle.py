@@ -11,6 +11,7 @@ import marshal
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 import tarfile
@@ -233,7 +234,7 @@ def _zip(files: dict[str, bytes], modes: dict[str, int], info: str) -> bytes:
         everything = {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}
         for name, data in sorted(everything.items()):
             entry = zipfile.ZipInfo(name, _EPOCH)
-            entry.external_attr = modes.get(name, 0o644) << 16
+            entry.external_attr = (stat.S_IFREG | modes.get(name, 0o644)) << 16  # pip reads no mode without the kind
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
     return content.getvalue()
