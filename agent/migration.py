@@ -186,6 +186,8 @@ class Migration:
                     end = qmp.connect(place.directory / DISK_SOCKET)
                     stack.callback(end.close)
                 await control.say(Answer())
+                # It says nothing until the guest is here, unless it is gone: then whatever is awaited does not come.
+                left = group.create_task(_until_left(control), name="left")
                 if disk:
                     line = await arrival.wait("disk", _STEP_S)
                     pumps += [group.create_task(work, name="disk") for work in _both_ways(line, end)]
@@ -193,9 +195,11 @@ class Migration:
                 ours, theirs = _pair(stack)
                 pumps.append(group.create_task(_from_line(line, ours), name="memory"))
                 await arrive(control_socket, theirs)
+                if left.done():
+                    raise PeerError(f"node {control.node} is ahead of what it was told")
                 await control.say(Answer())
-                if (await control.hear(Answer, _STEP_S)).refused:
-                    raise PeerError(f"node {control.node} keeps its guest")
+                async with asyncio.timeout(_STEP_S):
+                    await left
                 if arrival.void:
                     raise PeerError(f"node {control.node} took its guest back")
                 taken_up()  # before it runs: an agent that comes later lets it run on
@@ -369,6 +373,12 @@ def _accepted(answer: Answer) -> Answer:
     if answer.refused:
         raise RefusedError("not-moved", answer.refused)
     return answer
+
+
+async def _until_left(control: Line) -> None:
+    """The other end has written down that its guest is ours. Raises PeerError where it keeps it, or breaks off."""
+    if (await control.hear(Answer, _IMAGE_S + _GO_S + _STEP_S)).refused:
+        raise PeerError(f"node {control.node} keeps its guest")
 
 
 def _pair(stack: AsyncExitStack) -> tuple[socket.socket, socket.socket]:

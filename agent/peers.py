@@ -109,7 +109,7 @@ class Peers:
             async with asyncio.timeout(DIAL_S):
                 reader, writer = await asyncio.open_connection(host, port, ssl=context, limit=_LINE_BYTES_MAX)
         except (OSError, ssl.SSLError) as error:  # TimeoutError is an OSError
-            raise PeerError(f"node {node} at {address}: {error or f'no answer within {DIAL_S:g} s'}") from error
+            raise PeerError(f"node {node} at {address}: {str(error) or f'no answer within {DIAL_S:g} s'}") from error
         line = Line(reader, writer, node)
         try:
             found = self._node(writer)

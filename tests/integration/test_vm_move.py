@@ -44,9 +44,10 @@ def coming(wish: Assignment, source: AgentFleet, there: AllocId = THERE) -> Assi
     return msgspec.structs.replace(wish, alloc=there, move_from=came)
 
 
-def stage(fleet: AgentFleet) -> MoveStage | None:
+def stage(fleet: AgentFleet, there: AllocId = THERE) -> MoveStage | None:
     report = fleet.controller.reports.get(GUEST)
-    return report.move.stage if report is not None and report.move is not None else None
+    move = report.move if report is not None else None
+    return move.stage if move is not None and move.to == there else None
 
 
 async def booted(fleet: AgentFleet, wish: Assignment) -> None:
@@ -62,10 +63,10 @@ async def moved(source: AgentFleet, target: AgentFleet, wish: Assignment, there:
     """The downtime in ms."""
     target.controller.assign(coming(wish, source, there), full=True)
     source.controller.assign(leaving(wish, target, there=there))
-    await until(lambda: stage(source) in (MoveStage.READY, MoveStage.FAILED), "copied", timeout_s=BOOT_S)
+    await until(lambda: stage(source, there) in (MoveStage.READY, MoveStage.FAILED), "copied", timeout_s=BOOT_S)
     assert source.controller.reports[GUEST].move == MoveReport(to=there, stage=MoveStage.READY)
     source.controller.assign(leaving(wish, target, go=True, there=there))
-    await until(lambda: stage(source) in (MoveStage.DONE, MoveStage.FAILED), "moved", timeout_s=BOOT_S)
+    await until(lambda: stage(source, there) in (MoveStage.DONE, MoveStage.FAILED), "moved", timeout_s=BOOT_S)
     move = source.controller.reports[GUEST].move
     assert move is not None
     assert move.stage is MoveStage.DONE, move.message
