@@ -18,7 +18,7 @@ _READY_S = 60.0
 class Server:
     def __init__(self, directory: Path, name: str, program: str, address: str = "127.0.0.1") -> None:
         self.name, self.address, self._program, self._directory = name, address, program, directory
-        self.http, self._rpc, self.serf, self._wan = (free_port() for _ in range(4))
+        self.http, self.rpc, self.serf, self._wan = (free_port() for _ in range(4))
         self.process: subprocess.Popen[bytes] | None = None
         self._directory.mkdir(parents=True)
 
@@ -29,7 +29,7 @@ class Server:
     def start(self, join: list[str]) -> None:
         command = [self._program, "agent", "-server", "-bootstrap-expect", "3", "-node", self.name]
         command += ["-data-dir", str(self._directory / "data"), "-bind", self.address, "-client", self.address]
-        command += ["-http-port", str(self.http), "-server-port", str(self._rpc), "-serf-lan-port", str(self.serf)]
+        command += ["-http-port", str(self.http), "-server-port", str(self.rpc), "-serf-lan-port", str(self.serf)]
         command += ["-serf-wan-port", str(self._wan), "-dns-port", "-1", "-grpc-port", "-1", "-log-level", "warn"]
         # The timers of a Consul on hosts of its own, rather than those that suit the smallest machines.
         command += ["-hcl", "connect { enabled = true } performance { raft_multiplier = 1 } leave_on_terminate = false"]

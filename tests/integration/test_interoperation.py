@@ -122,7 +122,7 @@ class Outside:
             await self._proxy.wait()
 
 
-async def _say(port: int) -> bytes:
+async def say(port: int) -> bytes:
     """What a line is answered with; b"" where nobody lets us."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -137,7 +137,7 @@ async def _say(port: int) -> bytes:
         writer.close()
 
 
-async def test_consuls_own_proxy_calls_a_sidecar_and_is_called_by_one_as_intentions_say(tmp_path: Path) -> None:
+async def test_consuls_own_proxy_calls_a_sidecar_and_is_called_by_one_as_intentionssay(tmp_path: Path) -> None:
     record = RealRecord(tmp_path)
     await record.start()
 
@@ -154,7 +154,7 @@ async def test_consuls_own_proxy_calls_a_sidecar_and_is_called_by_one_as_intenti
 
             async def answers(*, inwards: bytes, outwards: bytes) -> bool:
                 inside.shown()
-                return (await _say(outside.calls), await _say(inside.calls)) == (inwards, outwards)
+                return (await say(outside.calls), await say(inside.calls)) == (inwards, outwards)
 
             heard, told = b"inside hello\n", b"outside hello\n"
             pairs = ((OUTSIDE, DB), (DB, OUTSIDE))
