@@ -293,7 +293,9 @@ class ConsulAdapter:
         return _checked(f"PUT {path}", await self._call("PUT", path, query, body))
 
     async def _watch(self, path: str, index: int) -> Indexed:
-        query = {"index": str(index), "wait": f"{WATCH_WAIT_S}s"} if index else {}
+        # The first answer is asked of a majority: a server that has just come to lead knows nothing for a moment, and
+        # would say so. Later ones wait for what is newer than that.
+        query = {"index": str(index), "wait": f"{WATCH_WAIT_S}s"} if index else {"consistent": "1"}
         answer = await self._call("GET", path, query, timeout_s=_WATCH_TIMEOUT_S)
         body = _checked(f"GET {path}", answer)
         try:

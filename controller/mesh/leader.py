@@ -50,6 +50,7 @@ class Leadership:
         self._consul, self._cluster, self._log = consul, cluster, log
         self._key = f"outrider/{cluster}/leader"
         self._session = ""
+        self._past: set[str] = set()  # sessions of ours that Consul said had ended
         self.held = False
 
     async def take(self) -> bool:
@@ -70,6 +71,8 @@ class Leadership:
             self.lost()
 
     def lost(self) -> None:
+        if self._session:
+            self._past.add(self._session)
         self._session, self.held = "", False
 
     def guard(self) -> Txn:
@@ -88,6 +91,10 @@ class Leadership:
         found = await self._consul.key(self._key)
         if found is None or not found.session:
             return found is None
+        if found.session in self._past:
+            # A server that had just come to lead, and had not read its log yet, did not know it.
+            await self._consul.destroy_session(found.session)
+            return True
         try:
             holder = msgspec.json.decode(found.value or b"", type=Holder)
         except msgspec.MsgspecError:

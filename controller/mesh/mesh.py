@@ -303,12 +303,20 @@ class Mesh:
         self._log.info("default deny made", consul=self._consul.url)
 
     async def _keep_session(self) -> None:
+        failed = False
         while True:
             await asyncio.sleep(RENEW_S)
             try:
                 await self._writer.leadership.renew()
             except (PeerError, RefusedError) as error:
                 self._log.debug("session not renewed", error=error)
+                # Servers without a quorum let watches wait, and say nothing.
+                failed = True
+                self._answered(False)
+            else:
+                if failed:
+                    failed = False
+                    self._answered(True)
             if not self._writer.leadership.held:
                 self._writer.wake.set()
 

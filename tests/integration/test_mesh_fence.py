@@ -9,6 +9,7 @@ from controller.election import HeldLock
 from controller.entries import DEFAULTS, TRAFFIC_KINDS, Entry
 from controller.journal.consul import lock_key
 from controller.mesh.consul_adapter import ConsulAdapter
+from controller.mesh.leader import Leadership
 from controller.mesh.registrations import operations, wanted_record
 from controller.mesh.writer import Writer
 from outrider.errors import PeerError
@@ -79,6 +80,15 @@ async def test_a_write_after_the_lock_was_lost_is_none(consul: ConsulAdapter, ki
     assert not held.held
     with pytest.raises(PeerError, match="not held"):
         await deposed.fence.check()
+
+
+async def test_a_session_that_was_wrongly_called_ended_is_no_obstacle(consul: ConsulAdapter) -> None:
+    """As a server says it that has just come to lead and has not read its log yet."""
+    ours, other = (Leadership(consul, CLUSTER, Log("mesh")) for _ in range(2))
+    assert await ours.take()
+    ours.lost()
+    assert await ours.take()
+    assert not await other.take(), "a lock that somebody else of this process holds is held"
 
 
 async def test_a_proxy_is_registered_by_the_leader_alone(consul: ConsulAdapter) -> None:
