@@ -191,7 +191,9 @@ class Migration:
                 if disk:
                     line = await arrival.wait("disk", _STEP_S)
                     pumps += [group.create_task(work, name="disk") for work in _both_ways(line, end)]
+                alive = group.create_task(_while_alive(control_socket), name="alive")
                 line = await arrival.wait("memory", _IMAGE_S)
+                alive.cancel()
                 ours, theirs = _pair(stack)
                 pumps.append(group.create_task(_from_line(line, ours), name="memory"))
                 await arrive(control_socket, theirs)
@@ -379,6 +381,13 @@ async def _until_left(control: Line) -> None:
     """The other end has written down that its guest is ours. Raises PeerError where it keeps it, or breaks off."""
     if (await control.hear(Answer, _IMAGE_S + _GO_S + _STEP_S)).refused:
         raise PeerError(f"node {control.node} keeps its guest")
+
+
+async def _while_alive(control_socket: Path) -> None:
+    """Never returns. Raises OSError once the emulator has ended: whoever copies to its disk would wait for ever."""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        qmp.connect(control_socket).close()
 
 
 def _pair(stack: AsyncExitStack) -> tuple[socket.socket, socket.socket]:
