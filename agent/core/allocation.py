@@ -199,6 +199,7 @@ def move(alloc: AllocState, turn: Turn) -> None:
 
 def run(alloc: AllocState, turn: Turn) -> None:
     """Sidecar there, or none wanted: start what must run, see whether all does."""
+    alloc.message = ""  # of tries that are over
     _start_tasks(alloc, turn)
     _settle_running(alloc, turn)
 

@@ -23,10 +23,11 @@ TASKS = (
 class Node:
     """An agent's core whose host does at once what it is asked; tasks run until a test ends them."""
 
-    def __init__(self, *, batch: bool, attempts: int = 3) -> None:
+    def __init__(self, *, batch: bool, attempts: int = 3, network_fails: int = 0) -> None:
         self.state = State(allocs={}, strays={})
         self.now_s = 100.0
         self.batch = batch
+        self.network_fails = network_fails
         restart = RestartPolicy(attempts=attempts, delay_s=1.0)
         self.group = Group(name=GroupName("web"), tasks=TASKS, restart=restart)
         self.running: list[str] = []
@@ -52,6 +53,9 @@ class Node:
             match command:
                 case commands.Save(announce=True):
                     self.tell(events.Saved(alloc=ALLOC, ended=command.record.ended))
+                case commands.CreateNetwork() if self.network_fails:
+                    self.network_fails -= 1
+                    self.tell(events.StepFailed(alloc=ALLOC, message="no network"))
                 case commands.CreateNetwork():
                     self.tell(events.NetworkReady(alloc=ALLOC, local_address="100.64.0.2"))
                 case commands.StartTask():
@@ -154,3 +158,13 @@ def test_a_stop_during_an_init_task_starts_nothing_more(at: str) -> None:
     node.end(at, code=143)
     assert node.running == []
     assert node.told[0] is AllocStatus.COMPLETE
+
+
+def test_what_was_tried_in_vain_is_not_told_of_one_that_runs() -> None:
+    node = Node(batch=False, network_fails=1)
+    assert "no network" in node.told[1]
+    node.now_s += 5
+    node.tell(events.Tick())
+    node.end("fetch")
+    node.end("migrate")
+    assert node.told == (AllocStatus.RUNNING, "")
