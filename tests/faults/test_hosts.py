@@ -20,6 +20,7 @@ from outrider.cli.dev.layout import Layout, find
 from outrider.cli.dev.removal import end, sandboxes
 from outrider.ids import JobName, NodeId
 from outrider.v1 import node_pb2, operator_pb2
+from tests.integration.processes import comm
 
 pytestmark = [pytest.mark.host, pytest.mark.deep, pytest.mark.timeout(1200)]
 NODES = 5
@@ -96,13 +97,6 @@ class Hosts:
     def _of_sandboxes(self, name: str) -> list[int]:
         found = {pid for node in self.layout.nodes for pid in sandboxes(self.layout, node)}
         return sorted(pid for pid in found if comm(pid) == name)
-
-
-def comm(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def program(pid: int) -> bytes:

@@ -40,6 +40,7 @@ from outrider.model.mesh import (
 )
 from outrider.v1 import fleet_pb2
 from tests.integration.agent_fleet import AgentFleet
+from tests.integration.processes import comm
 
 GUEST, API, VISITOR = AllocId("00000000a1"), AllocId("00000000b1"), AllocId("00000000c1")
 BOOT_S = 60.0  # three at once on a busy machine
@@ -192,4 +193,4 @@ async def logs(fleet: AgentFleet, alloc: AllocId) -> str:
 def emulators(fleet: AgentFleet) -> list[int]:
     """Without the inits before them."""
     pids = fleet.workload_pids("qemu-system-x86_64 -name")
-    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("qemu")]
+    return [pid for pid in pids if comm(pid).startswith("qemu")]

@@ -23,6 +23,14 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, time
         await asyncio.sleep(0.01)
 
 
+def comm(pid: int) -> str:
+    """The name of a process; "" for one that has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

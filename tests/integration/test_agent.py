@@ -28,7 +28,7 @@ from outrider.model.job import Protocol as MeshProtocol
 from outrider.v1 import fleet_pb2
 from tests.integration.agent_fleet import AgentFleet, fleet
 from tests.integration.network_lab import node
-from tests.integration.processes import until
+from tests.integration.processes import comm, until
 
 __all__ = ["fleet", "node"]
 pytestmark = pytest.mark.host
@@ -308,26 +308,31 @@ def told(fleet: AgentFleet, alloc: AllocId) -> list[AllocStatus]:
 
 
 async def shell(fleet: AgentFleet, alloc: AllocId) -> list[int]:
-    """A script's own process, which its init begins a moment after it runs itself."""
+    """A script's own process, which its init begins a moment after it runs itself; a child is a shell at first."""
+    pids: list[int] = []
 
-    def found() -> list[int]:
-        pids = fleet.workload_pids(f"marked-{alloc}")
-        return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "sh\n"]
+    def alone() -> bool:
+        pids[:] = [pid for pid in fleet.workload_pids(f"marked-{alloc}") if comm(pid) == "sh"]
+        return len(pids) == 1
 
-    await until(lambda: bool(found()), "its own process")
-    return found()
+    await until(alone, "its own process")
+    return pids
 
 
 def innermost(fleet: AgentFleet, needle: str) -> list[int]:
     """The workload's own process: neither its init nor a monitor."""
-    return [pid for pid in fleet.workload_pids(needle) if Path(f"/proc/{pid}/comm").read_text().startswith("python3")]
+    return [pid for pid in fleet.workload_pids(needle) if comm(pid).startswith("python3")]
 
 
 def envoys(fleet: AgentFleet, *, spare: bool = False) -> list[int]:
     """Those that allocations were started with; or those that were started for whoever would come."""
     return [
-        pid
-        for pid in fleet.workload_pids("/run/outrider/envoy")
-        if Path(f"/proc/{pid}/comm").read_text() == "envoy\n"
-        and ("spare-" in Path(f"/proc/{pid}/cgroup").read_text()) is spare
+        pid for pid in fleet.workload_pids("/run/outrider/envoy") if comm(pid) == "envoy" and _is_spare(pid) is spare
     ]
+
+
+def _is_spare(pid: int) -> bool | None:
+    try:
+        return "spare-" in Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return None

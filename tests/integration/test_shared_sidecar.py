@@ -28,7 +28,7 @@ from outrider.model.sidecar import SidecarKind
 from outrider.v1 import fleet_pb2, insight_pb2
 from tests.integration.agent_fleet import TRUST_DOMAIN, AgentFleet, fleet
 from tests.integration.network_lab import node
-from tests.integration.processes import until
+from tests.integration.processes import comm, until
 
 __all__ = ["fleet", "node"]
 pytestmark = pytest.mark.host
@@ -189,15 +189,7 @@ async def until_called(fleet: AgentFleet, alloc: AllocId, answer: str = "okended
 
 
 def envoys(fleet: AgentFleet) -> list[int]:
-    return [pid for pid in fleet.workload_pids("/run/outrider/envoy") if program(pid) == "envoy"]
-
-
-def program(pid: int) -> str:
-    """ "" for one that has ended meanwhile."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+    return [pid for pid in fleet.workload_pids("/run/outrider/envoy") if comm(pid) == "envoy"]
 
 
 async def sidecar_log(fleet: AgentFleet, alloc: AllocId, wanted: str) -> list[dict[str, str]]:

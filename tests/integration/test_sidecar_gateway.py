@@ -13,6 +13,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import ResponseReceived
 
+from outrider.errors import PeerError
 from outrider.ids import AllocId, SecretName, ServiceName
 from outrider.model.gateway import GatewayRoute
 from outrider.model.job import Protocol
@@ -64,7 +65,8 @@ class Edge:
         for each in specs:
             await self.mesh.launch(each)
         await self.mesh.launch(spec)
-        assert "secret edge-tls" in self.mesh.sidecars._sidecars[EDGE].why_not()
+        with pytest.raises(PeerError, match="secret edge-tls"):
+            await self.mesh.sidecars.ready(EDGE, 0.1)
         leaf = self.mesh.authority.leaf("edge", "https://shop.example")
         self.mesh.sidecars.set_gateway_certificate(EDGE, CERTIFICATE, leaf.certificate_pem + leaf.key_pem)
         for alloc in (WEB, API, DB, EDGE):
