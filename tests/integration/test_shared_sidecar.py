@@ -290,7 +290,8 @@ async def test_it_outlives_its_agent_comes_back_when_killed_and_ends_with_the_la
     controller.assign(full=True)
     await until(lambda: not envoys(fleet), "it ended")
     await until(lambda: "ors" not in fleet.shell("ip -o link"), "and so did its namespace")
-    assert not list((fleet.run / "envoy" / "sidecars").iterdir())
+    await until(lambda: not list((fleet.run / "envoy" / "sidecars").iterdir()), "and its files")
+    await until(lambda: not list((fleet.data / "allocations").iterdir()), "all are forgotten: an id may come again")
     # One of whose allocation nothing is known any more.
     await started(fleet, copy("web", WEB))
     fleet.kill()
