@@ -15,8 +15,8 @@ from agent.held import SIDECAR, Held, sandbox_directory
 from agent.network.namespaces import AllocationNetworks
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import INNER_USER, Exit, StartError
-from agent.shared_envoy import Shared, SharedEnvoy
-from agent.spares import Files, Library, Spare, Spares, sidecar_sandbox
+from agent.shared_envoy import Shared, SharedEnvoy, envoy_end
+from agent.spares import ENVOY_ENDS_S, Files, Library, Spare, Spares, sidecar_sandbox
 from outrider.clock import monotonic_s
 from outrider.errors import HostError, PeerError
 from outrider.ids import AllocId
@@ -27,7 +27,6 @@ _READY_S = 30.0
 _ADMIN_S = 2.0
 _DRAIN_S = 1.0  # for requests under way; a workload has its own kill timeout after it
 _DRAIN_POLL_S = 0.05
-_ENDED_S = 3.0
 
 Tell = Callable[[AllocEvent], Awaitable[None]]
 
@@ -53,20 +52,18 @@ class Envoys:
             namespace=networks.shared_namespace,
             ended=library.shared_ended,
             tasks=tasks,
-            log=log,
         )
         self._spares = spares
         self._networks = networks
         self._tell = tell
         self._log = log
-        self._files: dict[AllocId, Files | None] = {}  # None: it was taken, and is told by `run` what to serve
+        self._files: dict[AllocId, Files] = {}
         self._taken: set[AllocId] = set()  # whose Envoy runs before it is asked for
 
     def take_spare(self, alloc: AllocId, allocation: Path) -> Spare | None:
         """For an allocation of which nothing is there yet, and that wants a sidecar."""
         spare = self._spares.take(alloc, sandbox_directory(allocation, SIDECAR))
         if spare is not None:
-            self._files[alloc] = None
             self._taken.add(alloc)
         return spare
 
@@ -129,15 +126,7 @@ class Envoys:
         if self._shared.holds(alloc):
             await self.forget(alloc)
             return
-        sandbox = _sandbox(alloc)
-        if any(status.id == sandbox and status.running for status in await self._runtime.list()):
-            await self._runtime.signal(sandbox, signal.SIGTERM)
-            try:
-                async with asyncio.timeout(_ENDED_S):
-                    await self._runtime.wait(sandbox)
-            except TimeoutError:
-                self._log.info("sidecar lingers", alloc=alloc)
-        await self._runtime.delete(sandbox)
+        await self._runtime.end(_sandbox(alloc), within_s=ENVOY_ENDS_S)
 
     async def forget(self, alloc: AllocId) -> None:
         """Its sandbox is gone, or the allocation leaves the shared one. Raises HostError."""
@@ -162,7 +151,7 @@ class Envoys:
         """`shared`: the end of the Envoy that is not its own. `ready_s` None: without a deadline."""
         sandbox = _sandbox(alloc)
         async with asyncio.TaskGroup() as group:
-            ending = self._ended(sandbox) if shared is None else _outcome(shared)
+            ending = envoy_end(self._runtime, sandbox) if shared is None else _outcome(shared)
             ended = group.create_task(ending, name=f"{sandbox}-wait")
             ready = group.create_task(self._ready(alloc, ready_s), name=f"{sandbox}-ready")
             await asyncio.wait({ended, ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -184,12 +173,6 @@ class Envoys:
         how = "out of memory" if exit_ and exit_.oom_killed else f"code {exit_.code}" if exit_ else "unseen"
         what = "its sidecar" if shared is None else "the node's shared sidecar"
         await self._tell(SidecarExited(alloc=alloc, message=f"{what} ended by itself ({how}) and is started again"))
-
-    async def _ended(self, sandbox: str) -> Exit | None:
-        try:
-            return await self._runtime.wait(sandbox)
-        except HostError:
-            return None
 
     async def _ready(self, alloc: AllocId, ready_s: float | None) -> str:
         """ "", or why it is not."""

@@ -4,22 +4,19 @@ A sandbox of the node's own, in the namespace on which their networks hang. Task
 """
 
 import asyncio
-import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from agent.held import SHARED_SIDECAR
 from agent.sandbox.runtime import SandboxRuntime
 from agent.sandbox.spec import Exit, Limits
-from agent.spares import Files, sidecar_sandbox
+from agent.spares import ENVOY_ENDS_S, Files, sidecar_sandbox
 from outrider.errors import HostError
 from outrider.ids import AllocId
-from outrider.log import Log
 from outrider.model.job import MIB, Value
 
 # A bound of damage: what allocations reserve for their shares is not known when it starts.
 _LIMITS = Limits(cpu_millis=500, memory_bytes=1024 * MIB, pids_max=256)
-_ENDED_S = 3.0
 
 
 class Shared(Value, frozen=True, kw_only=True):
@@ -38,7 +35,6 @@ class SharedEnvoy:
         namespace: str,
         ended: Callable[[], None],
         tasks: asyncio.TaskGroup,
-        log: Log,
     ) -> None:
         """`namespace`: made with the first network that hangs on it. `ended` is called once its sandbox is gone and
         nobody has it."""
@@ -47,7 +43,6 @@ class SharedEnvoy:
         self._namespace = namespace
         self._ended = ended
         self._tasks = tasks
-        self._log = log
         self._turn = asyncio.Lock()
         self._holders: set[AllocId] = set()
         self._end: asyncio.Task[Exit | None] | None = None
@@ -79,7 +74,9 @@ class SharedEnvoy:
                 await self._runtime.start(spec)
                 self._end = None
             if self._end is None:
-                self._end = self._tasks.create_task(self._wait(), name=f"{SHARED_SIDECAR}-wait")
+                self._end = self._tasks.create_task(
+                    envoy_end(self._runtime, SHARED_SIDECAR), name=f"{SHARED_SIDECAR}-wait"
+                )
             return self._end
 
     async def release(self, alloc: AllocId) -> None:
@@ -92,18 +89,13 @@ class SharedEnvoy:
     async def _end_unless_held(self) -> None:
         if self._holders:
             return
-        if await self.runs():
-            await self._runtime.signal(SHARED_SIDECAR, signal.SIGTERM)
-            try:
-                async with asyncio.timeout(_ENDED_S):
-                    await self._runtime.wait(SHARED_SIDECAR)
-            except TimeoutError:
-                self._log.info("shared sidecar lingers")
-        await self._runtime.delete(SHARED_SIDECAR)
+        await self._runtime.end(SHARED_SIDECAR, within_s=ENVOY_ENDS_S)
         self._ended()
 
-    async def _wait(self) -> Exit | None:
-        try:
-            return await self._runtime.wait(SHARED_SIDECAR)
-        except HostError:
-            return None  # it was deleted
+
+async def envoy_end(runtime: SandboxRuntime, sandbox: str) -> Exit | None:
+    """Once it has come; None where the sandbox was deleted."""
+    try:
+        return await runtime.wait(sandbox)
+    except HostError:
+        return None

@@ -28,6 +28,7 @@ from outrider.model.job import Value
 _QUIET_S = 0.3  # without another sidecar getting ready: workloads that start now have the processors first
 _KEPT_S = 10.0  # at least, for a node without any sidecar now
 _PREFIX = "spare"
+ENVOY_ENDS_S = 3.0  # after SIGTERM
 _LIMITS = Limits(
     cpu_millis=SIDECAR_RESOURCES.cpu_millis,
     memory_bytes=SIDECAR_RESOURCES.memory_bytes,

@@ -193,6 +193,17 @@ class SandboxRuntime:
                     await process.expecting(record.pid, record.started_ticks, number)
         process.send_signal(record.pid, record.started_ticks, number)
 
+    async def end(self, sandbox: str, *, within_s: float) -> None:
+        """SIGTERM, and by force what runs after `within_s`; then `delete`. Nothing there is fine."""
+        if any(status.id == sandbox and status.running for status in await self.list()):
+            await self.signal(sandbox, signal.SIGTERM)
+            try:
+                async with timeout(within_s):
+                    await self.wait(sandbox)
+            except TimeoutError:
+                self._log.info("sandbox lingers", sandbox=sandbox)
+        await self.delete(sandbox)
+
     async def delete(self, sandbox: str) -> None:
         """Remove all of a sandbox but its logs and its exit status, killing what runs. Nothing there is fine."""
         record = self._records.read(sandbox)
