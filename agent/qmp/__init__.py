@@ -5,6 +5,7 @@ emulator that a guest has taken over could have put a link to another socket of 
 """
 
 import asyncio
+import logging
 import os
 import socket
 import stat
@@ -23,6 +24,8 @@ POLL_S = 0.005
 # What a conversation may end with, whatever the other side says. The library asserts that the connection still stands
 # where it has just found that it does not, and leaves what json raises of numbers and depths without limit as it is.
 BROKEN = (OSError, EOFError, QMPError, AssertionError, ValueError, RecursionError)
+# All of it is raised; the library also logs it, with the words of a guest, as often as that likes.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 NO_LIMIT = 1 << 40  # bytes a second: what is written is a file, or paced by who reads
 
 

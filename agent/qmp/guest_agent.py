@@ -6,6 +6,7 @@ for as long as its answer takes. It has no terminal and takes no input, and a pr
 
 import asyncio
 import base64
+import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,17 @@ from outrider.errors import HostError, RefusedError
 _ANSWER_S = 3.0
 _POLL_S = 0.1
 _POLL_S_MAX = 1.0
+
+
+class _Client(QMPClient):
+    """One conversation, whose requests no other one ever made.
+
+    What was asked while the guest booted, or was busy, is answered later, to whoever is connected by then: also after
+    the guest moved to another node. The library counts from 0 in each conversation, and would take that for its own.
+    """
+
+    def _get_exec_id(self) -> str:
+        return secrets.token_hex(8)
 
 
 class GuestAgents:
@@ -55,7 +67,7 @@ class GuestAgents:
         self, path: Path, command: str, arguments: Mapping[str, object], *, deadline_s: float | None = None
     ) -> object:
         """Raises RefusedError where nobody answers, ExecuteError where the guest's agent objects."""
-        client = QMPClient()
+        client = _Client()
         client.await_greeting = client.negotiate = False
         try:
             bound_s = self._answer_s if deadline_s is None else deadline_s

@@ -1,6 +1,7 @@
 """What an emulator and the agent inside a guest answer: a socket that says what it likes, and the readers of it."""
 
 import asyncio
+import json
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -11,6 +12,8 @@ from outrider.errors import HostError
 
 _GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}'
 _READY = b'{"return": {}, "id": "__qmp#00000"}'
+_ASKED = b"of the request"
+_REQUEST_BYTES = 4096  # it ends with no line
 
 
 def emulator_answers() -> list[bytes]:
@@ -25,10 +28,10 @@ def emulator_answers() -> list[bytes]:
 
 def guest_agent_answers() -> list[bytes]:
     return [
-        b'{"return": {"pid": 812}, "id": "__qmp#00000"}\n',
-        b'{"return": {"exited": true, "exitcode": 3, "out-data": "aGVsbG8K", "err-data": ""}, "id": "__qmp#00000"}\n',
-        b'{"return": {"exited": true, "signal": 9}, "id": "__qmp#00000"}\n',
-        b'{"error": {"class": "CommandNotFound", "desc": "no"}, "id": "__qmp#00000"}\n',
+        b'{"return": {"pid": 812}, "id": "of the request"}\n',
+        b'{"return": {"exited": true, "exitcode": 3, "out-data": "aGVsbG8K"}, "id": "of the request"}\n',
+        b'{"return": {"exited": true, "signal": 9}, "id": "of the request"}\n',
+        b'{"error": {"class": "CommandNotFound", "desc": "no"}, "id": "of the request"}\n',
     ]
 
 
@@ -46,9 +49,11 @@ class Answers:
         asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            answer = content
             if self._when_asked:
-                await reader.readline()
-            writer.write(content)
+                asked = json.loads(await reader.read(_REQUEST_BYTES))
+                answer = content.replace(_ASKED, asked["id"].encode())
+            writer.write(answer)
             writer.close()
 
         with tempfile.TemporaryDirectory(prefix="outrider-fuzz-") as directory:
