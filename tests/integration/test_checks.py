@@ -5,7 +5,6 @@ import ctypes
 import resource
 import socket
 import struct
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -273,24 +272,20 @@ HOSTILE: dict[str, Serve] = {
 @pytest.mark.parametrize("kind", [CheckKind.HTTP, CheckKind.GRPC])
 async def test_a_hostile_server_fails_its_check_soon_and_that_is_all(kind: CheckKind, serve: Serve) -> None:
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    began_s = time.monotonic()
     async with serving(serve) as port:
         outcome = await run(kind, port)
     assert not outcome.passing
     assert outcome.output
-    # By the bound on bytes, well before the deadline.
-    assert time.monotonic() - began_s < 4
+    assert "no answer within" not in outcome.output, "by the bound on bytes, not by the deadline"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes < 32 * MIB
 
 
 @pytest.mark.parametrize("serve", [holding, dripping])
 @pytest.mark.parametrize("kind", [CheckKind.HTTP, CheckKind.GRPC])
 async def test_a_server_that_takes_its_time_fails_at_the_deadline(kind: CheckKind, serve: Serve) -> None:
-    async with serving(serve) as port:
-        began_s = time.monotonic()
+    async with serving(serve) as port, asyncio.timeout(30):
         outcome = await run(kind, port, timeout_s=0.3)
     assert not outcome.passing
-    assert time.monotonic() - began_s < 2
     if kind is CheckKind.HTTP:
         assert outcome.output == "no answer within 0.3 s"
 
