@@ -5,6 +5,7 @@ connection that is taken, until its handler has done with it.
 """
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,8 @@ _LINE_S = 5.0
 _LINE_BYTES_MAX = 256 * 1024
 _CLOSE_S = 1.0
 CONNECTIONS_MAX = 256
+# A host that is gone without a word is noticed within 20 s also where nothing is left to be said to it.
+KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -43,6 +46,10 @@ class Line:
         self.reader = reader
         self.writer = writer
         self.node = node  # by its certificate
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     async def say(self, value: msgspec.Struct) -> None:
         self.writer.write(msgspec.json.encode(value) + b"\n")

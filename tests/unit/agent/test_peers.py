@@ -1,6 +1,7 @@
 """Agents among themselves: who they are is in their certificates, and nobody else is let in."""
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from agent.peers import Line, Peers, Purpose
+from agent.peers import KEEPALIVE, Line, Peers, Purpose
 from controller.ca import FleetCa
 from outrider.errors import PeerError
 from outrider.ids import NodeId
@@ -51,6 +52,29 @@ async def test_either_end_knows_the_other_by_its_certificate(tmp_path: Path) -> 
         assert await ask(peers(two), address, "n1") == Purpose(kind="n2", alloc="a")
         with pytest.raises(PeerError, match="is node n1, not n3"):
             await ask(peers(two), address, "n3")
+
+
+async def test_either_end_notices_a_host_that_is_gone_without_a_word(tmp_path: Path) -> None:
+    ca = FleetCa(tmp_path / "ca", "test")
+    one, two = joined(ca, "n1", tmp_path / "n1"), joined(ca, "n2", tmp_path / "n2")
+    taken: list[Line] = []
+
+    async def keep(purpose: Purpose, line: Line) -> None:
+        taken.append(line)
+        await line.say(purpose)
+        await line.hear(Purpose, 10)
+
+    purpose = Purpose(kind="ask", alloc="a")
+    async with (
+        peers(one).listening("127.0.0.1", 0, keep) as address,
+        peers(two).dial(address, NodeId("n1"), purpose) as line,
+    ):
+        await line.hear(Purpose, 10)
+        for end in (line, *taken):
+            connection = end.writer.get_extra_info("socket")
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert {each: connection.getsockopt(socket.IPPROTO_TCP, each) for each in KEEPALIVE} == KEEPALIVE
+        await line.say(purpose)
 
 
 async def test_what_is_of_another_fleet_is_not_spoken_with(tmp_path: Path) -> None:
