@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from agent import kvm
 from agent.belongings.artifacts import Artifacts
 from agent.belongings.belongings import Belongings
 from agent.belongings.devices import Devices
@@ -30,7 +27,7 @@ from agent.engine import Engine
 from agent.envoys import Envoys
 from agent.executor import Executor
 from agent.externals import Externals, resolved
-from agent.fingerprint import fingerprint
+from agent.fingerprint import NodeFingerprint
 from agent.fleet import FleetSession, Greeting, Wish
 from agent.gateways import Gateways
 from agent.guest_states import GuestStates
@@ -75,7 +72,7 @@ from outrider.log import Log
 from outrider.model.allocation import AllocReport
 from outrider.model.job import is_guest
 from outrider.model.mesh import MeshUpdate, MeshView, wants_own_sidecar
-from outrider.model.node import Fingerprint, Node
+from outrider.model.node import Node
 from outrider.tls import Identity, IdentityKind, ssl_context
 from outrider.v1.fleet_pb2 import OpenTunnel
 from sidecar.core.intent import SidecarStats
@@ -83,9 +80,6 @@ from sidecar.sidecars import Sidecars
 
 if TYPE_CHECKING:
     from agent.events import Broker
-
-QEMU = "qemu-system-x86_64"
-_KVM_DELAY_S = 5.0  # after joining: the first workloads start meanwhile
 
 
 async def run(config: Config) -> None:
@@ -130,10 +124,10 @@ class Agent:
     def __init__(self, config: Config, host: Host, sidecars: Sidecars, tasks: asyncio.TaskGroup, log: Log) -> None:
         rng = random.Random()  # noqa: S311 - jitter
         self._config, self._host, self._sidecars, self._tasks, self._log = config, host, sidecars, tasks, log
-        self._fingerprint: Fingerprint | None = None
         self._fleet = FleetSession(
             controllers=config.controllers, tls=config.tls, listener=self, log=Log("fleet", node=config.node), rng=rng
         )
+        self._fingerprint = NodeFingerprint(config, changed=self._fleet.fingerprint_changed, log=log)
         self._heard = LastHeard(config.run)
         self._mounted = Mounted(config.run)
         self._volumes = Volumes(data=config.data, run=config.run, mounted=self._mounted, paths=config.volume_paths)
@@ -176,13 +170,13 @@ class Agent:
         self._states = GuestStates(
             snapshots=Snapshots(config.data / "snapshots"),
             cluster=config.cluster,
-            qemu_version=self._qemu_version,
-            kvm=self._kvm_works,
-            changed=self._snapshots_changed,
+            qemu_version=self._fingerprint.qemu_version,
+            kvm=self._fingerprint.kvm_works,
+            changed=lambda: self._fingerprint.snapshots_changed(self._states.snapshots.names()),
         )
         self._images = Images(config.data / "images")
         self._guest_agents = GuestAgents()
-        self._vms = Vms(run=config.run, images=self._images, states=self._states, kvm=self._kvm_works)
+        self._vms = Vms(run=config.run, images=self._images, states=self._states, kvm=self._fingerprint.kvm_works)
         self._peers = Peers(cluster=config.cluster, tls=config.tls, log=log)
         self._migration = Migration(
             peers=self._peers,
@@ -195,7 +189,7 @@ class Agent:
             store=host.store,
             runtime=host.runtime,
             vms=self._vms,
-            microvms=Microvms(config.data / "microvms", config=config.guest, kvm=self._kvm_works),
+            microvms=Microvms(config.data / "microvms", config=config.guest, kvm=self._fingerprint.kvm_works),
             migration=self._migration,
             tasks=tasks,
             log=log,
@@ -269,11 +263,8 @@ class Agent:
         """What runs is taken over first; the controller hears of it in the first greeting."""
         config = self._config
         (config.run / "resolv.conf").write_text(resolv_conf())
-        self._fingerprint = await fingerprint(config, kvm="")
-        known = self._kvm_known()
         self._states.snapshots.sweep()
-        names = self._states.snapshots.names()
-        self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=known, snapshots=names)
+        await self._fingerprint.take(self._states.snapshots.names())
         self._cache.open(self._host.store.directories())
         self._images.open()
         self._artifacts.open(self._host.store.directories())
@@ -295,11 +286,10 @@ class Agent:
             "load": self._load.run(),
             "belongings": self._belongings.run(),
             "spares": self._spares.run(),
+            "kvm": self._fingerprint.probe_kvm(),
         }
         if self._broker is not None:
             works["mqtt"] = self._broker.run()
-        if not known:
-            works["kvm"] = self._probe_kvm()
         for name, work in works.items():
             self._tasks.create_task(work, name=name)
         self._log.info("ready", address=config.address, allocations=len(self._executor.held()))
@@ -307,11 +297,10 @@ class Agent:
     # The controller's listener (agent.fleet.FleetListener).
 
     def greeting(self) -> Greeting:
-        assert self._fingerprint is not None, "`begin` comes before any session"
         node = Node(
             id=self._config.node_id,
             address=self._config.address,
-            fingerprint=self._fingerprint,
+            fingerprint=self._fingerprint.value,
             peer_address=self._peer_address,
             metrics_address=self._config.metrics_listen or "",
             version=__version__,
@@ -469,31 +458,6 @@ class Agent:
         except (PeerError, KeyError):  # it has no sidecar, or one that starts anew
             return 0
 
-    def _qemu_version(self) -> str:
-        return self._fingerprint.runtimes.get(QEMU, "") if self._fingerprint is not None else ""
-
-    def _snapshots_changed(self) -> None:
-        assert self._fingerprint is not None, "`begin` comes before any operator's call"
-        names = self._states.snapshots.names()
-        self._fingerprint = msgspec.structs.replace(self._fingerprint, snapshots=names)
-        self._fleet.fingerprint_changed(self._fingerprint)
-
     async def _forward_refusals(self) -> None:
         while True:
             self._fleet.refused(await self._sidecars.refusals.get())
-
-    def _kvm_known(self) -> str:
-        assert self._fingerprint is not None, "taken before"
-        return kvm.known_verdict(self._config.data, self._qemu_version())
-
-    def _kvm_works(self) -> bool:
-        return self._fingerprint is not None and self._fingerprint.kvm == kvm.WORKS
-
-    async def _probe_kvm(self) -> None:
-        assert self._fingerprint is not None, "taken before"
-        await asyncio.sleep(_KVM_DELAY_S)
-        version = self._qemu_version()
-        verdict = await kvm.probe(self._config.data, version)
-        self._log.info("kvm tested", verdict=verdict)
-        self._fingerprint = msgspec.structs.replace(self._fingerprint, kvm=verdict)
-        self._fleet.fingerprint_changed(self._fingerprint)

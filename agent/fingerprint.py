@@ -1,6 +1,6 @@
 """What this host is and has: read from /proc and from programs that say their version. The KVM verdict is `kvm`'s.
 
-Reads only; each program is asked once for each start of the agent.
+Each program is asked once for each start of the agent. `NodeFingerprint` owns what is told of it, and its changes.
 """
 
 import asyncio
@@ -8,22 +8,69 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
+import msgspec
+
+from agent import kvm
 from agent.config import Config
 from agent.microvms import kernel_version
 from agent.sandbox import hugepages
+from outrider.log import Log
 from outrider.model.hugepages import page_bytes
 from outrider.model.node import GUEST_KERNEL, Fingerprint
 
 _VERSION = re.compile(r"\d+(?:\.\d+)+")
 _PROGRAM_S = 5.0
-_PROGRAMS = ("crun", "conmon", "qemu-system-x86_64", "skopeo")
+_QEMU = "qemu-system-x86_64"
+_PROGRAMS = ("crun", "conmon", _QEMU, "skopeo")
+_KVM_DELAY_S = 5.0  # after joining: the first workloads start meanwhile
 
 
-async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
-    """`kvm` as `agent.kvm` has it: "" until its test has ended."""
+class NodeFingerprint:
+    """`changed` hears of each change after `take`."""
+
+    def __init__(self, config: Config, *, changed: Callable[[Fingerprint], None], log: Log) -> None:
+        self._config, self._changed, self._log = config, changed, log
+        self._value: Fingerprint | None = None
+
+    async def take(self, snapshots: tuple[str, ...]) -> None:
+        value = await fingerprint(self._config)
+        known = kvm.known_verdict(self._config.data, value.runtimes.get(_QEMU, ""))
+        self._value = msgspec.structs.replace(value, kvm=known, snapshots=snapshots)
+
+    @property
+    def value(self) -> Fingerprint:
+        assert self._value is not None, "`take` comes before any session and any operator's call"
+        return self._value
+
+    def qemu_version(self) -> str:
+        return self.value.runtimes.get(_QEMU, "")
+
+    def kvm_works(self) -> bool:
+        return self.value.kvm == kvm.WORKS
+
+    def snapshots_changed(self, names: tuple[str, ...]) -> None:
+        self._change(msgspec.structs.replace(self.value, snapshots=names))
+
+    async def probe_kvm(self) -> None:
+        """Where it is not known yet; takes its time."""
+        if self.value.kvm:
+            return
+        await asyncio.sleep(_KVM_DELAY_S)
+        verdict = await kvm.probe(self._config.data, self.qemu_version())
+        self._log.info("kvm tested", verdict=verdict)
+        self._change(msgspec.structs.replace(self.value, kvm=verdict))
+
+    def _change(self, value: Fingerprint) -> None:
+        self._value = value
+        self._changed(value)
+
+
+async def fingerprint(config: Config) -> Fingerprint:
+    """Without the verdict on KVM and the snapshots."""
     pools = hugepages.pools()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory -= sum(pool.total * (page_bytes(pool.page) or 0) for pool in pools)  # nobody else can have it
@@ -35,7 +82,7 @@ async def fingerprint(config: Config, *, kvm: str) -> Fingerprint:
         architecture=platform.machine(),
         cgroup=cgroup_version(Path("/proc/1/mounts")),
         runtimes=await _runtimes() | await asyncio.to_thread(_guest_kernel, config),
-        kvm=kvm,
+        kvm="",
         meta=dict(config.meta),
         pool=config.pool,
         devices=dict(config.devices),
