@@ -20,6 +20,7 @@ from agent.peers import Line, Peers, Purpose
 from agent.qmp.moving import Leaving, arrive, go_on, leaving, open_disk
 from agent.sandbox.spec import StartError
 from agent.snapshots import FileSum
+from outrider.apart import apart
 from outrider.clock import monotonic_s
 from outrider.errors import HostError, OutriderError, PeerError, RefusedError
 from outrider.ids import AllocId
@@ -175,46 +176,49 @@ class Migration:
 
     async def settle(self, arrival: Arrival, place: GuestPlace, *, disk: bool, taken_up: Callable[[], None]) -> None:
         """The emulator at `place` waits: the guest moves in, and goes on. Raises StartError where it does not."""
-        control_socket = place.directory / QMP
         try:
-            control = await arrival.wait("control", 0)
-            async with AsyncExitStack() as stack:
-                group = await stack.enter_async_context(asyncio.TaskGroup())
-                pumps = []
-                if disk:
-                    await open_disk(control_socket, f"/vm/{DISK_SOCKET}")
-                    end = qmp.connect(place.directory / DISK_SOCKET)
-                    stack.callback(end.close)
-                await control.say(Answer())
-                # It says nothing until the guest is here, unless it is gone: then whatever is awaited does not come.
-                left = group.create_task(_until_left(control), name="left")
-                if disk:
-                    line = await arrival.wait("disk", _STEP_S)
-                    pumps += [group.create_task(work, name="disk") for work in _both_ways(line, end)]
-                alive = group.create_task(_while_alive(control_socket), name="alive")
-                line = await arrival.wait("memory", _IMAGE_S)
-                alive.cancel()
-                ours, theirs = _pair(stack)
-                pumps.append(group.create_task(_from_line(line, ours), name="memory"))
-                await arrive(control_socket, theirs)
-                if left.done():
-                    raise PeerError(f"node {control.node} is ahead of what it was told")
-                await control.say(Answer())
-                async with asyncio.timeout(_STEP_S):
-                    await left
-                if arrival.void:
-                    raise PeerError(f"node {control.node} took its guest back")
-                taken_up()  # before it runs: an agent that comes later lets it run on
-                await go_on(control_socket, disk=disk)
-                with suppress(OSError):  # it asks where it does not hear
-                    await control.say(Answer())
-                for pump in pumps:
-                    pump.cancel()
+            await apart(self._settle(arrival, place, disk=disk, taken_up=taken_up), name="guest-arrives")
         except (OSError, OutriderError) as error:
             raise StartError(f"the guest did not arrive from node {arrival.move.node}: {error}") from error
         except ExceptionGroup as group_error:
             first = group_error.exceptions[0]
             raise StartError(f"the guest did not arrive from node {arrival.move.node}: {first}") from group_error
+
+    async def _settle(self, arrival: Arrival, place: GuestPlace, *, disk: bool, taken_up: Callable[[], None]) -> None:
+        control_socket = place.directory / QMP
+        control = await arrival.wait("control", 0)
+        async with AsyncExitStack() as stack:
+            group = await stack.enter_async_context(asyncio.TaskGroup())
+            pumps = []
+            if disk:
+                await open_disk(control_socket, f"/vm/{DISK_SOCKET}")
+                end = qmp.connect(place.directory / DISK_SOCKET)
+                stack.callback(end.close)
+            await control.say(Answer())
+            # It says nothing until the guest is here, unless it is gone: then whatever is awaited does not come.
+            left = group.create_task(_until_left(control), name="left")
+            if disk:
+                line = await arrival.wait("disk", _STEP_S)
+                pumps += [group.create_task(work, name="disk") for work in _both_ways(line, end)]
+            alive = group.create_task(_while_alive(control_socket), name="alive")
+            line = await arrival.wait("memory", _IMAGE_S)
+            alive.cancel()
+            ours, theirs = _pair(stack)
+            pumps.append(group.create_task(_from_line(line, ours), name="memory"))
+            await arrive(control_socket, theirs)
+            if left.done():
+                raise PeerError(f"node {control.node} is ahead of what it was told")
+            await control.say(Answer())
+            async with asyncio.timeout(_STEP_S):
+                await left
+            if arrival.void:
+                raise PeerError(f"node {control.node} took its guest back")
+            taken_up()  # before it runs: an agent that comes later lets it run on
+            await go_on(control_socket, disk=disk)
+            with suppress(OSError):  # it asks where it does not hear
+                await control.say(Answer())
+            for pump in pumps:
+                pump.cancel()
 
     # The node that it leaves.
 
@@ -224,7 +228,8 @@ class Migration:
         """All of it. Every outcome is told; cancelled, the guest stays."""
         try:
             await self._tell_stage(alloc, move, MoveStage.COPYING)
-            downtime_ms, cut = await self._depart(alloc, departure, move, place, make)
+            work = self._depart(alloc, departure, move, place, make)
+            downtime_ms, cut = await apart(work, name=f"{alloc}-departs")
             await self._tell_stage(alloc, move, MoveStage.DONE, downtime_ms=downtime_ms, cut=cut)
         except (OSError, OutriderError, ExceptionGroup) as error:
             reason = str(error.exceptions[0]) if isinstance(error, ExceptionGroup) else str(error)

@@ -45,6 +45,7 @@ from controller.parts import Parts
 from controller.rotation import Rotation
 from controller.stores import StoreService
 from controller.term import Term
+from outrider.apart import apart
 from outrider.config import host_port
 from outrider.errors import ConfigError
 from outrider.log import Log
@@ -71,7 +72,8 @@ async def run(config: Config) -> None:
         return
     while not stop.is_set():
         try:
-            await lead(config, Term(journal=SqliteJournal(config.data / "journal.db")), stop)
+            term = Term(journal=SqliteJournal(config.data / "journal.db"))
+            await apart(lead(config, term, stop), name="term")
         except* RestoredError as restored:
             Log("controller").warning("begins anew", reason=str(restored.exceptions[0]))
 

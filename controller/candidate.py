@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,7 @@ from controller.mesh.consul_adapter import ConsulAdapter
 from controller.progress import progress_listener
 from controller.shared_files import SharedFiles
 from controller.term import Term
+from outrider.apart import apart
 from outrider.config import host_port
 from outrider.errors import ConfigError, HostError, PeerError
 from outrider.log import Log
@@ -38,7 +39,7 @@ _RETRY_S: Final = 0.5
 _CA_POLL_S: Final = 2.0
 _CALLS_GRACE_S: Final = 5.0
 
-Lead = Callable[[Config, Term, asyncio.Event], Awaitable[None]]
+Lead = Callable[[Config, Term, asyncio.Event], Coroutine[None, None, None]]
 Issue = Callable[[FleetCa, Config], TlsFiles]
 
 
@@ -75,7 +76,7 @@ async def candidate(config: Config, stop: asyncio.Event, *, lead: Lead, issue: I
                 log.info("term begins")
                 try:
                     await asyncio.to_thread(shared.pull)
-                    await lead(config, _term(config, election, shared), stop)
+                    await apart(lead(config, _term(config, election, shared), stop), name="term")
                 except* (LeadershipLostError, RestoredError, PeerError) as lost:
                     log.warning("term ends", reason="; ".join(str(each) for each in _flat(lost)))
                 await election.resign()
