@@ -1,8 +1,8 @@
 """The certificates of the services placed on this node: asked for, renewed at half life, handed to the sidecars.
 
 One leaf for each service, shared by its allocations here. Keys are made here and kept in memory only. Owns one named
-task for each service, from the first allocation's start to the last one's end; a controller that is away is asked
-again, later and later.
+task for each service, from the first allocation's start to the last one's end; a controller that is away, or whose
+Consul has yet to sign with its new root, is asked again, later and later.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ class Leaves:
                 self._expires_at_s.pop(service, None)
 
     async def _keep(self, service: ServiceName) -> None:
-        failures = 0
+        attempts = 0
         while True:
             changed, roots = self._changed, self._roots
             if not roots.trust_domain:
@@ -74,17 +74,24 @@ class Leaves:
             try:
                 leaf = await self._obtain(service, roots)
             except (PeerError, InputError) as error:
-                delay_s = min(_RETRY_S * 2 ** min(failures, 10), _RETRY_MAX_S) * self._rng.uniform(0.8, 1.2)
-                failures += 1
+                delay_s = self._retry_s(attempts)
+                attempts += 1
                 self._log.warning("no leaf", service=service, reason=str(error), again_in_s=round(delay_s, 2))
             else:
-                failures = 0
                 self._give(leaf)
                 self._expires_at_s[service] = leaf.expires_at_s
-                # Half of its life, a little earlier or not: nodes that joined together do not renew together.
-                life_s = leaf.expires_at_s - wall_s()
-                delay_s = max(life_s / 2 * self._rng.uniform(0.9, 1.0), _RENEW_MIN_S)
+                if leaf.superseded:
+                    delay_s = self._retry_s(attempts)
+                    attempts += 1
+                else:
+                    attempts = 0
+                    # Half of its life, a little earlier or not: nodes that joined together do not renew together.
+                    life_s = leaf.expires_at_s - wall_s()
+                    delay_s = max(life_s / 2 * self._rng.uniform(0.9, 1.0), _RENEW_MIN_S)
             await _wait(changed, delay_s)
+
+    def _retry_s(self, attempts: int) -> float:
+        return min(_RETRY_S * 2.0 ** min(attempts, 10), _RETRY_MAX_S) * self._rng.uniform(0.8, 1.2)
 
     async def _obtain(self, service: ServiceName, roots: TrustRoots) -> Leaf:
         key = ec.generate_private_key(ec.SECP256R1())

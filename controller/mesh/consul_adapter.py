@@ -193,8 +193,10 @@ class ConsulAdapter:
         body = await self._get(f"{_INTENTIONS}/check", {"source": source, "destination": destination})
         return bool(_decode(body, dict[str, bool])["Allowed"])
 
-    async def leaf(self, service: str) -> ConsulLeaf:
-        return _decode(await self._get(f"/v1/agent/connect/ca/leaf/{quote(service)}"), ConsulLeaf)
+    async def leaf(self, service: str, *, index: int = 0, wait_s: int = 0) -> ConsulLeaf:
+        """As Consul's agent has it. With the `index` of one: what follows that one, or it again after `wait_s`."""
+        query = {"index": str(index), "wait": f"{wait_s}s"} if index else {}
+        return _decode(await self._get(f"/v1/agent/connect/ca/leaf/{quote(service)}", query), ConsulLeaf)
 
     async def create_session(self, name: str, ttl_s: int) -> str:
         body = {"Name": name, "TTL": f"{ttl_s}s", "LockDelay": "0s", "Behavior": "release"}

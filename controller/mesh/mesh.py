@@ -367,6 +367,7 @@ class Mesh:
             trust_domain=found.trust_domain,
             certificates_pem=tuple(root.root_cert for root in active_first),
         )
+        self._issuer.saw_roots(found)
         self._send(self._views.set_roots(roots))
 
     def _answered(self, reachable: bool) -> None:

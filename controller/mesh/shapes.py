@@ -100,6 +100,7 @@ class ConsulIntention(Shape, frozen=True, kw_only=True):
 class ConsulRoot(Shape, frozen=True, kw_only=True):
     root_cert: str
     active: bool = False
+    signing_key_id: str = msgspec.field(default="", name="SigningKeyID")
 
 
 class ConsulRoots(Shape, frozen=True, kw_only=True):
@@ -108,10 +109,13 @@ class ConsulRoots(Shape, frozen=True, kw_only=True):
 
 
 class ConsulLeaf(Shape, frozen=True, kw_only=True):
+    service: str
     serial_number: str
     cert_pem: str = msgspec.field(name="CertPEM")
     private_key_pem: str = msgspec.field(name="PrivateKeyPEM")
+    valid_after: str
     valid_before: str
+    modify_index: int
 
 
 class Written(Shape, frozen=True, kw_only=True):

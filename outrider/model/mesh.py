@@ -163,6 +163,7 @@ class Leaf(Value, frozen=True, kw_only=True):
     key_pem: str = ""
     expires_at_s: float = 0.0
     serial: str = ""
+    superseded: bool = False  # of a CA that has made way for another, and still trusted: the next one is being made
 
 
 class LocalService(Value, frozen=True, kw_only=True):

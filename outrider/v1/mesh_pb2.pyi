@@ -271,11 +271,14 @@ class Leaf(_message.Message):
     KEY_PEM_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_S_FIELD_NUMBER: _builtins.int
     SERIAL_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     certificate_pem: _builtins.str
     key_pem: _builtins.str
     expires_at_s: _builtins.float
     serial: _builtins.str
+    superseded: _builtins.bool
+    """of a CA that has made way for another: the next one is being made"""
     def __init__(
         self,
         *,
@@ -284,10 +287,11 @@ class Leaf(_message.Message):
         key_pem: _builtins.str = ...,
         expires_at_s: _builtins.float = ...,
         serial: _builtins.str = ...,
+        superseded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_pem", b"certificate_pem", "expires_at_s", b"expires_at_s", "key_pem", b"key_pem", "serial", b"serial", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_pem", b"certificate_pem", "expires_at_s", b"expires_at_s", "key_pem", b"key_pem", "serial", b"serial", "service", b"service", "superseded", b"superseded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import ssl
 import uuid
 from collections.abc import AsyncIterator
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.leaves import signing_request
+from agent.leaves import Leaves, signing_request
 from controller.ca import FleetCa
 from controller.config import ConsulConfig
 from controller.consul_access import client_tls, token
@@ -21,9 +25,10 @@ from controller.mesh.consul_adapter import ConsulAdapter
 from controller.mesh.issuer import ConsulIssuer
 from controller.mesh.mesh import Mesh
 from outrider.errors import OutriderError
-from outrider.ids import JobName
+from outrider.ids import AllocId, JobName
 from outrider.log import Log
 from outrider.model.job import Protocol
+from outrider.model.mesh import Leaf
 from outrider.model.traffic import Leg, Traffic
 from outrider.tls import TlsFiles
 from tests.integration.consul import RealConsul
@@ -55,6 +60,7 @@ class Secured:
             "cert_file": str(files.certificate),
             "key_file": str(files.key),
             "verify_incoming_https": True,
+            "connect": {"test_ca_leaf_root_change_spread": "10ms"},  # instead of half a minute
             "ports": {"http": -1, "https": self._https, "dns": -1, "grpc": -1, "server": free_port()}
             | {"serf_lan": free_port(), "serf_wan": free_port()},
         }
@@ -78,6 +84,14 @@ class Secured:
         made = await self._call("PUT", "acl/token", {"Policies": [{"Name": "outrider"}]})
         return str(made["SecretID"])
 
+    async def new_root(self) -> None:
+        """Another key is another root, which the old one signs crosswise."""
+        key = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+        config = {"Provider": "consul", "Config": {"PrivateKey": key.decode(), "RootCert": ""}}
+        await self._call("PUT", "connect/ca/configuration", config)
+
     async def _leads(self) -> bool:
         try:
             return bool(await self._call("GET", "acl/policies")) and bool(await self._call("GET", "connect/ca/roots"))
@@ -92,7 +106,7 @@ class Secured:
             session.request(method, f"{self.url}/v1/{path}", json=body, ssl=context) as answer,
         ):
             assert answer.status == 200, await answer.text()
-            found: dict[str, str] = await answer.json()
+            found: dict[str, str] = json.loads(await answer.text() or "null")
             return found
 
 
@@ -161,6 +175,43 @@ async def test_the_documented_policy_is_enough_for_all_that_the_mesh_does(
         assert not (await one.mesh.check(API, WEB))[0], "its ACLs deny by default: no intention had to be adopted"
         leaf = await one.mesh.issue(API, signing_request(ec.generate_private_key(ec.SECP256R1()), "spiffe://unused"))
         assert "BEGIN CERTIFICATE" in leaf.certificate_pem
+
+
+def issued_by(leaf: Leaf, root_pem: str) -> bool:
+    certificate = x509.load_pem_x509_certificate(leaf.certificate_pem.encode())
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(root_pem.encode()))
+    except (ValueError, InvalidSignature):
+        return False
+    return True
+
+
+async def test_the_leaves_of_what_runs_follow_a_new_root_and_the_old_one_is_trusted_still(
+    secured: tuple[Secured, TlsFiles], tmp_path: Path
+) -> None:
+    consul, files = secured
+    secret = await consul.policy(documented_policy())
+    given: list[Leaf] = []
+
+    def of(root_pem: str) -> set[str]:
+        return {leaf.service for leaf in given if issued_by(leaf, root_pem)}
+
+    async with running(consul.url, secret, files, tmp_path) as one, asyncio.TaskGroup() as group:
+        leaves = Leaves(issue=one.mesh.issue, give=given.append, log=Log("leaves"), rng=random.Random(1))  # noqa: S311 - jitter
+        await until(lambda: len(one.mesh.roots().certificates_pem) == 1, "the root is known", 30)
+        (old,) = one.mesh.roots().certificates_pem
+        leaves.set_roots(one.mesh.roots())
+        leaves.acquire(AllocId("a1"), (API, WEB), group)
+        await until(lambda: of(old) == {API, WEB}, "both have leaves", 30)
+        assert not any(leaf.superseded for leaf in given)
+
+        await consul.new_root()
+        await until(lambda: len(one.mesh.roots().certificates_pem) == 2, "the new root is known", 30)
+        new, kept = one.mesh.roots().certificates_pem
+        assert kept == old
+        leaves.set_roots(one.mesh.roots())
+        await until(lambda: of(new) == {API, WEB}, "both have leaves of the new root", 60)
+        leaves.release(AllocId("a1"))
 
 
 async def test_without_a_token_or_a_certificate_nothing_is_taken_charge_of_and_it_is_said(

@@ -268,6 +268,31 @@ async def figures(fleet: AgentFleet) -> list[insight_pb2.PairFigures]:
     return found
 
 
+async def test_a_tap_shows_the_requests_of_the_one_that_was_asked_for(fleet: AgentFleet) -> None:
+    await three(fleet)
+    mesh(fleet, "web", "thief")
+    await until_called(fleet, THIEF)
+    tapped = fleet.controller.open_tunnel(mesh=tap(WEB, "web"))
+    # What is asked for is in force a moment later: both call until one of the calls was told.
+    async with asyncio.timeout(60):
+        while fleet.controller.tunnels[tapped].empty():
+            assert await called(fleet, THIEF) == await called(fleet, WEB) == "okended\n"
+    told = fleet.controller.tunnels[tapped]
+    for _ in range(told.qsize()):
+        frame = told.get_nowait()
+        assert frame is not None, "its tunnel broke off"
+        call = frame.mesh.call
+        assert (call.alloc, call.source, call.destination) == (WEB, "web", "api"), frame
+        assert (call.method, call.path, call.status) == ("GET", "/", 200), frame
+    _, end = await fleet.controller.tunnelled(fleet.controller.open_tunnel(mesh=tap(THIEF, "thief")))
+    assert "somebody looks at the requests of an allocation of this node's shared sidecar already" in end.error
+
+
+def tap(alloc: AllocId, source: str) -> insight_pb2.MeshQuery:
+    query = insight_pb2.TapQuery(alloc=alloc, source=source, destination="api", percent=100)
+    return insight_pb2.MeshQuery(tap=query)
+
+
 async def test_it_outlives_its_agent_comes_back_when_killed_and_ends_with_the_last(fleet: AgentFleet) -> None:
     await three(fleet)
     controller = fleet.controller
