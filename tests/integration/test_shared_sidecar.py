@@ -57,6 +57,36 @@ except urllib.error.HTTPError as error:
     print(error.code, error.read().decode())
 print("ended")
 """
+LOAD = """
+import http.client, itertools, json, threading, time
+lock, totals = threading.Lock(), {"done": 0, "failed": []}
+def ask(connection):
+    try:
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        body = answer.read()
+        return "" if (answer.status, body) == (200, b"ok") else f"{answer.status} {body}"
+    except (OSError, http.client.HTTPException) as error:
+        return repr(error)
+def call(kept):
+    connection = None
+    while True:
+        if connection is None or not kept:
+            connection = http.client.HTTPConnection("api.mesh", timeout=10)
+        failure = ask(connection)
+        if failure or not kept:
+            connection.close()
+            connection = None
+        with lock:
+            totals["done"] += 1
+            totals["failed"] += [failure] if failure else []
+for kept in (True, True, False, False):
+    threading.Thread(target=call, args=(kept,), daemon=True).start()
+while True:
+    time.sleep(0.05)
+    with lock:
+        print(json.dumps(totals), flush=True)
+"""
 REACH = """
 import json, socket, sys
 def reached(source, address, port):
@@ -159,6 +189,34 @@ class Stream:
                 assert b"ended" not in frame.stdout, frame
 
 
+class Load:
+    """Calls from one allocation, some on connections of their own, some on ones that stay; none is made twice."""
+
+    def __init__(self, fleet: AgentFleet, alloc: AllocId) -> None:
+        request = fleet_pb2.ExecRequest(alloc=alloc, command=["python3", "-uc", LOAD])
+        self._frames = fleet.controller.tunnels[fleet.controller.open_tunnel(exec=request)]
+        self._said = b""
+        self.done = 0
+        self.failed: list[str] = []
+
+    async def goes_on(self) -> None:
+        """Some more are made, from now on."""
+        while not self._frames.empty():
+            self._heard(self._frames.get_nowait())
+        enough = self.done + 50
+        async with asyncio.timeout(60):
+            while self.done < enough:
+                self._heard(await self._frames.get())
+
+    def _heard(self, frame: fleet_pb2.TunnelFrame | None) -> None:
+        assert frame is not None, "its tunnel broke off"
+        assert frame.WhichOneof("frame") != "end", frame
+        *lines, self._said = (self._said + frame.stdout).split(b"\n")
+        for line in lines:
+            totals = json.loads(line)
+            self.done, self.failed = totals["done"], totals["failed"]
+
+
 async def started(fleet: AgentFleet, *assignments: Assignment) -> None:
     controller = fleet.controller
     controller.assign(*assignments)
@@ -253,6 +311,29 @@ async def test_what_changes_for_one_disturbs_no_other(fleet: AgentFleet) -> None
     mesh(fleet, "web", "thief")
     await stream.goes_on()
     await until_called(fleet, WEB)
+    assert len(envoys(fleet)) == 1
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(400)
+async def test_what_becomes_of_a_neighbour_fails_no_call(fleet: AgentFleet) -> None:
+    await three(fleet)
+    load = Load(fleet, WEB)
+    await load.goes_on()
+    for number in range(5):
+        neighbour = AllocId(f"00000000e{number}")
+        await started(fleet, copy("thief", neighbour))
+        await load.goes_on()
+        mesh(fleet, "web", "thief")
+        await until_called(fleet, neighbour)
+        await load.goes_on()
+        mesh(fleet, "web")
+        await until_called(fleet, neighbour, "403 outrider: ")
+        await load.goes_on()
+        fleet.controller.assign(removed=(neighbour,))
+        await until(lambda each=neighbour: not (fleet.run / "netns" / each).exists(), "it is gone")
+        await load.goes_on()
+    assert load.failed == []
     assert len(envoys(fleet)) == 1
 
 
