@@ -9,7 +9,7 @@ from outrider import codec
 from outrider.cli import output
 from outrider.cli.client import STREAM_TIMEOUT_S, Fleet
 from outrider.errors import PeerError, RefusedError
-from outrider.model.allocation import TERMINAL, Allocation, AllocStatus, CopyRole
+from outrider.model.allocation import TERMINAL, Allocation, AllocStatus, CopyRole, TaskReport
 from outrider.model.fleet import JobState, JobStatus, RolloutState, VersionStatus
 from outrider.model.job import Job
 from outrider.v1 import operator_pb2
@@ -159,10 +159,15 @@ def reason(allocation: Allocation) -> str:
     words = [allocation.reason]
     if report is not None:
         words.append(report.message)
-        words.extend(f"{task.name}: {task.message}" for task in report.tasks if task.message)
+        words.extend(_of_task(task) for task in report.tasks)
         if allocation.status is AllocStatus.RUNNING and not allocation.healthy:
             words.extend(f"check of {check.service}: {check.output}" for check in report.checks if not check.passing)
     return " ".join("; ".join(dict.fromkeys(word for word in words if word)).split())
+
+
+def _of_task(task: TaskReport) -> str:
+    """Most of what is said of a task begins with its name."""
+    return f"{task.name}: {task.message}" if task.message and not task.message.startswith(task.name) else task.message
 
 
 def _failure(status: JobStatus) -> str:
