@@ -81,8 +81,9 @@ def health_checks(scope: Scope, call: Call) -> Answer:
 
 def health_state(scope: Scope, call: Call) -> Answer:
     state = call.path["state"]
-    rows = [row for row in _all_checks(scope.store) if state in ("any", row.status)]
-    return _answer(scope, rows, CHECKS)
+    of_node = {name for name, row in scope.store.nodes.items() if _has_meta(row.meta, call)}
+    rows = [row for row in _all_checks(scope.store) if state in ("any", row.status) and row.node in of_node]
+    return _answer(scope, rows, CHECKS, NODES)
 
 
 def _instances(

@@ -98,6 +98,20 @@ class ConsulAdapter:
         """The nodes whose meta has this key with this value."""
         return _decode(await self._get("/v1/catalog/nodes", {"node-meta": ":".join(meta)}), list[CatalogNode])
 
+    async def service_names(self, meta: tuple[str, str]) -> list[str]:
+        """Of all that is registered on such nodes."""
+        body = await self._get("/v1/catalog/services", {"node-meta": ":".join(meta)})
+        return list(_decode(body, dict[str, list[str] | None]))
+
+    async def instances(self, service: str, meta: tuple[str, str]) -> list[HealthRow]:
+        """Of the service, on such nodes."""
+        body = await self._get(f"/v1/health/service/{quote(service)}", {"node-meta": ":".join(meta)})
+        return _decode(body, list[HealthRow])
+
+    async def checks(self, meta: tuple[str, str]) -> list[ConsulCheck]:
+        """All of such nodes."""
+        return _decode(await self._get("/v1/health/state/any", {"node-meta": ":".join(meta)}), list[ConsulCheck])
+
     async def node(self, name: str) -> tuple[CatalogNodeServices | None, list[ConsulCheck]]:
         """What Consul has of one node; None where it has no such node."""
         body = await self._get(f"/v1/catalog/node/{quote(name)}")

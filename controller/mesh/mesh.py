@@ -128,8 +128,12 @@ class Mesh:
         self._writer.set_addresses({name: virtual_address(index) for name, (index, _) in services.items()})
 
     def set_interests(self, node: NodeId, interests: Interests) -> None:
+        before = self._views.needed(self._views.interests.get(node, Interests()))
         self._send(self._views.set_interests(node, interests))
-        self._watcher.set_services(self._views.called())
+        needed = self._views.needed(interests)
+        # What all nodes need is only summed up where it may have changed: a storm of nodes sets as many interests.
+        if not (before <= needed <= self._watcher.wanted):
+            self._watcher.set_services(self._views.called())
 
     def full(self, node: NodeId) -> MeshUpdate:
         """The whole view for a fresh session, or what is known so far (`Views.connect`); from here on the node is

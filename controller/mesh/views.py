@@ -59,6 +59,10 @@ class Views:
         named: set[ServiceName] = set().union(*(self._wanted(interests) for interests in self.interests.values()))
         return frozenset(self._reached(named))
 
+    def needed(self, interests: Interests) -> frozenset[ServiceName]:
+        """The services whose endpoints such a node needs."""
+        return frozenset(self._reached(self._wanted(interests)))
+
     def set_services(self, services: Mapping[ServiceName, tuple[int, Protocol]]) -> Updates:
         changed = {name for name in {*services, *self.services} if services.get(name) != self.services.get(name)}
         self.services = dict(services)

@@ -39,15 +39,15 @@ class Watcher:
         self._saw_service, self._saw_intentions, self._saw_roots = saw_service, saw_intentions, saw_roots
         self._saw_entries = saw_entries
         self._forgot_service, self._answered = forgot_service, answered
-        self._wanted: frozenset[ServiceName] = frozenset()
+        self.wanted: frozenset[ServiceName] = frozenset()
         self._taken_up: frozenset[ServiceName] = frozenset()  # of what was wanted
         self._changed = asyncio.Event()
         self._watches: dict[ServiceName, asyncio.Task[None]] = {}
 
     def set_services(self, services: Iterable[ServiceName]) -> None:
         wanted = frozenset(services)
-        if wanted != self._wanted:
-            self._wanted = wanted
+        if wanted != self.wanted:
+            self.wanted = wanted
             self._changed.set()
 
     async def run(self) -> None:
@@ -64,13 +64,13 @@ class Watcher:
                 self._changed.clear()
 
     def _adjust(self, group: asyncio.TaskGroup) -> None:
-        for service in self._watches.keys() - self._wanted:
+        for service in self._watches.keys() - self.wanted:
             self._watches.pop(service).cancel()
-        for service in self._taken_up - self._wanted:
+        for service in self._taken_up - self.wanted:
             self._forgot_service(service)
-        self._taken_up = self._wanted
+        self._taken_up = self.wanted
         free = WATCHES_MAX - len(self._watches)
-        for service in sorted(self._wanted - self._watches.keys())[:free]:
+        for service in sorted(self.wanted - self._watches.keys())[:free]:
             watch = self._watch(self._service(service))
             self._watches[service] = group.create_task(watch, name=f"mesh-watch-{service}")
 
@@ -120,13 +120,13 @@ class Watcher:
     async def _poll(self) -> None:
         """The services beyond the bound, one after the other: later news, never none."""
         while True:
-            rest = sorted(self._wanted - self._watches.keys())
+            rest = sorted(self.wanted - self._watches.keys())
             for service in rest:
                 try:
                     _, rows = await self._consul.watch_connect(service, 0)
                 except (PeerError, RefusedError) as error:
                     self._log.debug("poll failed", service=service, error=error)
                 else:
-                    if service in self._wanted:
+                    if service in self.wanted:
                         self._saw_service(service, rows)
             await asyncio.sleep(POLL_S)

@@ -172,6 +172,9 @@ async def test_a_critical_node_check_takes_its_services_out_of_passing(api: Api,
     assert {check["Output"] for check in checks} == {"", "silent"}
     _, critical = await api("GET", "health/state/critical")
     assert name in {check["Node"] for check in critical}
+    for meta, there in ((f"team:{name}", True), ("team:other", False)):
+        _, of_nodes = await api("GET", f"health/state/any?node-meta={meta}")
+        assert (name in {check["Node"] for check in of_nodes}) is there, meta
     _, of_service = await api("GET", f"health/checks/{name}-sidecar-proxy")
     assert [check["CheckID"] for check in of_service] == [f"{name}-check"]
 
