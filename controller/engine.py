@@ -50,6 +50,7 @@ EVENTS_MAX = 4096
 RECORDS_MAX = 16_384
 BATCH_EVENTS_MAX = 256
 CALL_TIMEOUT_S = 10.0
+HEARTBEATS_S = 0.02  # that one waits for others, where nothing else happens
 # A journal of more records than this is rewritten as a snapshot when the controller starts.
 COMPACT_RECORDS = 5_000
 
@@ -197,9 +198,10 @@ class Engine:
         self._wake.set()
 
     def heartbeat(self, event: HeartbeatReceived) -> None:
-        """Only the newest of a node counts."""
+        """Only the newest of a node counts, and they are taken together: each alone would wake the loop."""
+        if not self._heartbeats:
+            asyncio.get_running_loop().call_later(HEARTBEATS_S, self._wake.set)
         self._heartbeats[event.node] = event
-        self._wake.set()
 
     async def request(self, make: Callable[[RequestId], Event]) -> Reply:
         """An operator's call, answered once the journal has it. Raises PeerError after CALL_TIMEOUT_S, RefusedError

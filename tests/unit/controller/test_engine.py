@@ -7,15 +7,20 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 import pytest
 
 from controller.core.commands import CloseSession, ProbeNode, SendAssignments
-from controller.core.events import JobStopRequested, JobSubmitted
+from controller.core.events import AgentConnected, HeartbeatReceived, JobStopRequested, JobSubmitted, SessionId
 from controller.core.mesh_intent import Interests, NodeRegistration, OwnedIntention
+from controller.core.policy import Policy
 from controller.core.records import Record
 from controller.engine import Engine
 from controller.event_log import EventLog
 from outrider.errors import JournalError, RefusedError
 from outrider.ids import AllocId, GroupName, JobName, NodeId, ServiceName, TaskName
 from outrider.log import Log
-from outrider.model.job import Group, Job, Task
+from outrider.model.allocation import Generation
+from outrider.model.job import MIB, Group, Job, Task
+from outrider.model.node import Fingerprint, Node
+
+DEADLINE_S = 20.0
 
 
 class Disk:
@@ -74,8 +79,8 @@ def _job(number: int) -> Job:
 
 
 @contextlib.asynccontextmanager
-async def _running(disk: Disk) -> AsyncIterator[Engine]:
-    engine = Engine(journal=disk, events=EventLog(), log=Log("engine"))
+async def _running(disk: Disk, policy: Policy | None = None) -> AsyncIterator[Engine]:
+    engine = Engine(journal=disk, events=EventLog(), log=Log("engine"), policy=policy)
     await engine.open()
     try:
         async with asyncio.TaskGroup() as group:
@@ -100,6 +105,19 @@ async def test_many_calls_share_few_commits_and_all_are_in_the_journal() -> None
     assert len(disk.records) == records + 1  # a new epoch
     assert again.state.epoch == 2
     await again.close()
+
+
+async def test_a_sign_of_life_is_taken_where_nothing_else_happens() -> None:
+    fingerprint = Fingerprint(cpu_millis=1000, memory_bytes=MIB, disk_bytes=MIB)
+    node = Node(id=NodeId("n1"), address="10.0.0.1", fingerprint=fingerprint)
+    async with _running(Disk(), Policy(suspect_after_s=1e9)) as engine, asyncio.timeout(DEADLINE_S):
+        await engine.tell(AgentConnected(session=SessionId(1), node=node, acknowledged=Generation()))
+        while not (len(engine.state.nodes) and engine.state.ready_nodes.all()):
+            await engine.next_change().wait()
+        connected_s = engine.now_s()
+        engine.heartbeat(HeartbeatReceived(session=SessionId(1), node=node.id))
+        while engine.state.live.heartbeat_s[0] < connected_s:  # noqa: ASYNC110 - no step of the core tells of it
+            await asyncio.sleep(0)
 
 
 async def test_a_refusal_is_an_answer() -> None:
