@@ -34,7 +34,7 @@ from outrider.v1 import allocation_pb2, fleet_pb2, fleet_pb2_grpc, mesh_pb2, nod
 
 PROTOCOL = 1
 REFUSALS_MAX = 64
-_GREETING_S = 5.0  # to connect and be welcomed
+_GREETING_S, _GREETING_MAX_S = 5.0, 20.0  # to connect and be welcomed; longer each time that it was too short
 _SILENCE_S = 2.0  # the controller answers heartbeats now and then; without any message for so long it is away
 _WRITE_S = 5.0
 _INTERVAL_MIN_S = 0.05
@@ -125,6 +125,7 @@ class FleetSession:
         self._log = log
         self._rng = rng
         self._stub: fleet_pb2_grpc.FleetServiceAsyncStub | None = None
+        self._welcomed = False  # in the present or the last session
         self._wake = asyncio.Event()
         self._probed = False
         self._beats_s: dict[int, float] = {}  # when a heartbeat was sent that is not answered yet
@@ -137,14 +138,14 @@ class FleetSession:
 
     async def run(self) -> None:
         """For ever: a session, and after it another. With the controller away everything on the node runs on."""
-        failures, leader = 0, ""
+        failures, late, leader = 0, 0, ""
         task = asyncio.current_task()
         # Python 3.11's TaskGroup drops a cancellation that comes together with an error: ask for it by hand.
         while task is not None and not task.cancelling():
             began_s, controller = monotonic_s(), leader or next(self._controllers)
-            leader = ""
+            leader, greeting_s = "", min(_GREETING_S * (1 + late), _GREETING_MAX_S)
             try:
-                await self._converse(controller)
+                await self._converse(controller, greeting_s)
             except* (OutriderError, grpc.RpcError, TimeoutError) as group:
                 reason = "; ".join(_reason(error) for error in _all_of(group))
                 leader = next((told for error in _all_of(group) if (told := _leader(error))), "")
@@ -152,7 +153,10 @@ class FleetSession:
             if leader and failures < _REDIRECTS_MAX:
                 failures += 1
                 continue
-            failures = 0 if monotonic_s() - began_s > _BACKOFF_MAX_S else failures + 1
+            lived_s = monotonic_s() - began_s
+            # A controller to which a whole fleet returns gets to everybody only where they wait for it.
+            late = late + 1 if not self._welcomed and lived_s >= greeting_s else 0
+            failures = 0 if self._welcomed and lived_s > _BACKOFF_MAX_S else failures + 1
             delay_s = min(_BACKOFF_S * 2 ** min(failures, 10), _BACKOFF_MAX_S)
             await asyncio.sleep(delay_s * self._rng.uniform(0.5, 1.0))
 
@@ -226,14 +230,15 @@ class FleetSession:
             raise PeerError("no controller is connected")
         return self._stub.Tunnel()  # type: ignore[call-arg]  # as above
 
-    async def _converse(self, controller: str) -> None:
+    async def _converse(self, controller: str, greeting_s: float) -> None:
+        self._welcomed = False
         async with channel(controller, self._tls, options=_OPTIONS) as connection:
             stub = fleet_pb2_grpc.FleetServiceStub(connection)
             stream: _Stream = stub.Session()  # type: ignore[call-arg]  # grpc-stubs knows only the call with an iterator
             try:
-                async with asyncio.timeout(_GREETING_S):
+                async with asyncio.timeout(greeting_s):
                     self._interval_s = await self._greet(stream)
-                self._stub = stub
+                self._stub, self._welcomed = stub, True
                 self._log.info("session began", controller=controller)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._write(stream), name="fleet-write")

@@ -36,7 +36,7 @@ from outrider.v1 import allocation_pb2, fleet_pb2, node_pb2
 
 # As `agent.fleet`.
 SILENCE_S = 2.0
-GREETING_S = 5.0
+GREETING_S, GREETING_MAX_S = 5.0, 20.0
 BACKOFF_S, BACKOFF_MAX_S = 0.05, 5.0
 
 _METHOD = "/outrider.v1.FleetService/Session"
@@ -96,7 +96,7 @@ class Agent:
         self.polled: tuple[int, int] | None = None  # its file, and for what
         self._swarm, self._node = swarm, node
         self._context: ssl.SSLContext | None = None
-        self._failures = 0
+        self._failures = self._late = 0
         self._dialled_s = 0.0
         self._silent_at_s = 0.0
         self._interval_s = 0.0  # 0: not welcomed yet
@@ -124,7 +124,9 @@ class Agent:
         if self.wire is not None:
             self.wire.close()
             self.wire = None
-        self._failures = 0 if now_s - self._dialled_s > BACKOFF_MAX_S else self._failures + 1
+        welcomed, lived_s = self._interval_s > 0, now_s - self._dialled_s
+        self._late = self._late + 1 if not welcomed and lived_s >= self._greeting_s() else 0
+        self._failures = 0 if welcomed and lived_s > BACKOFF_MAX_S else self._failures + 1
         delay_s = min(BACKOFF_S * 2 ** min(self._failures, 10), BACKOFF_MAX_S)
         self._swarm.plan(self, now_s + delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
 
@@ -135,7 +137,10 @@ class Agent:
         self._outbox.clear()
         self.wire = Wire(self._swarm.target, self._context, CONTROLLER_NAME, _METHOD)
         self._send(fleet_pb2.AgentMessage(hello=_hello(self._node)))
-        self._swarm.plan(self, now_s + GREETING_S)
+        self._swarm.plan(self, now_s + self._greeting_s())
+
+    def _greeting_s(self) -> float:
+        return min(GREETING_S * (1 + self._late), GREETING_MAX_S)
 
     def _beat(self, now_s: float) -> None:
         for message in self._outbox:

@@ -38,6 +38,7 @@ def begin(state: State, now_s: float) -> None:
     for ref in range(len(state.nodes)):
         watch(state, ref, now_s, "the controller started and the agent has not come back yet")
         state.live.mesh_nodes[ref] = None
+    pace.take(state)
     state.live.mesh_intentions = True
     state.live.dirty_jobs.update(dict.fromkeys(state.jobs))
     state.live.replacements_left, state.live.replacements_s = state.policy.replacements_burst, now_s

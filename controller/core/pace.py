@@ -4,8 +4,6 @@ Heartbeats stretch with the fleet, slower than it grows, so that one core can ta
 there is, at 1,000 every 0.5 s, at 5,000 every 1.5 s. Silence is worth noticing after the same number of heartbeats.
 """
 
-import numpy as np
-
 from controller.core.state import State
 
 _STRETCH = 0.7
@@ -23,9 +21,13 @@ def heartbeat_interval_s(state: State) -> float:
 
 
 def take(state: State) -> None:
-    """The pace that fits as many nodes as are ready now."""
+    """The pace that fits as many nodes as are there or may come back at any moment.
+
+    The first of a fleet that returns to a controller which has just started would else beat as if they were alone, and
+    keep it from welcoming the others.
+    """
     live, policy = state.live, state.policy
-    ready = int(np.isfinite(live.heartbeat_s[: len(state.nodes)]).sum())
-    live.heartbeat_interval_s = policy.heartbeat_interval_s * max(1.0, ready / policy.fastest_nodes_max) ** _STRETCH
+    awaited = len(state.nodes) - int(live.is_down[: len(state.nodes)].sum())
+    live.heartbeat_interval_s = policy.heartbeat_interval_s * max(1.0, awaited / policy.fastest_nodes_max) ** _STRETCH
     wanted_s = live.heartbeat_interval_s * policy.suspect_after_s / policy.heartbeat_interval_s
     live.silence_s = max(wanted_s, live.silence_s * _SHRINK)

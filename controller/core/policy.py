@@ -5,7 +5,7 @@ from outrider.model.job import Packing, Value
 
 class Policy(Value, frozen=True, kw_only=True):
     heartbeat_interval_s: float = 0.3  # the fastest; the edge tells agents in Welcome and with each answer
-    fastest_nodes_max: int = 500  # ready at once; a larger fleet beats slower
+    fastest_nodes_max: int = 500  # that are not down; a larger fleet beats slower
     suspect_after_s: float = 0.8  # silence on an open stream, at the fastest pace; else in proportion
     disconnect_grace_s: float = 30.0  # gone or suspect for so long: down
     # DESIGN, decision 5: more than this share of the nodes, and at least so many, away at once: hold everything.

@@ -8,8 +8,8 @@ from outrider.model.node import NodeStatus
 from tests.scenarios.world import World, node
 
 
-def grown(size: int) -> World:
-    world = World(Policy(fastest_nodes_max=5))
+def grown(size: int, **more: float) -> World:
+    world = World(Policy(fastest_nodes_max=5, **more))
     world.join(*(node(f"n{number}") for number in range(size)))
     world.wait(2.0)
     return world
@@ -35,13 +35,21 @@ def test_at_five_thousand_nodes_silence_is_seen_within_four_seconds() -> None:
 
 
 def test_a_fleet_that_shrinks_does_not_suspect_those_who_still_beat_slowly() -> None:
-    world = grown(50)
+    world = grown(50, brake_share=1.0)
     before_s = pace.silence_s(world.state)
     for number in range(10, 50):
         world.leave(f"n{number}")
-    pace.take(world.state)
-    assert pace.silence_s(world.state) == pytest.approx(before_s * 0.9)
+    world.wait(world.policy.disconnect_grace_s - 1.0)
+    assert pace.silence_s(world.state) == before_s, "they may come back at any moment"
     world.wait(20.0)
     assert pace.silence_s(world.state) < before_s
     here = [world.state.live.links[world.state.nodes.reference[node(f"n{n}").id]] for n in range(10)]
     assert all(link.status is NodeStatus.READY for link in here)
+
+
+def test_those_who_return_first_to_a_new_controller_beat_as_slowly_as_all_of_them() -> None:
+    world = grown(50)
+    before_s = pace.heartbeat_interval_s(world.state)
+    world.begin()
+    world.join(node("n0"))
+    assert pace.heartbeat_interval_s(world.state) == before_s
