@@ -39,6 +39,9 @@ SILENCE_S = 2.0
 GREETING_S, GREETING_MAX_S = 5.0, 20.0
 BACKOFF_S, BACKOFF_MAX_S = 0.05, 5.0
 
+# Of one process: thousands of handshakes share a core here, which real agents do not, and none would end in time.
+GREETINGS_MAX = 200
+
 _METHOD = "/outrider.v1.FleetService/Session"
 _STDIN = 0
 _ACTS_MAX = 50  # in a row: then those are heard that have spoken
@@ -106,7 +109,9 @@ class Agent:
 
     def act(self, now_s: float) -> None:
         """It is `due_s`. Raises EndedError."""
-        if self.wire is None:
+        if self.wire is None and len(self._swarm.greeting) >= GREETINGS_MAX:
+            self._swarm.plan(self, now_s + BACKOFF_S)
+        elif self.wire is None:
             self._dial(now_s)
         elif now_s >= self._silent_at_s or not self._interval_s:
             raise EndedError("not a word")
@@ -124,6 +129,7 @@ class Agent:
         if self.wire is not None:
             self.wire.close()
             self.wire = None
+            self._swarm.greeting.discard(self)
         welcomed, lived_s = self._interval_s > 0, now_s - self._dialled_s
         self._late = self._late + 1 if not welcomed and lived_s >= self._greeting_s() else 0
         self._failures = 0 if welcomed and lived_s > BACKOFF_MAX_S else self._failures + 1
@@ -136,6 +142,7 @@ class Agent:
         self._sent_s.clear()
         self._outbox.clear()
         self.wire = Wire(self._swarm.target, self._context, CONTROLLER_NAME, _METHOD)
+        self._swarm.greeting.add(self)
         self._send(fleet_pb2.AgentMessage(hello=_hello(self._node)))
         self._swarm.plan(self, now_s + self._greeting_s())
 
@@ -158,6 +165,7 @@ class Agent:
     def _take(self, message: fleet_pb2.ControllerMessage, now_s: float) -> None:
         match message.WhichOneof("message"):
             case "welcome":
+                self._swarm.greeting.discard(self)
                 self._interval_s = message.welcome.heartbeat_interval_s
                 self._swarm.plan(self, now_s + random.uniform(0, self._interval_s))  # noqa: S311 - spread
             case "heartbeat":
@@ -188,6 +196,7 @@ class Swarm:
         self.issuer, self.target = issuer, target
         self.echo_s: list[float] = []
         self.assigned_s: dict[str, float] = {}
+        self.greeting: set[Agent] = set()  # who dialled and is not welcomed yet
         self._order = itertools.count()
         self._plans: list[tuple[float, int, Agent]] = []
         self._poll = select.epoll()
