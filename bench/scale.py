@@ -1,9 +1,9 @@
 """`python -m bench fleet`: 100, 1,000 and 5,000 simulated agents with real streams on one controller, mTLS each.
 
 Of each size: what the controller takes while all is quiet, how long a heartbeat's echo and an assignment take, and how
-long a storm lasts: the controller is killed and started again, and everybody comes back at once, until all are ready.
-The agents share the machine's cores with the controller; what they take is told beside it. Each size has SIZE_S: one
-that takes longer ends the run, and `fleet.agents_max` says how far it came.
+long a storm lasts: the controller is killed and started again, and everybody comes back until all are ready; not more
+at once than `bench.swarm` lets greet. The agents share the machine's cores with the controller; what they take is told
+beside it. Each size has SIZE_S: one that takes longer ends the run, and `fleet.agents_max` says how far it came.
 """
 
 import asyncio
