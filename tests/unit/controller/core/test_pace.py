@@ -47,9 +47,21 @@ def test_a_fleet_that_shrinks_does_not_suspect_those_who_still_beat_slowly() -> 
     assert all(link.status is NodeStatus.READY for link in here)
 
 
-def test_those_who_return_first_to_a_new_controller_beat_as_slowly_as_all_of_them() -> None:
+def test_those_who_return_first_to_a_new_controller_leave_it_room_to_welcome_the_others() -> None:
     world = grown(50)
     before_s = pace.heartbeat_interval_s(world.state)
     world.begin()
-    world.join(node("n0"))
+    world.join(*(node(f"n{number}") for number in range(40)))
+    assert pace.heartbeat_interval_s(world.state) == pytest.approx(3 * before_s)
+    assert pace.silence_s(world.state) == pytest.approx(3 * before_s * 0.8 / 0.3)
+    world.join(*(node(f"n{number}") for number in range(40, 50)))
+    world.wait(30.0)
     assert pace.heartbeat_interval_s(world.state) == before_s
+    assert pace.silence_s(world.state) < 3 * before_s * 0.8 / 0.3, "and less with each look"
+
+
+def test_a_small_fleet_that_returns_beats_fastest() -> None:
+    world = grown(5)
+    world.begin()
+    world.join(node("n0"))
+    assert pace.heartbeat_interval_s(world.state) == world.policy.heartbeat_interval_s
