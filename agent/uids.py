@@ -82,7 +82,7 @@ class Uids:
     def give(
         self, alloc: AllocId, tasks: Sequence[TaskName], directory: Path, *, reserved: int | None = None
     ) -> AllocUids:
-        """The allocation's, given before or now. Raises HostError where the block is used up.
+        """The allocation's, given before or now. Raises HostError where the block is used up, or the disk refuses.
 
         `reserved`: where its sidecar runs already; `fits_reserved` said that its tasks have room beside it.
         """
@@ -93,10 +93,13 @@ class Uids:
             self.free(reserved)
         start = self._gap(1 + len(tasks)) if reserved is None else (reserved - self._first) // UID_RANGE
         uids = AllocUids(first=self._first + start * UID_RANGE, tasks=tuple(tasks))
-        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         unfinished = directory / f"{_FILE}.new"
-        unfinished.write_bytes(msgspec.json.encode(uids))
-        unfinished.replace(directory / _FILE)
+        try:
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            unfinished.write_bytes(msgspec.json.encode(uids))
+            unfinished.replace(directory / _FILE)
+        except OSError as error:
+            raise HostError(str(directory), step=f"write the allocation's uids: {error.strerror}") from error
         self._mark(start, 1 + len(tasks), taken=True)
         self._allocs[alloc] = uids
         self._next = start + 1 + len(tasks)
