@@ -37,9 +37,9 @@ class NodeFingerprint:
         self._value: Fingerprint | None = None
 
     async def take(self, snapshots: tuple[str, ...]) -> None:
-        value = await fingerprint(self._config)
-        known = kvm.known_verdict(self._config.data, value.runtimes.get(_QEMU, ""))
-        self._value = msgspec.structs.replace(value, kvm=known, snapshots=snapshots)
+        self._value = await fingerprint(self._config)
+        known = kvm.known_verdict(self._config.data, self.qemu_version())
+        self._value = msgspec.structs.replace(self._value, kvm=known, snapshots=snapshots)
 
     @property
     def value(self) -> Fingerprint:

@@ -5,12 +5,11 @@ socket, which never blocks; who polls it calls `go_on`. Sent are a few bytes a s
 the peer's is not counted, and ours is opened as wide as there is.
 """
 
+import select
 import socket
 import ssl
 import struct
 from collections.abc import Iterator
-
-POLL_IN, POLL_OUT = 1, 4  # of epoll
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
@@ -61,8 +60,8 @@ class Wire:
     def wants(self) -> int:
         """What to poll for."""
         if self._socket is None:
-            return POLL_OUT
-        return POLL_IN | (POLL_OUT if self._out and not self._handshaking else 0)
+            return select.EPOLLOUT
+        return select.EPOLLIN | (select.EPOLLOUT if self._out and not self._handshaking else 0)
 
     def go_on(self) -> Iterator[bytes]:
         """The messages that came. Raises EndedError."""

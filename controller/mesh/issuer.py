@@ -70,17 +70,19 @@ class ConsulIssuer:
         if self._signing_key is None:
             raise PeerError("Consul has not told its roots yet")
         found = await self._consul.leaf(service)
+        superseded = self._superseded(found)
         # Where too many wait already, the agent that asks for it asks again.
-        if (self._superseded(found) or _is_past_half(found)) and not self._waits.locked():
+        if (superseded or _is_past_half(found)) and not self._waits.locked():
             async with self._waits:
                 found = await self._consul.leaf(service, index=found.modify_index, wait_s=_WAIT_S)
+            superseded = self._superseded(found)
         return Leaf(
             service=service,
             certificate_pem=found.cert_pem,
             key_pem=found.private_key_pem,
             expires_at_s=_time(found, found.valid_before).timestamp(),
             serial=found.serial_number,
-            superseded=self._superseded(found),
+            superseded=superseded,
         )
 
     def _superseded(self, leaf: ConsulLeaf) -> bool:
